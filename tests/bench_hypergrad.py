@@ -1,0 +1,82 @@
+"""Time of one hypergradient: closed form against `higher`'s differentiable Adam, on one CPU thread.
+
+Run `python tests/bench_hypergrad.py`; it prints the medians and their ratio.
+"""
+import copy
+import statistics
+import time
+from functools import partial
+
+import torch
+from torch import nn
+
+from hpl_nb.hypergrad import hypergradient, optimizer_step
+
+
+def problem(features: int = 2048, samples: int = 32, seed: int = 0):
+    """A head with a warm Adam, and one batch of each stream, at the size of ResNet-50."""
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(seed))
+    head = nn.Linear(features, 1)
+    with torch.no_grad():
+        head.weight.copy_(draw(1, features) / features**0.5)
+        head.bias.zero_()
+    optimizer = torch.optim.Adam(head.parameters(), lr=1e-3, weight_decay=1e-3)
+    for _ in range(5):
+        head.zero_grad()
+        (head(draw(samples, features)) - draw(samples, 1)).square().mean().backward()
+        optimizer.step()
+    batch = {"labelled_features": draw(samples, features), "targets": draw(samples, 1),
+             "unlabelled_features": draw(samples, features), "pseudo_label": draw(samples, 1),
+             "weights": torch.exp(-draw(samples, 1)), "unlabelled_weight": 10.0,
+             "outer_features": draw(samples, features), "outer_targets": draw(samples, 1)}
+    return head, optimizer, batch
+
+
+def with_higher(head, optimizer, batch):
+    """The gradient in the weights by `higher`: differentiate through a copy of the head and of its optimiser."""
+    import higher
+    weights = batch["weights"].detach().requires_grad_()
+    mse = nn.functional.mse_loss
+    with higher.innerloop_ctx(head, optimizer) as (virtual_head, virtual_optimizer):
+        error = virtual_head(batch["unlabelled_features"]) - batch["pseudo_label"]
+        inner = mse(virtual_head(batch["labelled_features"]), batch["targets"])
+        virtual_optimizer.step(inner + batch["unlabelled_weight"] * (weights.reshape(len(error), -1) * error**2).mean())
+        outer = mse(virtual_head(batch["outer_features"]), batch["outer_targets"])
+        return torch.autograd.grad(outer, weights)[0]
+
+
+def closed_form(head, optimizer, batch):
+    """The gradient in the weights by `hypergradient`."""
+    return hypergradient(head, lambda eta, gradient: optimizer_step(optimizer, head, gradient), **batch).weights
+
+
+def compare(repetitions: int = 60, calls: int = 5) -> dict[str, float]:
+    """Median seconds per call of both, in turns of a few calls each on one thread, and the ratio of the medians."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    head, optimizer, batch = problem()
+    methods = {"closed form": closed_form, "higher": with_higher}
+    seconds = {name: [] for name in methods}
+    for repetition in range(repetitions):
+        for name, method in methods.items():
+            start = time.perf_counter()
+            for _ in range(calls):
+                method(head, optimizer, batch)
+            seconds[name].append((time.perf_counter() - start) / calls)
+    torch.set_num_threads(threads)
+    result = {name: statistics.median(times) for name, times in seconds.items()}
+    return {**result, "ratio": result["higher"] / result["closed form"]}
+
+
+def main() -> None:
+    """Print what `compare` measures, and how far the two gradients are apart."""
+    head, optimizer, batch = problem()
+    exact, reference = closed_form(head, optimizer, batch), with_higher(head, optimizer, batch)
+    result = compare()
+    print(f"closed form {1e6 * result['closed form']:.0f} us, higher {1e6 * result['higher']:.0f} us: "
+          f"{result['ratio']:.1f} times faster; relative difference "
+          f"{float((exact - reference).norm() / reference.norm()):.1e} (float32)")
+
+
+if __name__ == "__main__":
+    main()
