@@ -9,10 +9,12 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Callable
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -100,18 +102,16 @@ def atomic_write(
 )->Path: # `path`
     "Write a file so that it is either whole or not there; the previous one stays until the new one is complete."
     path = Path(path)
-    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        if temporary: temporary.unlink(missing_ok=True)
-        if not isinstance(error, OSError): raise
+        for left in path.parent.glob(f".{path.name}.*"): shutil.rmtree(left, ignore_errors=True) # of a killed process
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            with open(Path(folder)/path.name, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(file.name, path)
+    except OSError as error:
         raise HplError(f"could not write {path}: {error.strerror or error}. What was there before is untouched; make "
                        "room or choose a folder that you may write to, and run the same command again.") from error
     return path

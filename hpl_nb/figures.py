@@ -83,7 +83,7 @@ def _with_unit(name, unit, power=1):
     return f"{name} ({html.escape(unit)}{'²' if power == 2 else ''})" if unit else name
 
 def _log_axis(values):
-    "Settings of a logarithmic axis with ticks at 1, 2, 5, 10, ..., or at powers of ten where the values need more than three."
+    "Settings of a logarithmic axis with ticks at 1, 2, 5, 10, ..., or at powers of ten beyond three of them."
     low, high = math.floor(math.log10(values.min())), math.ceil(math.log10(values.max()))
     ticks = [step * 10.**power for power in range(low, high + 1) for step in ((1, 2, 5) if high - low <= 3 else (1,))]
     return dict(type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
@@ -153,7 +153,7 @@ def _box(values):
 
 def _nice_width(labels, most=24):
     "The smallest of 1, 2, 5, 10, ... times a power of ten that makes at most `most` groups of the labels."
-    least = max(np.ptp(labels), 1e-9) / most
+    least = (np.ptp(labels) or 1.) / most
     power = 10 ** math.floor(math.log10(least))
     return next(step * power for step in (1, 2, 5, 10) if step * power >= least)
 
@@ -224,7 +224,8 @@ def group_error_lines(
     figure = go.Figure()
     for legend, style, key, rows in _runs(group_errors, methods):
         figure.add_trace(_line(rows["group"], rows[metric], style, "group %{x}: %{y:.4g}<br>%{customdata} samples",
-                               key.get("run", key["method"]), "lines+markers", customdata=rows["count"].tolist(), **legend))
+                               key.get("run", key["method"]), "lines+markers", customdata=rows["count"].tolist(),
+                               **legend))
     figure.update_xaxes(title_text=_with_unit("True label", unit))
     figure.update_yaxes(title_text=_metric_title(metric, unit))
     return _finish(figure, f"{_metric_title(metric, '')} by true label")
@@ -417,6 +418,7 @@ def _table(frame):
         text = frame.to_html(index=named, border=0, na_rep="n/a", float_format="{:.4g}".format)
     return f'<div class="scroll" tabindex="0">{text}</div>'
 
+# %% ../nbs/21_figures.ipynb #0133e2a7
 def _section(number, heading, text, content):
     "One section of a report as HTML."
     paragraphs = "".join(f"<p>{html.escape(paragraph)}</p>" for paragraph in text.split("\n\n") if paragraph.strip())

@@ -130,7 +130,7 @@ def group_labels(
     labels = np.asarray(labels, dtype=np.float64)
     if edges is None:
         if not width > 0: raise HplError(f"width is {width}: give the width of a group, above zero, in label units")
-        centre = np.round(np.floor(labels / width + .5) * width, 10)
+        centre = np.round(np.floor(np.round(labels / width, 10) + .5) * width, 10)
         return centre, np.round(centre - width / 2, 10), np.round(centre + width / 2, 10)
     borders = np.asarray(edges, dtype=np.float64)
     if borders.size < 2 or (np.diff(borders) <= 0).any():

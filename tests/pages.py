@@ -7,7 +7,9 @@
 import json
 import os
 import re
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,24 +85,28 @@ def readme_problems(root=ROOT):
 
 
 def site(root=ROOT):
-    "nbs -> _proc: nbdev's processing, and figures as HTML (Quarto does not know plotly's own format)."
+    "nbs -> _proc: figures as HTML (Quarto does not know plotly's own format), then nbdev's processing."
     from nbdev.quarto import refresh_quarto_yml
     from nbdev.serve import proc_nbs
     refresh_quarto_yml()
-    proc_nbs("nbs", n_workers=0, force=True)
-    pages = sorted((root/"_proc").rglob("*.ipynb"))
-    for page in pages: show_figures(page)
-    return pages
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)/"nbs"
+        shutil.copytree(root/"nbs", copy, ignore=shutil.ignore_patterns(".*", "*.py"))
+        for notebook in copy.rglob("*.ipynb"): show_figures(notebook)
+        proc_nbs(str(copy), n_workers=0, force=True)
+    return sorted((root/"_proc").rglob("*.ipynb"))
 
 
-def show_figures(page):
-    "Give each plotly figure of a processed notebook the HTML that shows it."
+def show_figures(notebook):
+    "Each plotly figure among a notebook's outputs becomes the HTML that shows it."
     from plotly.io import to_html
-    nb = json.loads(page.read_text(encoding="utf-8"))
+    nb = json.loads(notebook.read_text(encoding="utf-8"))
     for output in (output for cell in nb["cells"] for output in cell.get("outputs", []) if PLOTLY in output.get("data", {})):
-        figure = {key: output["data"][PLOTLY][key] for key in ("data", "layout")}
-        output["data"]["text/html"] = to_html(figure, full_html=False, include_plotlyjs="cdn", validate=False)
-    page.write_text(json.dumps(nb, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        figure = output["data"].pop(PLOTLY)
+        figure = {key: figure[key] for key in ("data", "layout", "frames") if key in figure}
+        html = to_html(figure, full_html=False, include_plotlyjs="cdn", validate=False)
+        output["data"]["text/html"] = html.splitlines(True)
+    notebook.write_text(json.dumps(nb, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

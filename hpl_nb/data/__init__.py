@@ -111,7 +111,7 @@ def _own_layout(root, table, file_column, label_column, split_column):
     if table: tables = [root/table]
     if len(tables) != 1:
         names = ", ".join(path.name for path in tables[:5])
-        raise HplError(f"{root} holds {len(tables)} tables ({names or 'no .csv, .tsv or .parquet'}); name one with table=.")
+        raise HplError(f"{root} holds {len(tables)} tables ({names or '.csv, .tsv, .parquet'}); name one with table=.")
     content = read_table(tables[0], [])
     files = _column(content, file_column, FILE_COLUMNS, "file_column", tables[0])
     labels = _column(content, label_column, LABEL_COLUMNS, "label_column", tables[0])
@@ -125,26 +125,30 @@ def _own_layout(root, table, file_column, label_column, split_column):
 def _column(table, name, usual, argument, path):
     found = [column for column in ((name,) if name else usual) if column in table]
     if not found:
-        raise HplError(f"{path} has no column {name or ' or '.join(usual)} (it has {', '.join(table.columns)}); name it "
-                       f"with {argument}=.")
+        there = ", ".join(table.columns)
+        raise HplError(f"{path} has no column {name or ' or '.join(usual)} (it has {there}); name it with {argument}=.")
     return found[0]
 
 # %% ../../nbs/16_data.check.ipynb #d1756751
+KNOWN_SPLITS = ("train", "val", "test", "labelled", "unlabelled") # the last two in one's own tables only
+
 def label_findings(
     layout:Layout, # a table
     splits:Sequence[str], # split of each row
 )->list[Finding]: # errors: labels that are text, missing, infinite or out of range; unknown splits
-    "What is wrong with the labels and the splits of a table."
-    from hpl_nb.data.images import label_problems, split_problems
+    "What is wrong with the labels and the splits of a table; a training row of one's own may lack a label."
+    from hpl_nb.data.images import Problem, label_problems, split_problems
     files, labels, split = layout.columns
-    problems = label_problems(layout.table[labels], *layout.ages, layout.unknown_ok)[1]
+    values, problems = label_problems(layout.table[labels], *layout.ages, layout.unknown_ok)
+    bad = {problem.row for problem in problems}
+    problems += [Problem(row, "missing label", f"a row of the split {splits[row]} needs a label")
+                 for row, value in enumerate(values)
+                 if value != value and row not in bad and splits[row] in ("val", "test", "labelled")]
     known = KNOWN_SPLITS if layout.unknown_ok else KNOWN_SPLITS[:3]
     if split: problems += split_problems(layout.table[split], known)[1]
     names = layout.table[files].astype(str).tolist()
     return [Finding("error", kind, row, names[row], splits[row], f"row {row} ({names[row]}): {detail}")
             for row, kind, detail in problems]
-
-KNOWN_SPLITS = ("train", "val", "test", "labelled", "unlabelled") # the last two in one's own tables only
 
 # %% ../../nbs/16_data.check.ipynb #379fd01b
 def picture_findings(
@@ -176,22 +180,22 @@ def repeated_findings(
     splits:Sequence[str], # of every row
     names:Sequence[str], # of every row
     what:str, # "picture" or "pair"
-)->tuple[list[Finding], list[str]]: # warnings; a note on those that cross splits
+)->tuple[list[Finding], list[str]]: # warnings; a note that counts the groups
     "Groups of rows with equal content."
+    import numpy as np
     import pandas as pd
-    findings, crossing, both = [], 0, 0
+    findings, counts = [], np.zeros(4, dtype=int)
     for _, rows in pd.Series(list(keys)).groupby(list(keys.values()), sort=False):
         if len(rows) < 2: continue
-        held, values = {splits[row] for row in rows}, {labels[row] for row in rows}
+        crosses, differs = len({splits[row] for row in rows}) > 1, len({labels[row] for row in rows}) > 1
+        counts += (1, crosses, differs, crosses and differs)
         detail = "; ".join(f"row {row} ({splits[row]}, {labels[row]:g}): {names[row]}" for row in rows)
-        first = int(rows.iloc[0])
-        place = (first, names[first], splits[first])
-        crossing, both = crossing + (len(held) > 1), both + (len(held) > 1 and len(values) > 1)
-        kind = f"same {what} in several splits" if len(held) > 1 else f"same {what} twice in one split"
+        place = (int(rows.iloc[0]), names[rows.iloc[0]], splits[rows.iloc[0]])
+        kind = f"same {what} in several splits" if crosses else f"same {what} twice in one split"
         findings.append(Finding("warning", kind, *place, detail))
-        if len(values) > 1: findings.append(Finding("warning", f"same {what}, different labels", *place, detail))
-    note = f"{crossing} groups of identical {what}s cross splits, {both} of them with different labels."
-    return findings, [note] if crossing else []
+        if differs: findings.append(Finding("warning", f"same {what}, different labels", *place, detail))
+    note = "{} groups of identical {}s: {} cross splits, {} carry different labels, {} do both."
+    return findings, [note.format(counts[0], what, *counts[1:])] if len(findings) else []
 
 # %% ../../nbs/16_data.check.ipynb #61de3412
 def dropped_note(
@@ -205,8 +209,8 @@ def dropped_note(
     train = np.array([row for row in hashes if splits[row] not in ("val", "test")], dtype=np.int64)
     held_out = np.array([row for row in hashes if splits[row] in ("val", "test")], dtype=np.int64)
     dropped = len(train) - len(drop_duplicates(train, held_out, hashes))
-    note = (f"deduplicate=True would leave out {dropped} of {len(train):,} training rows: those whose picture is also in "
-            "val or test, and repetitions within training.")
+    note = (f"deduplicate=True would leave out {dropped} of {len(train):,} training rows: those whose picture is also "
+            "in val or test, and repetitions within training.")
     return [note] if dropped else []
 
 # %% ../../nbs/16_data.check.ipynb #66fe6d89

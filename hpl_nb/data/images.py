@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core import HplError
-from .core import PerSample, SemiSupervisedData, View
+from .core import SemiSupervisedData, View
 
 # %% auto #0
 __all__ = ['RELEASED_OPERATIONS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'registry', 'sha256', 'fetch', 'read_table', 'Problem',
@@ -448,11 +448,14 @@ class ImageView:
     def __call__(self, samples:Sequence[Image.Image], seeds:np.ndarray|None=None)->Tensor:
         if len(sizes := {image.size for image in samples}) > 1:
             raise HplError(f"pictures of one batch differ in size, {sorted(sizes)[:2]} for example; give size=.")
-        pixels = PerSample(self.augment)(samples, seeds if self.transforms else None).float().div_(255)
+        with torch.random.fork_rng(devices=[], enabled=seeds is not None):
+            keys = [None]*len(samples) if seeds is None else seeds
+            pixels = torch.stack([self.augment(*pair) for pair in zip(samples, keys)]).float().div_(255)
         return pixels.sub_(torch.tensor(self.mean)[:, None, None]).div_(torch.tensor(self.std)[:, None, None])
 
-    def augment(self, image:Image.Image)->Tensor:
-        "One picture, uint8 of shape (3, H, W); random if there are transforms."
+    def augment(self, image:Image.Image, seed:int|None=None)->Tensor:
+        "One picture as uint8, (3, H, W); without a seed it draws from torch's generator as it stands."
+        if seed is not None: torch.default_generator.manual_seed(int(seed))
         for transform in self.transforms: image = transform(image)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 

@@ -13,15 +13,15 @@ import pandas as pd
 
 from ..core import HplError, LabelNormalizer
 from .core import SemiSupervisedData
-from .images import (ImageFiles, ImageSource, ImageViews, checked_columns, exact_count, find_images, image_data,
-                                prefix_sets, randaugment_mc_views, read_table, require_images)
+from .images import (ImageFiles, ImageSource, ImageViews, checked_columns, exact_count, find_images,
+                                image_data, prefix_sets, randaugment_mc_views, read_table, require_images)
 
 # %% auto #0
 __all__ = ['AGES', 'HINT', 'RELEASED_NORMALIZER', 'read_actors', 'released_order', 'released_views', 'imdb_wiki']
 
 # %% ../../nbs/13_data.imdb_wiki.ipynb #297da8dc
 AGES = (0., 200.) # a label outside is an error
-HINT = ("Get the cropped faces imdb_crop.tar and wiki_crop.tar from https://data.vision.ee.ethz.ch/cvl/rrothe/imdb-wiki "
+HINT = ("Get imdb_crop.tar and wiki_crop.tar (cropped faces) from https://data.vision.ee.ethz.ch/cvl/rrothe/imdb-wiki "
         "and imdb_wiki.csv from https://github.com/YyzHarry/imbalanced-regression (imdb-wiki-dir/data), and put the "
         "table and the unpacked folders side by side.")
 
@@ -34,7 +34,7 @@ def read_actors(
     if not root.is_dir(): raise HplError(f"there is no folder {root}. {HINT}")
     table = read_table(root/"imdb_wiki.csv", ["age", "path"], HINT)
     if "SPLIT" not in table: table = table.rename(columns={"split": "SPLIT"})
-    if "SPLIT" not in table: raise HplError(f"{root/'imdb_wiki.csv'} has neither a column 'split' nor 'SPLIT'; add one.")
+    if "SPLIT" not in table: raise HplError(f"{root/'imdb_wiki.csv'} has no column 'split' (or 'SPLIT'); add one.")
     return table, find_images(root, table["path"].tolist())
 
 # %% ../../nbs/13_data.imdb_wiki.ipynb #1a150cd6

@@ -92,10 +92,10 @@ def forward_batches(
     regressor:Regressor, # the network, in training mode
     batch:Mapping[str, Mapping[str, Tensor]], # labelled: weak, y; unlabelled: weak, strong
 )->Passes:
-    "Three forward passes: labelled, weak without gradient, strong."
+    "Three forward passes: weak without gradient (first, while no graph is in memory), labelled, strong."
     labelled, unlabelled = batch["labelled"], batch["unlabelled"]
-    labelled_features = regressor.features(labelled["weak"])
     with torch.no_grad(): pseudo_label = regressor(unlabelled["weak"])
+    labelled_features = regressor.features(labelled["weak"])
     unlabelled_features = regressor.features(unlabelled["strong"])
     return Passes(labelled_features, regressor.head(labelled_features), labelled["y"],
                   unlabelled_features, regressor.head(unlabelled_features), pseudo_label)

@@ -137,10 +137,12 @@ class HPL(Method):
 
     def training_step(self, batch:Mapping[str, Mapping[str, Tensor]])->dict[str, Tensor]:
         "Inner loss of eq. 5; leaves phi's gradient of eq. 8 in .grad."
-        s, passes = self.settings, forward_batches(self.regressor, batch)
-        if (outer := outer_features(self, batch)) is not None:
-            teach(self, passes, *outer)
-            if s.separate_forward: passes = forward_batches(self.regressor, batch)
+        s, outer = self.settings, outer_features(self, batch)
+        if outer and s.separate_forward:
+            with torch.no_grad(): ahead = forward_batches(self.regressor, batch)
+            teach(self, ahead, *outer)
+        passes = forward_batches(self.regressor, batch)
+        if outer and not s.separate_forward: teach(self, passes, *outer)
         if s.outer == "previous": self.memory |= {"features": passes.labelled_features.detach(), "y": passes.y}
         z = log_variance_for_theta(self, passes)
         weight = pseudo_label_weight(z, s.half_weight)

@@ -1,0 +1,60 @@
+"Every method on a small network and a little data, and comparison to the bit: what the tests of trainer and methods share."
+from dataclasses import replace
+from functools import lru_cache, partial
+
+import numpy as np
+import pandas as pd
+import torch
+
+from hpl_nb.core import seed_everything
+from hpl_nb.data.core import SemiSupervisedData, StreamSettings
+from hpl_nb.data.rotated_digits import rotated_digits
+from hpl_nb.methods.core import PseudoLabel, Supervised
+from hpl_nb.methods.hpl import HPL, PAPER, RELEASE, JointUncertainty
+from hpl_nb.models import small_cnn
+from hpl_nb.trainer import OptimizerSettings, TrainSettings
+
+METHODS = {"Supervised": Supervised, "PseudoLabel": PseudoLabel, "JointUncertainty": JointUncertainty,
+           "HPL paper": partial(HPL, settings=PAPER), "HPL release": partial(HPL, settings=RELEASE),
+           "HPL previous": partial(HPL, settings=replace(PAPER, preset="previous", outer="previous"))}
+SETTINGS = TrainSettings(epochs=3, iterations_per_epoch=5, streams=StreamSettings(8, 16), record_every=2,
+                         optimizer=OptimizerSettings(lr_body=3e-3, lr_head=1e-2, decay_every=1, decay=.5))
+
+
+@lru_cache
+def digits():
+    "Rotated digits with few rows: 69 labelled, 96 unlabelled, 40 for validation and 40 for the test."
+    data = rotated_digits()
+    return replace(data, unlabelled=data.unlabelled[:96], val=data.val[:40], test=data.test[:40])
+
+
+def vectors(outputs=1, rows=200, seed=0):
+    "Inputs (rows, 3) with K noisy linear targets; 40 rows labelled, the last 40 for validation and the test; views add noise."
+    random = np.random.default_rng(seed)
+    x, order = torch.from_numpy(random.normal(size=(rows, 3))).float(), np.arange(rows)
+    y = x.numpy() @ random.normal(size=(3, outputs)) + .1*random.normal(size=(rows, outputs))
+    return SemiSupervisedData("vectors", x, 3*y + 5, order[:40], order[40:-40], order[-40:-20], order[-20:],
+                              weak=partial(_noisy, .05), strong=partial(_noisy, .3))
+
+
+def _noisy(scale, samples, seeds):
+    "A sample plus noise that is a pure function of its seed."
+    noise = [torch.randn(samples.shape[1:], generator=torch.Generator().manual_seed(int(seed))) for seed in seeds]
+    return samples + scale*torch.stack(noise)
+
+
+def make(name, seed=0, regressor=partial(small_cnn, width=4, dropout=.2)):
+    "A fresh method, by default on a network with batch norm and dropout."
+    seed_everything(seed)
+    return METHODS[name](regressor())
+
+
+def differences(a, b, path=""):
+    "Where two nested values differ, to the bit (NaN equals NaN); empty where they do not."
+    if isinstance(a, pd.DataFrame): a, b = a.to_dict("list"), b.to_dict("list")
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys(): return [d for k in a for d in differences(a[k], b[k], f"{path}/{k}")]
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
+        return [d for i, pair in enumerate(zip(a, b)) for d in differences(*pair, f"{path}/{i}")]
+    if isinstance(a, torch.Tensor): same = isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    else: same = type(a) is type(b) and (a == b or a != a and b != b)
+    return [] if same else [path or "/"]

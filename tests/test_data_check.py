@@ -1,0 +1,132 @@
+"The check of a data set's folder: every kind of layout, every kind of problem, and the real faces."
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from hpl_nb import data
+from hpl_nb.core import HplError
+
+
+def draw(path, seed):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (20, 20, 3), dtype=np.uint8)).save(path)
+
+
+def make_own(root, rows=10, **columns):
+    for row in range(rows): draw(root/"faces"/f"{row}.png", row)
+    table = pd.DataFrame({"file": [f"{row}.png" for row in range(rows)], "label": np.linspace(0, 1, rows), **columns})
+    table.to_csv(root/"labels.csv", index=False)
+    return root
+
+
+def kinds(report): return dict(zip(data.summary(report)["kind"], data.summary(report)["count"]))
+
+
+def check(root, **settings): return data.check(root, progress=False, **settings)
+
+
+def test_a_good_folder_of_ones_own(tmp_path):
+    report = check(make_own(tmp_path))
+    assert report.ok and not len(report.problems) and report.rows == {"all": 10} and "0 errors, 0 warnings" in str(report)
+
+
+def test_unlabelled_rows_are_no_problem_but_text_is(tmp_path):
+    labels = ["1", "", "nan", "3", "many", "inf", "2", "1e400", "4", "5"]
+    report = check(make_own(tmp_path, label=labels, split=["labelled", "unlabelled", "unlabelled"] + ["test"]*6 + ["extra"]))
+    assert kinds(report) == {"text label": 1, "infinite label": 2, "unknown split": 1}
+    assert not report.ok and set(report.problems["row"]) == {4, 5, 7, 9}
+    report = check(make_own(tmp_path, label=["", "", ""] + ["1"]*7, split=["train", "labelled", "val"] + ["test"]*7))
+    assert kinds(report) == {"missing label": 2} and set(report.problems["row"]) == {1, 2}
+
+
+def test_problems_of_pictures(tmp_path):
+    make_own(tmp_path, split=["train"]*6 + ["test"]*4)
+    (tmp_path/"faces"/"0.png").write_bytes(b"")
+    (tmp_path/"faces"/"1.png").unlink()
+    (tmp_path/"faces"/"3.png").write_bytes((tmp_path/"faces"/"2.png").read_bytes())
+    (tmp_path/"faces"/"8.png").write_bytes((tmp_path/"faces"/"4.png").read_bytes())
+    draw(tmp_path/"faces"/"extra.png", 99)
+    report = check(tmp_path)
+    assert kinds(report) == {"broken picture": 1, "missing picture": 1, "picture not in the table": 1, "same picture in several splits": 1,
+                             "same picture twice in one split": 1, "same picture, different labels": 2}
+    assert "2 groups of identical pictures: 1 cross splits, 2 carry different labels, 1 do both." in report.notes
+    assert any(note.startswith("deduplicate=True would leave out 2 of 4 training rows") for note in report.notes)
+    assert str(tmp_path) not in str(report) and "extra.png" in str(report)
+    html = report._repr_html_()
+    assert html.count("<table") == 1 and "missing picture" in html and "8.png" in html
+
+
+def test_names_are_escaped_in_html(tmp_path):
+    make_own(tmp_path, rows=2, file=["<script>.png", "1.png"])
+    assert "<script>" not in check(tmp_path)._repr_html_()
+
+
+def test_columns_and_tables_are_named(tmp_path):
+    make_own(tmp_path)
+    pd.read_csv(tmp_path/"labels.csv").rename(columns={"file": "wo", "label": "wieviel"}).to_csv(tmp_path/"labels.csv", index=False)
+    with pytest.raises(HplError, match="no column FileName or path .*file_column="): check(tmp_path)
+    assert check(tmp_path, file_column="wo", label_column="wieviel").ok
+    with pytest.raises(HplError, match="no column nirgends .*split_column="):
+        check(tmp_path, file_column="wo", label_column="wieviel", split_column="nirgends")
+    (tmp_path/"second.csv").write_text("a\n1\n")
+    with pytest.raises(HplError, match="holds 2 tables .labels.csv, second.csv.; name one with table="): check(tmp_path)
+    assert check(tmp_path, table="labels.csv", file_column="wo", label_column="wieviel").ok
+    with pytest.raises(HplError, match="there is no folder"): check(tmp_path/"none")
+    with pytest.raises(HplError, match="holds 0 tables"): check(tmp_path/"faces")
+
+
+def test_imdb_wiki(tmp_path):
+    for row in range(6): draw(tmp_path/"imdb_crop"/"00"/f"{row}.jpg", row)
+    table = pd.DataFrame(dict(age=[20, 30, 300, 40, 50, 60], path=[f"imdb_crop/00/{row}.jpg" for row in range(6)],
+                              split=["train"]*4 + ["val", "test"]))
+    table.to_csv(tmp_path/"imdb_wiki.csv", index=False)
+    report = check(tmp_path)
+    assert report.layout == "IMDB-WIKI" and kinds(report) == {"label out of range": 1} and report.rows == {"train": 4, "val": 1, "test": 1}
+
+
+def test_nothing_is_changed(tmp_path):
+    make_own(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    check(tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_importing_it_is_light():
+    code = "import sys, hpl_nb.data.core; print([m for m in ('pandas', 'PIL', 'torchvision', 'hpl_nb.data.images') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_the_real_faces(shared):
+    "Every one of the 16,434 pictures decodes; what is doubtful about them is counted."
+    report = check(shared/"data"/"utkface")
+    assert report.ok and report.rows == {"train": 10518, "val": 2629, "test": 3287}
+    assert kinds(report) == {"same picture in several splits": 131, "same picture twice in one split": 136,
+                             "same picture, different labels": 123}
+    assert report.notes[0].startswith("utkface.csv is the authors' table")
+    assert report.notes[1].startswith("267 groups of identical pictures: 131 cross splits, 123 carry different labels")
+    assert report.notes[2].startswith("deduplicate=True would leave out 246 of 10,518 training rows")
+
+
+def test_the_real_pairs(shared):
+    pytest.importorskip("hpl_nb.data.stsb")
+    report = check(shared/"data"/"stsb")
+    assert report.ok and report.rows == {"train": 5249, "dev": 1000, "test": 1000}
+    assert report.notes[0].startswith("sts.tsv is the authors' table")
+    assert report.notes[1] == "55 groups of identical pairs: 28 cross splits, 15 carry different labels, 8 do both."
+
+
+def test_bad_pairs(tmp_path):
+    pytest.importorskip("hpl_nb.data.stsb")
+    columns = ["sentence1", "sentence2", "score", "split", "sent_s1", "sent_s2"]
+    rows = [["a b", "c d", "1", "train"], ["c d", "a b", "2", "test"], ["e", "f", "3", "dev"]]
+    pd.DataFrame([[*row, row[0], row[1]] for row in rows], columns=columns).to_csv(tmp_path/"sts.tsv", sep="\t", index=False)
+    report = check(tmp_path)
+    assert kinds(report) == {"other table": 1, "same pair in several splits": 1, "same pair, different labels": 1}
+    rows[2][2] = "six"
+    pd.DataFrame([[*row, row[0], row[1]] for row in rows], columns=columns).to_csv(tmp_path/"sts.tsv", sep="\t", index=False)
+    report = check(tmp_path)
+    assert not report.ok and "six" in str(report)

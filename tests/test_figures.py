@@ -1,0 +1,176 @@
+"Figures hold the rows that they were given, look the same everywhere, and reports need nothing but themselves."
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
+
+from hpl_nb import figures, metrics
+from hpl_nb.core import HplError
+
+
+def predictions(n=200, seed=0, method="a", epoch=3):
+    rng = np.random.default_rng([seed, ord(method[0])])
+    y, sigma = np.random.default_rng(9).integers(20, 40, n).astype(float), np.exp(rng.normal(size=n))
+    return pd.DataFrame(dict(
+        run=f"{method}{seed}", method=method, dataset="made-up", label_ratio=.1, seed=seed, epoch=epoch, split="unlabelled",
+        index=range(n), output=0, y_true=y, y_pred=y + rng.normal(size=n),
+        pseudo_label=y + sigma * rng.normal(size=n), strong_prediction=y, log_variance=2 * np.log(sigma)))
+
+
+def log(seed=0, method="a", epochs=5):
+    e = np.arange(epochs)
+    return pd.DataFrame(dict(run=f"{method}{seed}", method=method, seed=seed, epoch=e, log_variance_mean=e / 9,
+                             log_variance_sd=.1, weight_mean=1., val_mae=9. - e, val_r2=e / 10))
+
+
+@pytest.fixture
+def both(): return pd.concat([predictions(), predictions(method="b")], ignore_index=True)
+
+
+def all_figures(table, **more):
+    "Every figure of the module."
+    logs, runs = pd.concat([log(), log(1), log(method="b")]), metrics.evaluate(table)
+    return dict(
+        boxes=figures.pseudo_label_boxplots(table, **more), scatter=figures.variance_scatter(table, **more),
+        slider=figures.variance_scatter(table, at=[25, 30], **more),
+        groups=figures.group_error_lines(metrics.group_errors(table, "pseudo_label"), **more),
+        reliability=figures.reliability_diagram(metrics.reliability(table), **more),
+        curves=figures.learning_curves(logs, **more), variance=figures.log_variance_curves(logs, methods=more.get("methods")),
+        results=figures.results_chart(metrics.summarise(runs), runs, **more))
+
+
+def test_every_figure_has_titles_units_and_a_transparent_background(both):
+    before = both.copy()
+    for name, figure in all_figures(both, unit="years").items():
+        assert isinstance(figure, go.Figure) and figure.layout.title.text and figure.layout.width is None, name
+        assert figure.layout.template.layout.paper_bgcolor == "rgba(0,0,0,0)" and figure.layout.template.layout.autosize
+        titles = [axis.title.text for axis in (*figure.select_xaxes(), *figure.select_yaxes()) if axis.title.text]
+        assert titles and (name == "variance" or any("years" in title for title in titles)), name
+    pd.testing.assert_frame_equal(both, before)
+
+
+def test_a_method_keeps_its_colour(both):
+    only_b = both[both.method == "b"]
+    for name, figure in all_figures(only_b, methods=["a", "b"]).items():
+        colours = {t.line.color or t.fillcolor or t.marker.color for t in figure.data
+                   if t.name in ("b", "b (n = 1)") and t.type != "bar"}
+        assert colours == {"#D55E00"}, name
+
+
+def test_styles_are_stable_and_differ():
+    styles = figures.method_styles(f"method {i}" for i in range(14))
+    assert len(set(styles.values())) == 14
+    assert figures.method_styles(["method 0"])["method 0"] == styles["method 0"]
+
+
+def test_boxes_are_tukeys_and_stay_small():
+    table = predictions(100_000)
+    figure = figures.pseudo_label_boxplots(table, width=1)
+    bars, box, points = figure.data
+    values = table.pseudo_label[table.y_true == box.x[3]]
+    assert [box.q1[3], box.median[3], box.q3[3]] == pytest.approx(np.quantile(values, [.25, .5, .75]).tolist())
+    assert sum(bars.y) == 100_000 and len(points.x) <= 2000 and len(figure.to_json()) < 500_000
+    assert values.min() <= box.lowerfence[3] <= box.q1[3]
+
+
+def test_samples_are_counted_once_for_several_runs(both):
+    assert sum(figures.pseudo_label_boxplots(both).data[0].y) == 200
+    assert len(figures.pseudo_label_boxplots(both.assign(y_true=30., pseudo_label=31.)).data[0].x) == 1
+
+
+def test_scatter_shows_the_rows_and_names_them(both):
+    names = [f"<b>{i}</b>.jpg" for i in both["index"]]
+    first = figures.variance_scatter(both.assign(sample_name=names), at=30, width=4).data[0]
+    rows = both[(both.method == "a") & both.y_true.between(28, 32)]
+    assert list(first.x) == pytest.approx((rows.pseudo_label - rows.y_true).abs().tolist())
+    assert list(first.y) == pytest.approx(np.exp(rows.log_variance).tolist())
+    assert first.customdata[0][0] == f"&lt;b&gt;{rows['index'].iloc[0]}&lt;/b&gt;.jpg"
+    assert figures.variance_scatter(both).layout.yaxis.type == "log"
+    assert figures.variance_scatter(both.assign(log_variance=1.)).layout.yaxis.type is None
+
+
+def test_scatter_slider_shows_one_label_at_a_time(both):
+    figure = figures.variance_scatter(both, at=[25, 30, 35])
+    assert [trace.visible for trace in figure.data] == [True, True] + 4 * [False]
+    assert list(figure.layout.sliders[0].steps[1].args[0]["visible"]) == [False, False, True, True, False, False]
+
+
+def test_results_show_every_seed_and_no_spread_of_one():
+    runs = metrics.evaluate(pd.concat([predictions(seed=s) for s in range(3)] + [predictions(method="b")]))
+    figure = figures.results_chart(metrics.summarise(runs), runs, "mse")
+    seeds, mean, _, alone = figure.data
+    assert len(seeds.x) == 3 and mean.error_x.array[0] > 0 and alone.error_x.array[0] is None
+    assert [mean.y[0], alone.y[0]] == ["a (n = 3)", "b (n = 1)"]
+    with pytest.raises(HplError, match="several rows"):
+        figures.results_chart(metrics.summarise(pd.concat([runs, runs.assign(split="test")])))
+
+
+def test_log_figures_keep_epochs_in_order_and_skip_methods_without_a_variance():
+    table = pd.concat([log()[::-1], log(method="b").assign(log_variance_mean=np.nan)])
+    assert list(figures.learning_curves(table).data[0].x) == [0, 1, 2, 3, 4]
+    assert len(figures.log_variance_curves(table).data) == 3
+    assert figures.learning_curves(table, "val_r2").layout.yaxis.title.text == "Validation R²"
+    with pytest.raises(HplError, match="learn no variance"):
+        figures.log_variance_curves(table.assign(log_variance_mean=np.nan))
+
+
+def test_wrong_tables_are_refused(both):
+    two = pd.concat([both, both.assign(epoch=4)])
+    for draw in (figures.pseudo_label_boxplots, figures.variance_scatter):
+        with pytest.raises(HplError, match="last_epochs"): draw(two)
+        with pytest.raises(HplError, match="no rows"): draw(both[:0])
+        with pytest.raises(HplError, match="no column pseudo_label"): draw(both.drop(columns="pseudo_label"))
+    with pytest.raises(HplError, match="labels run from"): figures.variance_scatter(both, at=90)
+    with pytest.raises(HplError, match="no column val_mse"): figures.learning_curves(log(), "val_mse")
+    with pytest.raises(HplError, match="group errors"): figures.group_error_lines(both)
+
+
+def test_show_is_deterministic_and_safe_in_html(both):
+    one, two = (figures.show(figures.variance_scatter(both.assign(method="</script><script>alert(1)")))._repr_mimebundle_()
+                for _ in range(2))
+    assert one == two and one["text/html"].count("</script>") == 1
+    assert "data" in one["application/vnd.plotly.v1+json"] and one["text/plain"].startswith("Figure: ")
+    assert len(json.dumps(one)) < 100_000
+
+
+@pytest.fixture
+def report(tmp_path, both):
+    sections = [(f"{name} & more", "First.\n\nSecond </script> <b>.", figure) for name, figure in all_figures(both).items()]
+    table = metrics.format_table(metrics.summarise(metrics.evaluate(both))).assign(method="x" * 80 + "<i>")
+    return figures.save_report(tmp_path/"new"/"report.html", "Title <1>", [("Table", "", table), ("None", "t", None), *sections])
+
+
+def test_report_needs_nothing_else(report):
+    page = report.read_text(encoding="utf-8")
+    head, body = page.split("<body>")
+    assert head.count("plotly.js v") == 1 and 'name="viewport"' in head and "prefers-color-scheme:dark" in head
+    assert "default-src 'none'" in head and not re.search(r'(src|href)="', body) and "cdn.plot.ly" not in body
+    assert "Title &lt;1&gt;" in body and "Second &lt;/script&gt; &lt;b&gt;." in body and "x" * 80 + "&lt;i&gt;" in body
+    assert body.count("aria-labelledby") == body.count("<figure") == 8
+    assert len(set(re.findall(r' id="([^"]+)"', body))) == len(re.findall(r' id="([^"]+)"', body))
+
+
+def test_report_is_whole_or_not_there(report):
+    before = report.read_bytes()
+    with pytest.raises(HplError, match="holds a str"): figures.save_report(report, "t", [("Wrong", "", "text")])
+    assert report.read_bytes() == before and [path.name for path in report.parent.iterdir()] == ["report.html"]
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium")
+def test_report_is_drawn_without_a_network(report, tmp_path):
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+               "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path/'profile'}",
+               "--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=8000", "--dump-dom", report.as_uri()]
+    page = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    assert page.count('class="plot-container') == 8 and "has not run here.</p>" not in page
+
+
+def test_figures_are_not_imported_with_the_package():
+    code = "import sys, hpl_nb, hpl_nb.metrics; print('plotly' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
