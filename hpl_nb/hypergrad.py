@@ -328,7 +328,7 @@ def hypergradient_autograd(
     reduction:str="mean", # "mean" or "sum"
 )->Hypergradient: # as `hypergradient`
     "The hypergradient by differentiating through the step: slow, and right by construction (one process)."
-    average = torch.mean if reduction == "mean" else torch.sum
+    average = {"mean": torch.mean, "sum": torch.sum}[reduction]
     eta, omega = head_matrix(head).requires_grad_(), weights.detach().requires_grad_()
     delta = torch.zeros_like(pseudo_label, requires_grad=True)
     r = append_one(unlabelled_features) @ eta.T

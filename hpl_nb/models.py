@@ -260,16 +260,14 @@ class BiLSTMBody(nn.Module):
         self.fingerprint = (*vectors.shape, zlib.crc32(self.vectors.cpu().numpy().tobytes()))
 
     def forward(self, x:Tensor)->Tensor:
-        "Features, shape (B, 8 hidden)."
         u, v = encode_sentences(self, x.flatten(0, 1)).unflatten(0, x.shape[:2]).unbind(1)
         return torch.cat([u, v, (u - v).abs(), u*v], dim=1)
 
     def get_extra_state(self)->Tensor: return torch.tensor(self.fingerprint)
 
     def set_extra_state(self, state:Tensor)->None:
-        if tuple(state.tolist()) == self.fingerprint: return
-        raise HplError(f"the checkpoint was trained with other word vectors (shape {tuple(state[:2].tolist())}, here "
-                       f"{self.fingerprint[:2]}): pass the vectors of the same file, words and seed")
+        if tuple(state.tolist()) != self.fingerprint:
+            raise HplError("the checkpoint was trained with other word vectors: pass those of its file and seed")
 
 # %% ../nbs/30_models.ipynb #055317c8
 def encode_sentences(

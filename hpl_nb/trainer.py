@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -19,7 +20,7 @@ import pandas as pd
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -28,17 +29,18 @@ from tqdm.auto import tqdm
 from . import __version__
 from .core import (
     PREDICTION_COLUMNS, HplError, RunFolder, atomic_write, claim_run, derive_seed, random_states, seed_everything, set_random_states)
-from .data.core import SemiSupervisedData, Streams, StreamSettings
+from .data.core import SemiSupervisedData, Streams, StreamSettings, batch_rows
 from .metrics import mean_absolute_error, mean_squared_error, r2_score, variance_summary
 from .models import Regressor
 
 # %% auto #0
 __all__ = ['Trainable', 'OptimizerSettings', 'TrainSettings', 'epoch_length', 'Run', 'load_run', 'Progress', 'Session',
-           'train_step', 'micro_batches', 'average_gradients', 'keep_record', 'evaluating', 'map_rows', 'predict_rows',
-           'predictions_table', 'inspect_rows', 'log_row', 'variance_row', 'end_epoch', 'average_buffers',
-           'checkpoint_content', 'save_checkpoint', 'save_best', 'save_snapshot', 'read_checkpoint', 'load_state',
-           'resume', 'make_accelerator', 'run_config', 'open_session', 'place_method', 'fit', 'run_steps', 'has_ended',
-           'batches', 'finish', 'selected_metrics']
+           'train_step', 'micro_batches', 'scale_gradients', 'average_gradients', 'keep_record', 'evaluating',
+           'map_rows', 'predict_rows', 'predictions_table', 'inspect_rows', 'log_row', 'variance_row', 'check_finite',
+           'end_epoch', 'average_buffers', 'process_state', 'checkpoint_content', 'save_checkpoint', 'save_best',
+           'save_snapshot', 'read_checkpoint', 'load_state', 'check_origin', 'resume', 'make_accelerator', 'run_config',
+           'check_settings', 'remove_leftovers', 'open_session', 'place_method', 'fit', 'run_steps', 'is_due',
+           'has_ended', 'batches', 'finish', 'selected_metrics']
 
 # %% ../nbs/50_trainer.ipynb #4dfea6d9
 class Trainable(Protocol):
@@ -88,8 +90,10 @@ class TrainSettings:
         for name in ("epochs", "accumulate", "iterations_per_epoch", "patience"):
             value = getattr(self, name)
             if value is not None and value < 1: raise HplError(f"{name} is {value}; give a whole number of at least 1.")
-        if self.precision not in ("no", "bf16", "fp16"):
-            raise HplError(f"precision is {self.precision!r}; choose 'no', 'bf16' or 'fp16'.")
+        if self.record_every < 0: raise HplError(f"record_every is {self.record_every}; give 0 (never) or a number of epochs.")
+        for name, allowed in (("precision", ("no", "bf16", "fp16")), ("epoch_of", ("unlabelled", "labelled"))):
+            if (value := getattr(self, name)) not in allowed:
+                raise HplError(f"{name} is {value!r}; choose {', '.join(map(repr, allowed))}.")
 
 # %% ../nbs/50_trainer.ipynb #e40853e7
 def epoch_length(
@@ -165,7 +169,9 @@ def train_step(
         accelerator.backward(sum(losses.values())/count)
         keep_record(session, losses)
     average_gradients(accelerator, method.optimizers["regressor"])
-    for optimizer in method.optimizers.values(): optimizer.step()
+    for name, optimizer in method.optimizers.items():
+        if name != "regressor" and count > 1: scale_gradients(optimizer, 1/count)
+        optimizer.step()
     for optimizer in method.optimizers.values(): optimizer.zero_grad()
     method.after_step()
 
@@ -175,12 +181,19 @@ def micro_batches(
     count:int, # into how many parts
 )->Iterator[dict[str, dict[str, Tensor]]]:
     "Cut every stream's batch into `count` equal parts."
-    for stream, tensors in batch.items():
-        size = len(tensors["index"])
-        if size % count: raise HplError(f"accumulate is {count}, which does not divide the {stream} batch of {size}.")
     for i in range(count):
         yield {stream: {key: value[i*len(value)//count:(i + 1)*len(value)//count] for key, value in tensors.items()}
                for stream, tensors in batch.items()}
+
+# %% ../nbs/50_trainer.ipynb #2cf51ac4
+def scale_gradients(
+    optimizer:Optimizer, # whose parameters' gradients are scaled
+    factor:float, # by this
+)->None:
+    "The gradients that a method leaves in .grad are sums over micro-batches; one over their number makes them means."
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None: parameter.grad *= factor
 
 # %% ../nbs/50_trainer.ipynb #1c7c0697
 def average_gradients(
@@ -233,7 +246,8 @@ def map_rows(
             some = mine[start:start + batch_size]
             seeds = np.array([derive_seed(session.seed, "evaluation", row) for row in some])
             inputs = data.inputs[some]
-            tensors = [getattr(data, view)(inputs, None if view == "plain" else seeds).to(accelerator.device) for view in views]
+            tensors = [getattr(data, view)(inputs, None if view == "plain" else seeds) for view in views]
+            tensors = [tensor.to(accelerator.device) for tensor in tensors]
             parts.append((some, {name: t.double().cpu().numpy() for name, t in function(*tensors).items()}))
     return _in_order(rows, gather_object(parts))
 
@@ -300,7 +314,8 @@ def log_row(
     row |= variance_row(session)
     if len(data.val):
         y, prediction = data.targets[data.val], predict_rows(session, data.val)
-        row |= {"val_mae": mean_absolute_error(y, prediction), "val_mse": mean_squared_error(y, prediction), "val_r2": r2_score(y, prediction)}
+        row |= {"val_mae": mean_absolute_error(y, prediction), "val_mse": mean_squared_error(y, prediction),
+                "val_r2": r2_score(y, prediction)}
     return row | {"seconds": progress.seconds + time.perf_counter() - session.started}
 
 # %% ../nbs/50_trainer.ipynb #c8c723dc
@@ -318,10 +333,20 @@ def variance_row(
     return summary | {"weight_mean": float(frame["weight"].mean())}
 
 # %% ../nbs/50_trainer.ipynb #6d025770
+def check_finite(
+    session:Session, # the run
+)->None:
+    "Raise `HplError` where a weight is infinite or NaN."
+    if torch.stack([p.detach().isfinite().all() for p in session.method.parameters()]).all(): return
+    raise HplError(f"a weight became infinite or NaN before step {session.progress.step}: training diverged. Lower lr_body "
+                   "and lr_head or the weight of the unlabelled loss; the last checkpoint is kept.")
+
+# %% ../nbs/50_trainer.ipynb #981daeb4
 def end_epoch(
     session:Session, # the run
 )->bool: # True to go on
     "Measure, keep the best, step the schedules; early stopping looks at validation only."
+    check_finite(session)
     average_buffers(session)
     progress, settings = session.progress, session.settings
     progress.log.append(log_row(session))
@@ -345,23 +370,35 @@ def average_buffers(
         if buffer.is_floating_point(): buffer.copy_(session.accelerator.reduce(buffer.clone(), "mean"))
 
 # %% ../nbs/50_trainer.ipynb #5982d334
+def process_state(
+    session:Session, # the run
+)->dict[str, Any]: # on the CPU
+    "What a process has of its own: random states, the epoch's sums and, of the method, all that is no parameter."
+    shared, state = dict(session.method.named_parameters()), session.method.state_dict()
+    own = {"losses": session.progress.losses, "records": session.progress.records,
+           "method": {name: value for name, value in state.items() if name not in shared}}
+    return send_to_device(own, "cpu") | {"random": random_states()}
+
+# %% ../nbs/50_trainer.ipynb #7ba2fa84
 def checkpoint_content(
     session:Session, # the run
 )->dict[str, Any]: # tensors, numbers, strings, lists and dictionaries
     "All that is needed to go on exactly."
-    return {"format": 1, "method": session.method.state_dict(),
+    seconds = session.progress.seconds + time.perf_counter() - session.started
+    return {"format": 1, "config": json.dumps(session.config), "method": session.method.state_dict(),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in session.method.optimizers.items()},
             "schedulers": {name: scheduler.state_dict() for name, scheduler in session.schedulers.items()},
             "scaler": session.accelerator.scaler.state_dict() if session.accelerator.scaler else None,
-            "progress": asdict(session.progress) | {"seconds": session.progress.seconds + time.perf_counter() - session.started},
-            "random": gather_object([random_states()]), "config": json.dumps(session.config)}
+            "progress": asdict(replace(session.progress, seconds=seconds, losses={}, records={})),
+            "processes": gather_object([process_state(session)])}
 
-# %% ../nbs/50_trainer.ipynb #7ba2fa84
+# %% ../nbs/50_trainer.ipynb #39b4801c
 def save_checkpoint(
     session:Session, # the run
 )->None:
     "Write the checkpoint atomically: the previous one stays until the new one is complete."
     if session.folder is None: return
+    check_finite(session)
     content = checkpoint_content(session)
     if not session.accelerator.is_main_process: return
     atomic_write(session.folder.checkpoint, lambda file: torch.save(content, file))
@@ -384,7 +421,6 @@ def save_snapshot(
     epoch:int, # just finished
 )->None:
     "Keep the predictions of an epoch, for plots over training."
-    if session.folder is None: raise HplError("record_every keeps predictions on disk: give a folder, or record_every=0.")
     table = predictions_table(session, epoch)
     if session.accelerator.is_main_process:
         atomic_write(session.folder.path/"predictions"/f"epoch-{epoch:04d}.parquet", lambda file: table.to_parquet(file, index=False))
@@ -392,12 +428,15 @@ def save_snapshot(
 # %% ../nbs/50_trainer.ipynb #1350cc01
 def read_checkpoint(
     path:Path, # written by `save_checkpoint` or `save_best`
-    device:torch.device|str="cpu", # where tensors go
-)->dict[str, Any]:
+)->dict[str, Any]: # with all tensors on the CPU
     "Load tensors and plain values only (`weights_only=True`); a damaged file raises `HplError`."
-    try: return torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, ValueError, KeyError) as error:
-        raise HplError(f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0]}). It is damaged or not ours: "
+    try:
+        with zipfile.ZipFile(path) as archive: damaged = archive.testzip() # torch does not look at the checksums
+        if damaged: raise zipfile.BadZipFile(f"{damaged} does not have its checksum")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error: # a damaged file can raise anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise HplError(f"{path} cannot be read as a checkpoint ({reason}). It is damaged or not ours: "
                        "delete it and run the same command again to start over, or restore a copy.") from error
 
 # %% ../nbs/50_trainer.ipynb #47aa83c4
@@ -417,21 +456,33 @@ def load_state(
     method.load_state_dict(state)
 
 # %% ../nbs/50_trainer.ipynb #a369d803
+def check_origin(
+    session:Session, # the run
+    content:Mapping[str, Any], # of its checkpoint
+)->None:
+    "Refuse a checkpoint that another run has written."
+    there = json.loads(content.get("config", "{}"))
+    differing = [key for key, value in session.config.items() if there.get(key) != value]
+    if not differing: return
+    key = differing[0]
+    raise HplError(f"{session.folder.checkpoint} is the checkpoint of another run: {key} is {there.get(key)!r} there and "
+                   f"{session.config[key]!r} here. Put the run's own back, or delete it to start over.")
+
+# %% ../nbs/50_trainer.ipynb #34ae8254
 def resume(
     session:Session, # a new session of the same run
 )->None:
     "Go on from the folder's checkpoint, exactly; without one, start at the beginning."
     if session.folder is None or not session.folder.checkpoint.exists(): return
-    content = read_checkpoint(session.folder.checkpoint, session.accelerator.device)
-    states = content["random"]
-    if len(states) != session.accelerator.num_processes:
-        raise HplError(f"{session.folder.path} was trained by {len(states)} process(es); resume it with as many.")
-    load_state(session.method, content["method"], session.folder.checkpoint)
+    content, device = read_checkpoint(session.folder.checkpoint), session.accelerator.device
+    check_origin(session, content)
+    own = send_to_device(content["processes"][session.accelerator.process_index], device)
+    load_state(session.method, {**send_to_device(content["method"], device), **own["method"]}, session.folder.checkpoint)
     for name, optimizer in session.method.optimizers.items(): optimizer.load_state_dict(content["optimizers"][name])
     for name, scheduler in session.schedulers.items(): scheduler.load_state_dict(content["schedulers"][name])
     if session.accelerator.scaler: session.accelerator.scaler.load_state_dict(content["scaler"])
-    session.progress = Progress(**content["progress"])
-    set_random_states(states[session.accelerator.process_index])
+    session.progress = Progress(**content["progress"] | {"losses": own["losses"], "records": own["records"]})
+    set_random_states(own["random"])
 
 # %% ../nbs/50_trainer.ipynb #483bd947
 def make_accelerator(
@@ -442,8 +493,14 @@ def make_accelerator(
     "An accelerator of this precision, also when an earlier run of the same process had another."
     shared = AcceleratorState._shared_state
     if shared and shared.get("_mixed_precision", settings.precision) != settings.precision: AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=settings.precision, log_with=list(trackers) or None,
-                       project_dir=str(folder.path) if folder else None)
+    try: accelerator = Accelerator(mixed_precision=settings.precision, log_with=list(trackers) or None,
+                                   project_dir=str(folder.path) if folder else None)
+    except ValueError as error: raise HplError(f"precision {settings.precision!r} with trackers {trackers}: {error}") from error
+    if settings.precision != "no" and not accelerator.native_amp:
+        raise HplError(f"precision is {settings.precision!r}, which the {accelerator.device.type} does not have; use 'no' or 'bf16'.")
+    if len(accelerator.log_with) < len(trackers):
+        raise HplError(f"trackers are {trackers}, of which only {accelerator.log_with} can be imported; install the others.")
+    return accelerator
 
 # %% ../nbs/50_trainer.ipynb #b7160595
 def run_config(
@@ -455,17 +512,39 @@ def run_config(
 )->dict[str, Any]: # plain values, written to config.json
     "Everything that decides a run's numbers."
     parameters = {name: list(p.shape) for name, p in method.named_parameters()}
+    network = re.sub("0x[0-9a-f]+", "", repr(method)) # layers and their settings, such as dropout
     config = {"method": type(method).__name__, "dataset": data.name, "label_ratio": data.label_ratio, "seed": seed,
               "settings": method.config(), "train": asdict(settings), "data": data.notes, "unit": data.unit,
               "rows": {split: len(data.rows(split)) for split in ("labelled", "unlabelled", "val", "test")},
-              "rows_digest": derive_seed(*np.concatenate([data.labelled, data.unlabelled]).tolist(), *data.targets[data.labelled].ravel().tolist()),
-              "normalizer": asdict(data.normalizer), "parameters": derive_seed(json.dumps(parameters)),
+              "rows_digest": derive_seed(*data.labelled.tolist(), *data.unlabelled.tolist(), *data.targets[data.labelled].ravel().tolist()),
+              "normalizer": asdict(data.normalizer), "parameters": derive_seed(json.dumps(parameters)), "network": derive_seed(network),
               "processes": processes, "version": __version__}
     preset = method.config().get("preset")
     name = config["method"] + (f" ({preset})" if preset else "")
     return json.loads(json.dumps({**config, "method": name, "run": f"{data.name}/{data.label_ratio:g}/{name}/{seed}"}, default=str))
 
 # %% ../nbs/50_trainer.ipynb #dda7a351
+def check_settings(
+    settings:TrainSettings, # how to train
+    streams:Streams, # on what
+    folder:RunFolder|None, # where to
+)->None:
+    "Refuse before training what would fail during it."
+    for stream, rows in batch_rows(streams, 0).items():
+        share = len(rows)//streams.processes
+        if share % settings.accumulate:
+            raise HplError(f"accumulate is {settings.accumulate}, which does not divide the {stream} batch of {share}.")
+    if settings.record_every and folder is None:
+        raise HplError("record_every keeps predictions on disk: give a folder, or record_every=0.")
+
+# %% ../nbs/50_trainer.ipynb #b1230a9c
+def remove_leftovers(
+    folder:RunFolder, # a run folder
+)->None:
+    "Delete the temporary files of writes that were killed (see `atomic_write`)."
+    for path in folder.path.rglob(".*.*.????????"): path.unlink(missing_ok=True)
+
+# %% ../nbs/50_trainer.ipynb #affc5618
 def open_session(
     method:Trainable, # what to train
     data:SemiSupervisedData, # on what
@@ -479,12 +558,15 @@ def open_session(
     accelerator = make_accelerator(settings, trackers, folder)
     data, streams = method.prepare(data), method.stream_settings(settings.streams)
     per_epoch = epoch_length(data, settings, streams)
-    loader = Streams(data, method.needs, streams, per_epoch*settings.epochs, seed, accelerator.process_index, accelerator.num_processes)
+    place = accelerator.process_index, accelerator.num_processes
+    loader = Streams(data, method.needs, streams, per_epoch*settings.epochs, seed, *place)
+    check_settings(settings, loader, folder)
     config = run_config(method, data, settings, seed, accelerator.num_processes)
-    if folder and accelerator.is_main_process: claim_run(folder, config)
+    if folder and accelerator.is_main_process and claim_run(folder, config): remove_leftovers(folder)
     accelerator.wait_for_everyone()
     if trackers: accelerator.init_trackers("hpl_nb", config={k: str(v) for k, v in config.items()})
-    session = Session(method, data, settings, loader, accelerator, seed, per_epoch, folder, config, place_method(method, settings, accelerator))
+    schedulers = place_method(method, settings, accelerator)
+    session = Session(method, data, settings, loader, accelerator, seed, per_epoch, folder, config, schedulers)
     seed_everything(seed, accelerator.process_index)
     resume(session)
     return session
@@ -523,9 +605,11 @@ def fit(
 )->Run:
     "Train, select on validation, and measure on the test set once. The same call with the same folder resumes."
     session = open_session(method, data, settings or TrainSettings(), folder, seed, trackers)
-    if not run_steps(session, workers, progress, checkpoint_seconds, stop_after):
+    try:
+        if run_steps(session, workers, progress, checkpoint_seconds, stop_after): return finish(session)
         return Run(session.config, pd.DataFrame(session.progress.log), {}, pd.DataFrame(columns=PREDICTION_COLUMNS), False)
-    return finish(session)
+    finally:
+        for tracker in session.accelerator.trackers: tracker.finish()
 
 # %% ../nbs/50_trainer.ipynb #8566da03
 def run_steps(
@@ -537,9 +621,9 @@ def run_steps(
 )->bool: # True when training has ended, False when it was stopped
     "Algorithm 1, lines 4-12, from wherever the run is."
     state, total, saved = session.progress, len(session.streams), time.perf_counter()
-    last, going = (total if stop_after is None else min(total, state.step + stop_after)), not has_ended(session)
-    bar = tqdm(total=total, initial=state.step, desc=session.config["method"], disable=not (show and session.accelerator.is_main_process))
-    with bar:
+    last, going = min(total, state.step + (total if stop_after is None else stop_after)), not has_ended(session)
+    hidden = not (show and session.accelerator.is_main_process)
+    with tqdm(total=total, initial=state.step, desc=session.config["method"], disable=hidden) as bar:
         for batch in batches(session, state.step, last if going else state.step, workers):
             train_step(session, batch)
             state.step += 1
@@ -548,12 +632,23 @@ def run_steps(
             if ended:
                 going = end_epoch(session)
                 bar.set_postfix({k: f"{v:.3g}" for k, v in state.log[-1].items() if k in ("val_mae", "log_variance_mean")})
-            if ended or time.perf_counter() - saved >= checkpoint_seconds:
+            if ended or is_due(session, saved, checkpoint_seconds):
                 save_checkpoint(session)
                 saved = time.perf_counter()
             if not going: break
     if going: save_checkpoint(session)
     return not going
+
+# %% ../nbs/50_trainer.ipynb #72208531
+def is_due(
+    session:Session, # the run
+    saved:float, # when the last checkpoint was written
+    seconds:float, # between checkpoints
+)->bool: # the same on all processes: they write a checkpoint together
+    "Whether it is time for a checkpoint, by the clock of any process."
+    late = time.perf_counter() - saved >= seconds
+    if session.accelerator.num_processes == 1: return late
+    return session.accelerator.reduce(torch.tensor(float(late), device=session.accelerator.device), "sum").item() > 0
 
 # %% ../nbs/50_trainer.ipynb #7703d941
 def has_ended(
@@ -587,15 +682,15 @@ def finish(
     tables = [pd.read_parquet(path) for path in _snapshots(session) if int(path.stem.split("-")[1]) not in (last, best)]
     if last != best: tables.append(predictions_table(session, last))
     source = session.folder.best if session.folder else "memory"
-    state = read_checkpoint(source, session.accelerator.device)["method"] if session.folder else session.best_state
-    load_state(session.method, state, source)
+    state = read_checkpoint(source)["method"] if session.folder else session.best_state
+    load_state(session.method, send_to_device(state, session.accelerator.device), source)
+    session.method.eval()
     selected = predictions_table(session, best)
     predictions = pd.concat([*tables, selected], ignore_index=True).sort_values(["epoch", "index", "output"], ignore_index=True)
     metrics = selected_metrics(session, selected)
     if session.folder and session.accelerator.is_main_process:
         atomic_write(session.folder.predictions, lambda file: predictions.to_parquet(file, index=False))
         session.folder.write_json("metrics.json", metrics)
-    session.accelerator.end_training()
     return Run(session.config, pd.DataFrame(session.progress.log), metrics, predictions, True)
 
 def _snapshots(session):
@@ -610,9 +705,11 @@ def selected_metrics(
     out = {"epoch": session.progress.best_epoch, "epochs": len(session.progress.log), "steps": session.progress.step,
            "seconds": round(session.progress.log[-1]["seconds"], 1)}
     for name, split, column in (("val", "val", "y_pred"), ("test", "test", "y_pred"), ("pseudo_label", "unlabelled", "pseudo_label")):
-        rows = table[(table["split"] == split) & table["y_true"].notna()]
+        if (rows := table[table["split"] == split]).empty: continue
+        rows = rows.pivot(index="index", columns="output", values=["y_true", column])
+        rows = rows[rows["y_true"].notna().all(axis=1)]
         if rows.empty: continue
-        y, prediction = (rows[c].to_numpy().reshape(-1, session.data.outputs) for c in ("y_true", column))
+        y, prediction = rows["y_true"].to_numpy(), rows[column].to_numpy()
         out |= {f"{name}_mae": mean_absolute_error(y, prediction), f"{name}_mse": mean_squared_error(y, prediction),
                 f"{name}_r2": r2_score(y, prediction)}
     return out

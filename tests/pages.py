@@ -98,11 +98,12 @@ def site(root=ROOT):
 
 
 def show_figures(notebook):
-    "Each plotly figure among a notebook's outputs becomes the HTML that shows it."
+    "Each plotly figure among a notebook's outputs that has no HTML of its own becomes the HTML that shows it."
     from plotly.io import to_html
     nb = json.loads(notebook.read_text(encoding="utf-8"))
     for output in (output for cell in nb["cells"] for output in cell.get("outputs", []) if PLOTLY in output.get("data", {})):
         figure = output["data"].pop(PLOTLY)
+        if "text/html" in output["data"]: continue
         figure = {key: figure[key] for key in ("data", "layout", "frames") if key in figure}
         html = to_html(figure, full_html=False, include_plotlyjs="cdn", validate=False)
         output["data"]["text/html"] = html.splitlines(True)

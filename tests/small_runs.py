@@ -1,10 +1,13 @@
 "Every method on a small network and a little data, and comparison to the bit: what the tests of trainer and methods share."
+import os
 from dataclasses import replace
 from functools import lru_cache, partial
 
 import numpy as np
 import pandas as pd
+import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from hpl_nb.core import seed_everything
 from hpl_nb.data.core import SemiSupervisedData, StreamSettings
@@ -19,6 +22,18 @@ METHODS = {"Supervised": Supervised, "PseudoLabel": PseudoLabel, "JointUncertain
            "HPL previous": partial(HPL, settings=replace(PAPER, preset="previous", outer="previous"))}
 SETTINGS = TrainSettings(epochs=3, iterations_per_epoch=5, streams=StreamSettings(8, 16), record_every=2,
                          optimizer=OptimizerSettings(lr_body=3e-3, lr_head=1e-2, decay_every=1, decay=.5))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_cpu():
+    "Import this into a test module, and it trains on the CPU, also where there is a GPU: bits are promised there only."
+    before = os.environ.get("ACCELERATE_USE_CPU")
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+    if before is None: del os.environ["ACCELERATE_USE_CPU"]
+    else: os.environ["ACCELERATE_USE_CPU"] = before
 
 
 @lru_cache

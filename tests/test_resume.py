@@ -89,6 +89,9 @@ def finished(start, folder, name, every, at=0):
     return process.exitcode, torch.load(out, weights_only=False) if process.exitcode == 0 else None
 
 
+def files(folder): return sorted(path.relative_to(folder) for path in folder.rglob("*"))
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_killed_at_a_random_moment(name, start, tmp_path):
     "In a step, before and after a file is synced or replaced, or with half a checkpoint written; at each step and at each epoch a checkpoint."
@@ -101,6 +104,7 @@ def test_killed_at_a_random_moment(name, start, tmp_path):
         assert finished(start, folder, name, every, at)[0] == -signal.SIGKILL, (kill, at)
         code, resumed = finished(start, folder, name, every)
         assert code == 0 and not differences(whole[every] | {"moments": 0}, resumed | {"moments": 0}), (kill, at)
+        assert files(folder) == files(tmp_path/f"whole {every}") # nothing half-written stays
 
 
 def test_killed_from_outside_again_and_again(start, tmp_path):

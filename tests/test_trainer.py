@@ -1,6 +1,6 @@
 "What the trainer refuses, what it never loses, and what its settings promise."
-import builtins
 import errno
+import importlib.util
 import os
 import resource
 import shutil
@@ -13,15 +13,15 @@ import pandas as pd
 import pytest
 import torch
 from accelerate.tracking import GeneralTracker
-from small_runs import METHODS, SETTINGS, differences, digits, make, vectors
+from small_runs import METHODS, differences, make, on_cpu, vectors  # noqa: F401
 from torch import nn
 
-from hpl_nb.core import HplError, LabelNormalizer, RunFolder
+from hpl_nb.core import HplError, RunFolder
 from hpl_nb.data.core import PerSample, SemiSupervisedData, StreamSettings, synthetic
 from hpl_nb.methods.core import FullySupervised, PseudoLabel, Supervised
 from hpl_nb.methods.hpl import HPL, PAPER
 from hpl_nb.metrics import evaluate
-from hpl_nb.models import mlp, small_cnn
+from hpl_nb.models import mlp
 from hpl_nb.trainer import OptimizerSettings, TrainSettings, fit, load_run, read_checkpoint
 
 SMALL = TrainSettings(epochs=3, iterations_per_epoch=5, streams=StreamSettings(8, 8), optimizer=OptimizerSettings(lr_body=1e-2, lr_head=1e-2))
@@ -75,8 +75,8 @@ class TestBadInput:
         self.refused("6 labelled rows are fewer than the 8 .* raise label_ratio or lower labelled_batch", data=few, name="PseudoLabel")
 
     def test_too_few_rows_for_an_outer_batch_of_its_own(self):
-        few = synthetic(200, dimensions=3, label_ratio=.08) # 12: enough for the inner batch, not for both
-        self.refused("12 labelled rows are fewer than the 16 .* outer batch", data=few)
+        few = synthetic(200, dimensions=3, label_ratio=.08) # 13: enough for the inner batch, not for both
+        self.refused("13 labelled rows are fewer than the 16 .* outer batch", data=few)
 
     def test_no_unlabelled_rows(self):
         data = vectors()
@@ -188,24 +188,42 @@ def plain(value):
     return value is None or type(value) in (bool, int, float, str, torch.Tensor)
 
 
+def full_after(calls, function):
+    "A function of the operating system that works so many times, and then finds no room."
+    made = []
+    def call(*args):
+        made.append(args)
+        if len(made) > calls: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return function(*args)
+    return call
+
+
 class TestFailedWrites:
     "Nothing that was there is lost, nothing half-written stays, and the same call goes on once there is room."
 
-    def goes_on(self, folder, before, match):
-        whole, _ = train(folder=folder.with_name("whole"))
-        assert tree(folder) == before
-        resumed, _ = train(folder=folder)
-        assert not differences(resumed.predictions, whole.predictions)
+    def goes_on(self, folder):
+        "The run resumes and ends as one that was never disturbed."
+        (resumed, method), (whole, other) = train(folder=folder), train()
+        assert not differences(resumed.predictions, whole.predictions) and not differences(dict(method.state_dict()), dict(other.state_dict()))
 
     @pytest.mark.parametrize("call", ["fsync", "replace"])
     def test_full_disk(self, call, tmp_path, monkeypatch):
-        folder = interrupted(tmp_path/"run")
-        before = tree(folder)
-        def full(*_): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        with monkeypatch.context() as patch:
-            patch.setattr(os, call, full)
-            with pytest.raises(HplError, match="(?s)could not write .*No space left .* untouched"): train(folder=folder, checkpoint_seconds=0)
-        self.goes_on(folder, before, call)
+        "At each write in turn: the files are those of before, but for the ones that were whole."
+        folder, kept, writes = interrupted(tmp_path/"run"), [], 0
+        shutil.copytree(folder, tmp_path/"first")
+        while True:
+            shutil.rmtree(folder)
+            shutil.copytree(tmp_path/"first", folder)
+            with monkeypatch.context() as patch:
+                patch.setattr(os, call, full_after(writes, getattr(os, call)))
+                try: train(folder=folder, checkpoint_seconds=0)
+                except HplError as error: assert "could not write" in str(error) and "No space left" in str(error)
+                else: break
+            kept.append(tree(folder))
+            assert not [name for name in kept[-1] if Path(name).name.startswith(".")]
+            if writes % 5 == 0: self.goes_on(folder)
+            writes += 1
+        assert kept[0] == tree(tmp_path/"first") and writes > 20
 
     def test_file_that_cannot_grow(self, tmp_path):
         "The operating system itself refuses the bytes in the middle of a checkpoint."
@@ -215,7 +233,8 @@ class TestFailedWrites:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1])) # a checkpoint has about 30,000
             with pytest.raises(HplError, match="could not write .*last.pt"): train(folder=folder, checkpoint_seconds=0)
         finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        self.goes_on(folder, before, "write")
+        assert tree(folder) == before
+        self.goes_on(folder)
 
     @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
     def test_read_only_folder(self, tmp_path):
@@ -225,7 +244,8 @@ class TestFailedWrites:
         for path in folders: path.chmod(0o500)
         with pytest.raises(HplError, match="could not write"): train(folder=folder)
         for path in folders: path.chmod(0o700)
-        self.goes_on(folder, before, "mode")
+        assert tree(folder) == before
+        self.goes_on(folder)
 
     def test_folder_that_is_a_file(self, tmp_path):
         (tmp_path/"run").write_text("mine")
@@ -244,7 +264,7 @@ class Diverging(Supervised):
 @pytest.mark.parametrize("seconds", [0., 1e9])
 def test_loss_that_is_no_number(seconds, tmp_path):
     "Training stops, and the checkpoint that stays is one from before."
-    with pytest.raises(HplError, match="labelled became nan in epoch 2.*the last checkpoint is kept"):
+    with pytest.raises(HplError, match="training diverged.*the last checkpoint is kept"):
         fit(Diverging(dense()), vectors(), SMALL, folder=tmp_path, progress=False, checkpoint_seconds=seconds)
     content = read_checkpoint(RunFolder(tmp_path).checkpoint)
     assert all(value.isfinite().all() for value in content["method"].values())
@@ -418,6 +438,31 @@ def test_micro_batches_of_a_supervised_step():
         for a, b in zip(whole.parameters(), parts.parameters()): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_phi_of_micro_batches():
+    "Phi's optimiser gets the mean of the micro-batches' gradients, as theta's does."
+    given = {}
+    def gradient(accumulate):
+        method = make("HPL paper", 0, partial(mlp, 3, (16,)))
+        build = method.make_optimizers
+        def make_optimizers(settings):
+            optimizers = build(settings)
+            optimizers["learner"].register_step_pre_hook(lambda *_: given.setdefault(accumulate, [p.grad.clone() for p in method.learner.parameters()]))
+            return optimizers
+        method.make_optimizers, step, parts = make_optimizers, method.training_step, []
+        def training_step(batch):
+            before = [0 if p.grad is None else p.grad.clone() for p in method.learner.parameters()]
+            losses = step(batch)
+            parts.append([p.grad - old for p, old in zip(method.learner.parameters(), before)])
+            return losses
+        method.training_step = training_step
+        fit(method, vectors(), replace(SMALL, epochs=1, iterations_per_epoch=1, accumulate=accumulate), progress=False)
+        return parts
+    for accumulate in (1, 2, 4):
+        parts = gradient(accumulate)
+        assert len(parts) == accumulate
+        for value, *each in zip(given[accumulate], *parts): torch.testing.assert_close(value, sum(each)/accumulate)
+
+
 class Tracker(GeneralTracker):
     "Remembers what it is told."
     name, requires_logging_directory = "memory", False
@@ -445,9 +490,17 @@ def test_tracker_receives_the_log(tmp_path):
 
 
 def test_tensorboard(tmp_path):
-    pytest.importorskip("tensorboard")
-    train(trackers=["tensorboard"], folder=tmp_path)
-    assert list(tmp_path.rglob("events.out.tfevents.*"))
+    "Writes its events where it is installed, and is asked for in vain where it is not."
+    if importlib.util.find_spec("tensorboard"):
+        train(trackers=["tensorboard"], folder=tmp_path)
+        assert list(tmp_path.rglob("events.out.tfevents.*"))
+    else:
+        with pytest.raises(HplError, match="tensorboard"): train(trackers=["tensorboard"], folder=tmp_path)
+        assert not tree(tmp_path)
+
+
+def test_unknown_tracker():
+    with pytest.raises(HplError, match="abacus"): train(trackers=["abacus"])
 
 
 def test_labels_of_one_value():

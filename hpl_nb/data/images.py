@@ -534,7 +534,9 @@ def image_data(
                       f"{next(iter(skipped.values()))}", stacklevel=3)
         sets = {split: rows[~np.isin(rows, list(skipped))] for split, rows in sets.items()}
     if deduplicate:
-        repeated = repeated_rows(sets, content_hashes(files.sources, progress)).tolist()
+        readable = [row for row in range(len(files)) if row not in skipped]
+        hashes = dict(zip(readable, content_hashes([files.sources[row] for row in readable], progress)))
+        repeated = repeated_rows(sets, [hashes.get(row, f"unreadable {row}") for row in range(len(files))]).tolist()
         sets = {split: rows[~np.isin(rows, repeated)] for split, rows in sets.items()}
     return SemiSupervisedData(name, files, labels, **sets, **views._asdict(), **fields,
                               notes={"skipped": skipped, "duplicates": repeated})

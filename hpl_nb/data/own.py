@@ -19,16 +19,26 @@ from torch import Tensor
 
 from ..core import HplError, derive_seed
 from .core import BatchView, SemiSupervisedData, StreamSettings, View, split_rows
-from .images import (ImageFiles, ImageSource, ImageViews, exact_count, find_images, image_data, label_problems,
-                                randaugment_mc_views, read_table, require_images, split_problems)
+from .images import (ImageFiles, ImageSource, ImageViews, exact_count, find_images, image_data,
+                                label_problems, randaugment_mc_views, read_table, require_images, split_problems)
 
 # %% auto #0
-__all__ = ['SPLITS', 'read_labels', 'label_array', 'cut_names', 'listed_names', 'split_names', 'assign_rows', 'with_true_labels',
-           'input_tensor', 'Standardizer', 'fit_standardizer', 'RowStrengths', 'perturb_rows', 'row_views',
-           'PixelStrengths', 'shift_pixels', 'cut_squares', 'perturb_pixels', 'pixel_views', 'array_data',
-           'from_arrays', 'batches_for', 'FrameEncoder', 'require_columns', 'number_column', 'refuse_missing',
-           'column_categories', 'fit_encoder', 'frame_labels', 'from_frame', 'picture_table', 'picture_sources',
-           'from_images']
+__all__ = ['SPLITS', 'row_error', 'read_labels', 'label_array', 'cut_names', 'listed_names', 'split_names', 'assign_rows',
+           'make_sets', 'with_true_labels', 'input_tensor', 'check_shape', 'Standardizer', 'fit_standardizer',
+           'RowStrengths', 'perturb_rows', 'row_views', 'PixelStrengths', 'shift_pixels', 'cut_squares',
+           'perturb_pixels', 'pixel_views', 'array_data', 'from_arrays', 'batches_for', 'FrameEncoder', 'one_hot',
+           'require_columns', 'number_column', 'refuse_missing', 'column_categories', 'fit_encoder', 'frame_labels',
+           'feature_columns', 'from_frame', 'picture_table', 'picture_sources', 'from_images']
+
+# %% ../../nbs/15_data.own.ipynb #8a70cceb
+def row_error(
+    source:str, # of the data
+    rows:Sequence[int]|np.ndarray, # that are wrong
+    detail:str, # what is wrong with the first
+    advice:str, # what to do
+)->HplError: # to be raised
+    "An error that names a row."
+    return HplError(f"{source}: row {rows[0]} (the first is 0): {detail}; {len(rows)} such row(s). {advice}")
 
 # %% ../../nbs/15_data.own.ipynb #671a7d30
 def read_labels(
@@ -40,14 +50,13 @@ def read_labels(
     for column, raw in columns.items():
         values, problems = label_problems(raw, unknown_ok=True)
         if problems:
-            raise HplError(f"{name}, target {column}: row {problems[0].row} (the first is 0): {problems[0].detail}; {len(problems)} "
-                           "such row(s). Correct it, or leave it empty (NaN) to make the row unlabelled.")
+            raise row_error(f"{name}, target {column!r}", [problem.row for problem in problems], problems[0].detail,
+                            "Correct it, or leave it empty (NaN) to make the row unlabelled.")
         labels.append(values)
     labels = np.stack(labels, axis=1)
     partly = np.flatnonzero(np.isnan(labels).any(axis=1) & ~np.isnan(labels).all(axis=1))
     if len(partly):
-        raise HplError(f"{name}: row {partly[0]} has only some of its {labels.shape[1]} labels, {labels[partly[0]]}; {len(partly)} "
-                       "such row(s). Give all of them, or NaN for all.")
+        raise row_error(name, partly, f"it has some of its labels only, {labels[partly[0]]}", "Give all or none.")
     return labels
 
 # %% ../../nbs/15_data.own.ipynb #aff02cd4
@@ -59,9 +68,10 @@ def label_array(
     "Labels given as an array."
     if isinstance(targets, Tensor): targets = targets.detach().cpu().double().numpy()
     array = np.asarray(targets)
-    if array.ndim not in (1, 2): raise HplError(f"{name}: targets have shape {array.shape}; give (n,), or (n, K) for K outputs.")
+    if array.ndim not in (1, 2):
+        raise HplError(f"{name}: targets have shape {array.shape}; give (n,), or (n, K) for K outputs.")
     if len(array) != rows:
-        raise HplError(f"{name}: {rows} inputs but {len(array)} targets; give one target per input (NaN where there is no label).")
+        raise HplError(f"{name}: {rows} inputs but {len(array)} targets; give one per input, NaN where unlabelled.")
     array = array.reshape(len(array), -1)
     return read_labels({str(k): array[:, k] for k in range(array.shape[1])}, name)
 
@@ -79,7 +89,8 @@ def cut_names(
         if not 0 <= share < 1 or val_share + test_share >= 1:
             raise HplError(f"{argument} is {share}; val_share and test_share are at least 0, and their sum is below 1.")
     names, rows = np.full(len(known), "train", dtype=object), np.flatnonzero(known)
-    for split, part in zip(("val", "test"), split_rows(len(rows), (val_share, test_share), seed)): names[rows[part]] = split
+    val, test = split_rows(len(rows), (val_share, test_share), seed)
+    names[rows[val]], names[rows[test]] = "val", "test"
     return names
 
 # %% ../../nbs/15_data.own.ipynb #4cc0eef1
@@ -88,16 +99,16 @@ def listed_names(
     rows:int, # n
     name:str, # of the data, for messages
 )->np.ndarray: # (n,) names of splits; "" where a row is left out
-    "Splits given as lists of rows. Rows in no list train, unless training rows are listed as well: then they are left out."
+    "Splits from lists of rows. Rows in no list train; where training rows are listed too, they are left out."
     for split in lists:
         if split not in SPLITS: raise HplError(f"{name}: split {split!r} is none of {', '.join(SPLITS)}.")
     names = np.full(rows, "", dtype=object)
     for split, listed in lists.items():
         listed = np.flatnonzero(listed) if np.asarray(listed).dtype == bool else np.asarray(listed, dtype=np.int64)
-        if len(listed) and not (0 <= listed.min() and listed.max() < rows):
-            raise HplError(f"{name}: {split} lists row {listed.max() if listed.min() >= 0 else listed.min()}, but there are {rows} rows.")
+        outside = listed[(listed < 0) | (listed >= rows)]
+        if len(outside): raise HplError(f"{name}: {split} lists row {outside[0]}; rows are 0 to {rows - 1}.")
         twice = listed[names[listed] != ""]
-        if len(twice): raise HplError(f"{name}: row {twice[0]} is in {names[twice[0]]} and in {split}; a row may be in one set only.")
+        if len(twice): raise row_error(name, twice, f"it is in {names[twice[0]]} and in {split}", "Choose one.")
         names[listed] = split
     if not {"train", "labelled", "unlabelled"} & set(lists): names[names == ""] = "train"
     return names
@@ -114,9 +125,10 @@ def split_names(
     "The split that every row belongs to."
     if split is None: return cut_names(known, val_share, test_share, seed)
     if isinstance(split, Mapping): return listed_names(split, len(known), name)
-    if len(split) != len(known): raise HplError(f"{name}: split has {len(split)} entries, but there are {len(known)} rows.")
+    if len(split) != len(known):
+        raise HplError(f"{name}: split has {len(split)} entries, but there are {len(known)} rows.")
     names, problems = split_problems(split, SPLITS)
-    if problems: raise HplError(f"{name}: row {problems[0].row} (the first is 0): {problems[0].detail}; {len(problems)} such row(s).")
+    if problems: raise row_error(name, [problem.row for problem in problems], problems[0].detail, "Name one of these.")
     return names
 
 # %% ../../nbs/15_data.own.ipynb #f7991afc
@@ -134,7 +146,26 @@ def assign_rows(
         order = labelled[np.random.default_rng(derive_seed(seed, "labels")).permutation(len(labelled))]
         labelled, hidden = np.split(order, [exact_count(len(order), label_ratio)])
         labelled, unlabelled = np.sort(labelled), np.sort(np.concatenate([unlabelled, hidden]))
-    return {"labelled": labelled, "unlabelled": unlabelled, "val": np.flatnonzero(names == "val"), "test": np.flatnonzero(names == "test")}
+    held_out = {split: np.flatnonzero(names == split) for split in ("val", "test")}
+    return {"labelled": labelled, "unlabelled": unlabelled, **held_out}
+
+# %% ../../nbs/15_data.own.ipynb #2f590919
+def make_sets(
+    labels:np.ndarray, # (n, K), NaN where there is no label
+    split:Sequence[str]|Mapping[str, Sequence[int]]|None, # see `split_names`
+    val_share:float, # without `split`: of the rows with a label
+    test_share:float, # without `split`: of the rows with a label
+    label_ratio:float|None, # share of the training labels that is kept; None: all
+    seed:int, # of the cut, and of the choice
+    name:str, # of the data, for messages
+)->dict[str, np.ndarray]: # rows of "labelled", "unlabelled", "val" and "test"
+    "Both steps: who trains, and whose labels are known; at least one training row has a label."
+    known = np.isfinite(labels).all(axis=1)
+    sets = assign_rows(known, split_names(known, split, val_share, test_share, seed, name), label_ratio, seed)
+    if not len(sets["labelled"]):
+        raise HplError(f"{name}: no training row has a label ({known.sum()} of {len(known)} rows have one); give some, "
+                       "or smaller val_share and test_share.")
+    return sets
 
 # %% ../../nbs/15_data.own.ipynb #fe4b7896
 def with_true_labels(
@@ -146,8 +177,8 @@ def with_true_labels(
     contradict = np.flatnonzero(((labels != true_labels) & np.isfinite(labels) & np.isfinite(true_labels)).any(axis=1))
     if len(contradict):
         row = contradict[0]
-        raise HplError(f"{name}: row {row} has the target {labels[row]} but the true target {true_labels[row]}; {len(contradict)} "
-                       "such row(s). Correct one, or make one NaN.")
+        raise row_error(name, contradict, f"its target is {labels[row]}, but its true target {true_labels[row]}",
+                        "Correct one, or make one NaN.")
     return np.where(np.isnan(labels), true_labels, labels)
 
 # %% ../../nbs/15_data.own.ipynb #e72165ff
@@ -160,18 +191,26 @@ def input_tensor(
     except (ValueError, TypeError) as error: raise HplError(f"{name}: inputs are not one array ({error}).") from error
     if array.dtype.kind not in "buif":
         raise HplError(f"{name}: inputs are of type {array.dtype}, not numbers; from_frame encodes columns of text.")
-    if array.ndim not in (2, 3, 4) or not array.size:
-        raise HplError(f"{name}: inputs have shape {array.shape}; give (n, d) features - a single one as (n, 1) - or (n, H, W) or "
-                       "(n, C, H, W) pictures.")
-    if array.ndim == 4 and array.shape[3] in (1, 3, 4) and array.shape[1] > 4:
-        raise HplError(f"{name}: inputs of shape {array.shape} have their channels last; give np.moveaxis(inputs, 3, 1).")
+    check_shape(array.shape, name)
     bad = np.argwhere(~np.isfinite(array)) if array.dtype.kind == "f" else ()
     if len(bad):
-        raise HplError(f"{name}: input row {bad[0][0]}, position {bad[0][1:].tolist()} is {array[tuple(bad[0])]}; {len(np.unique(bad[:, 0]))} "
-                       "such row(s). Fill or drop them; from_frame(..., impute='median') fills.")
+        raise row_error(f"{name}, inputs", [*dict.fromkeys(bad[:, 0].tolist())], f"position {bad[0][1:].tolist()} is "
+                        f"{array[tuple(bad[0])]}", "Fill or drop them; from_frame(..., impute='median') fills.")
     if array.ndim == 2: return torch.from_numpy(array.astype(np.float64))
     array = array if array.ndim == 4 else array[:, None]
     return torch.from_numpy(array.copy() if array.dtype == np.uint8 else array.astype(np.float32))
+
+# %% ../../nbs/15_data.own.ipynb #64103cad
+def check_shape(
+    shape:tuple[int, ...], # of the inputs
+    name:str, # of the data, for messages
+)->None:
+    "Refuse what is neither rows of features nor pictures."
+    if len(shape) not in (2, 3, 4) or 0 in shape:
+        raise HplError(f"{name}: inputs have shape {shape}; give (n, d) features - a single one as (n, 1) - or "
+                       "pictures, (n, H, W) or (n, C, H, W).")
+    if len(shape) == 4 and shape[3] in (1, 3, 4) and shape[1] > 4:
+        raise HplError(f"{name}: inputs of shape {shape} have their channels last; give np.moveaxis(inputs, 3, 1).")
 
 # %% ../../nbs/15_data.own.ipynb #202ddc4f
 @dataclass(frozen=True)
@@ -193,10 +232,10 @@ def fit_standardizer(
 )->Standardizer:
     "Mean and standard deviation of each feature or channel over the training rows; a constant one keeps its unit."
     parts = [torch.from_numpy(part) for part in np.array_split(rows, 1 + len(rows)//1024)]
-    first, dims, count = x[rows[0]].flatten(1 if x.ndim > 2 else 0).double(), (0, *range(2, x.ndim)), len(rows)*x[0, 0].numel()
-    first = first[:, 0] if x.ndim > 2 else first
+    dims, count = (0, *range(2, x.ndim)), len(rows)*x[0, 0].numel()
     def shifted(part, by): return x[part].double() - by.view(-1, *[1]*(x.ndim - 2))
-    mean = first + sum(shifted(part, first).sum(dims) for part in parts)/count # a constant gives its own value, exactly
+    first = x[rows[0]].double().view(x.shape[1], -1)[:, 0]
+    mean = first + sum(shifted(part, first).sum(dims) for part in parts)/count # of a constant: its own value, exactly
     variance = sum(shifted(part, mean).square().sum(dims) for part in parts)/count
     return Standardizer(tuple(mean.tolist()), tuple(torch.where(variance > 0, variance.sqrt(), 1.).tolist()))
 
@@ -205,8 +244,8 @@ def fit_standardizer(
 class RowStrengths:
     "How strongly the views change rows of features."
     weak_noise:float=.05 # standard deviation of the noise, in standard deviations of the feature
-    strong_noise:float=.2 # and of the strong view
-    feature_dropout:float=.1 # probability that the strong view sets a feature to its mean
+    strong_noise:float=.1 # and of the strong view
+    feature_dropout:float=0. # probability that the strong view sets a feature to its mean
 
     def __post_init__(self): _check_strengths(self)
 
@@ -234,8 +273,9 @@ def row_views(
     standardizer:Standardizer, # of the features
 )->dict[str, View]: # weak, strong and plain
     "The three views of rows of features."
-    weak = partial(perturb_rows, standardizer=standardizer, noise=strengths.weak_noise)
-    strong = partial(perturb_rows, standardizer=standardizer, noise=strengths.strong_noise, dropout=strengths.feature_dropout)
+    perturb = partial(perturb_rows, standardizer=standardizer)
+    weak = partial(perturb, noise=strengths.weak_noise)
+    strong = partial(perturb, noise=strengths.strong_noise, dropout=strengths.feature_dropout)
     return {"weak": BatchView(weak), "strong": BatchView(strong), "plain": standardizer}
 
 # %% ../../nbs/15_data.own.ipynb #c1e5849f
@@ -312,11 +352,11 @@ def array_data(
     "Join inputs, labels and rows; fit the standardisation to the training rows, and make the views."
     kind = RowStrengths if x.ndim == 2 else PixelStrengths
     if not isinstance(strengths := kind() if strengths is None else strengths, kind):
-        raise HplError(f"{name}: inputs of shape {tuple(x.shape)} need strengths={kind.__name__}(...), got {strengths}.")
+        raise HplError(f"{name}: inputs of shape {tuple(x.shape)} need strengths={kind.__name__}(...).")
     train = np.sort(np.concatenate([sets["labelled"], sets["unlabelled"]]))
-    if not len(sets["labelled"]): raise HplError(f"{name}: no training row has a label; give some, or smaller val_share and test_share.")
     standardizer = fit_standardizer(x, train)
-    views = row_views(strengths, standardizer) if x.ndim == 2 else pixel_views(strengths, standardizer, min(x.shape[2:]))
+    if kind is RowStrengths: views = row_views(strengths, standardizer)
+    else: views = pixel_views(strengths, standardizer, min(x.shape[2:]))
     kept = {"strengths": asdict(strengths), "standardizer": asdict(standardizer)}
     return SemiSupervisedData(name, x, labels, **sets, **views, notes=(notes or {}) | kept, **fields)
 
@@ -339,9 +379,8 @@ def from_arrays(
     "A data set from arrays."
     x = input_tensor(inputs, name)
     labels = label_array(targets, len(x), name)
-    known = np.isfinite(labels).all(axis=1)
-    sets = assign_rows(known, split_names(known, split, val_share, test_share, seed, name), label_ratio, seed)
-    if true_targets is not None: labels = with_true_labels(labels, label_array(true_targets, len(x), f"{name}, true_targets"), name)
+    sets = make_sets(labels, split, val_share, test_share, label_ratio, seed, name)
+    if true_targets is not None: labels = with_true_labels(labels, label_array(true_targets, len(x), name), name)
     return array_data(x, labels, sets, strengths, name, unit=unit, sample_names=sample_names)
 
 # %% ../../nbs/15_data.own.ipynb #7107307b
@@ -351,7 +390,8 @@ def batches_for(
     unlabelled_batch:int=32, # largest unlabelled batch
 )->StreamSettings: # for `TrainSettings(streams=...)`
     "The largest batches, up to the given ones, that the rows allow for every method."
-    return StreamSettings(max(1, min(labelled_batch, len(data.labelled)//2)), max(1, min(unlabelled_batch, len(data.unlabelled))))
+    return StreamSettings(labelled_batch=max(1, min(labelled_batch, len(data.labelled)//2)),
+                          unlabelled_batch=max(1, min(unlabelled_batch, len(data.unlabelled))))
 
 # %% ../../nbs/15_data.own.ipynb #01b10110
 @dataclass(frozen=True)
@@ -372,11 +412,19 @@ class FrameEncoder:
         if self.impute is None: refuse_missing(frame[[*self.medians, *self.categories]], name)
         numbers = [number_column(frame, column, name) for column in self.medians]
         numbers = [np.where(np.isnan(x), median, x)[:, None] for x, median in zip(numbers, self.medians.values())]
-        texts = [(frame[column].astype(object).map(str).to_numpy()[:, None] == np.array(values, dtype=object)) & frame[[column]].notna().to_numpy()
-                 for column, values in self.categories.items()]
+        texts = [one_hot(frame[column], values) for column, values in self.categories.items()]
         return np.concatenate([np.empty((len(frame), 0)), *numbers, *texts], axis=1)
 
 # %% ../../nbs/15_data.own.ipynb #7a3d9b19
+def one_hot(
+    column:pd.Series, # of text, n values
+    values:Sequence[str], # which have a feature
+)->np.ndarray: # (n, len(values)) bool; all False where the value is missing, or another one
+    "One feature for each value of a column."
+    text = column.astype(object).map(str).to_numpy()[:, None]
+    return (text == np.array(values, dtype=object)) & column.notna().to_numpy()[:, None]
+
+# %% ../../nbs/15_data.own.ipynb #90f5866a
 def require_columns(
     frame:pd.DataFrame, # a table
     columns:Sequence[str], # which must be there
@@ -388,6 +436,7 @@ def require_columns(
             raise HplError(f"{name} has {count or 'no'} column{'s' if count else ''} {column!r} (it has "
                            f"{', '.join(map(repr, frame.columns))}); rename one.")
 
+# %% ../../nbs/15_data.own.ipynb #30615a48
 def number_column(
     frame:pd.DataFrame, # a table
     column:str, # a numeric column of it
@@ -395,9 +444,10 @@ def number_column(
 )->np.ndarray: # (n,) float64, NaN where missing
     "A numeric column; text and infinite values are an `HplError`."
     try: values = frame[column].to_numpy(dtype=np.float64, na_value=np.nan)
-    except (TypeError, ValueError) as error: raise HplError(f"{name}: column {column!r} is not numeric ({error}).") from error
+    except (TypeError, ValueError) as error:
+        raise HplError(f"{name}: column {column!r} is not numeric any more ({error}).") from error
     if len(bad := np.flatnonzero(np.isinf(values))):
-        raise HplError(f"{name}: column {column!r} is infinite in {len(bad)} row(s), the first is row {bad[0]}; correct or drop them.")
+        raise row_error(f"{name}, column {column!r}", bad, "it is infinite", "Correct or drop such rows.")
     return values
 
 # %% ../../nbs/15_data.own.ipynb #1909f1ed
@@ -411,8 +461,8 @@ def refuse_missing(
     if (counts := counts[counts > 0]).empty: return
     listed = ", ".join(f"{column!r} in {count} row(s)" for column, count in counts.items())
     first = int(np.flatnonzero(missing[counts.index[0]])[0])
-    raise HplError(f"{name}: features are missing: {listed}; the first is row {first}. Fill them, drop the rows or columns, or "
-                   "pass impute='median'.")
+    raise HplError(f"{name}: features are missing: {listed}; the first is row {first}. Fill them, drop the rows or "
+                   "columns, or pass impute='median'.")
 
 # %% ../../nbs/15_data.own.ipynb #56c339b4
 def column_categories(
@@ -422,18 +472,17 @@ def column_categories(
     name:str, # of the data, for messages
 )->list[str]: # sorted
     "Values of a column of text in the training rows."
-    if pd.api.types.is_datetime64_any_dtype(column) or pd.api.types.is_timedelta64_dtype(column):
-        raise HplError(f"{name}: column {column.name!r} holds times; turn it into a number (days since a date, hour of the day).")
-    present = column.notna().to_numpy()
-    is_text = present & pd.to_numeric(column.astype(object), errors="coerce").isna().to_numpy()
-    if is_text.any() and 2*is_text.sum() < present.sum():
-        row = int(np.flatnonzero(is_text)[0])
-        raise HplError(f"{name}: column {column.name!r} is text, but {(present & ~is_text).sum()} of its {present.sum()} values are numbers; "
-                       f"row {row} (the first is 0) is {column.iloc[row]!r}. Correct such rows and make it numeric, or leave the column out.")
+    source = f"{name}, column {column.name!r}"
+    if column.dtype.kind in "mMc": raise HplError(f"{source}: it is {column.dtype}; turn it into numbers first.")
+    is_text = column.notna().to_numpy() & pd.to_numeric(column.astype(object), errors="coerce").isna().to_numpy()
+    texts, present = np.flatnonzero(is_text), column.notna().sum()
+    if 0 < 2*len(texts) < present:
+        raise row_error(source, texts, f"{column.iloc[texts[0]]!r} is text, but {present - len(texts)} of {present} "
+                        "values are numbers", "Correct such rows and make the column numeric, or leave it out.")
     values = sorted(set(column.iloc[rows].dropna().astype(object).map(str)))
     if len(values) > most:
-        raise HplError(f"{name}: column {column.name!r} is text of {len(values)} different values; leave it out with columns=[...], "
-                       "make it numeric, or raise max_categories.")
+        raise HplError(f"{source}: it is text of {len(values)} different values; leave it out with columns=[...], make "
+                       "it numeric, or raise max_categories.")
     return values
 
 # %% ../../nbs/15_data.own.ipynb #8468dbde
@@ -446,30 +495,50 @@ def fit_encoder(
     name:str="frame", # for messages
 )->FrameEncoder:
     "Find out which columns are numbers and which are text, and how to encode them."
-    if impute not in (None, "median"): raise HplError(f"impute is {impute!r}; it is 'median', or None to refuse missing values.")
+    if impute not in (None, "median"): raise HplError(f"impute is {impute!r}; it is 'median', or None to refuse.")
     if not len(columns): raise HplError(f"{name}: there are no feature columns.")
     require_columns(frame, columns, name)
-    numeric = [column for column in columns if pd.api.types.is_numeric_dtype(frame[column])]
-    medians = {column: pd.Series(number_column(frame, column, name)[rows]).median() for column in numeric}
     if impute is None: refuse_missing(frame[list(columns)], name)
-    for column, median in medians.items():
-        if np.isnan(median): raise HplError(f"{name}: column {column!r} is missing in all training rows; leave it out.")
-    return FrameEncoder({column: float(median) for column, median in medians.items()},
-                        {column: column_categories(frame[column], rows, max_categories, name) for column in columns if column not in numeric}, impute)
+    medians, categories = {}, {}
+    for column in columns:
+        if not pd.api.types.is_numeric_dtype(frame[column]) or frame[column].dtype.kind == "c":
+            categories[column] = column_categories(frame[column], rows, max_categories, name)
+            continue
+        present = pd.Series(number_column(frame, column, name)[rows]).dropna()
+        if present.empty: raise HplError(f"{name}: column {column!r} is missing in all training rows; leave it out.")
+        medians[column] = float(present.median())
+    return FrameEncoder(medians, categories, impute)
 
 # %% ../../nbs/15_data.own.ipynb #ae6b60b0
 def frame_labels(
     frame:pd.DataFrame, # one row per sample
     target:str|Sequence[str], # column(s) of labels
-    split:Any, # name of the column of splits, or what `split_names` takes
+    split:str|Sequence[str]|Mapping[str, Sequence[int]]|None, # column of splits, or what `split_names` takes
     name:str, # of the data, for messages
-)->tuple[np.ndarray, Any]: # labels (n, K); splits as `split_names` takes them
+)->tuple[np.ndarray, Any, set[str]]: # labels (n, K); splits as `split_names` takes them; columns that were used
     "Labels and splits of a table."
-    targets, splits = [target] if isinstance(target, str) else list(target), [split] if isinstance(split, str) else []
+    targets = [target] if isinstance(target, str) else list(target)
+    splits = [split] if isinstance(split, str) else []
     require_columns(frame, targets + splits, name)
-    return read_labels({column: frame[column] for column in targets}, name), frame[split].to_numpy() if splits else split
+    labels = read_labels({column: frame[column] for column in targets}, name)
+    return labels, frame[split].to_numpy() if splits else split, {*targets, *splits}
 
 # %% ../../nbs/15_data.own.ipynb #1c55b8f9
+def feature_columns(
+    frame:pd.DataFrame, # one row per sample
+    columns:Sequence[str]|None, # as asked for; None: all others
+    used:set[str], # targets and split
+    name:str, # of the data, for messages
+)->list[str]: # the columns that are features
+    "Features are named, or all columns but the targets and the split."
+    if columns is None: columns = [column for column in frame.columns if column not in used]
+    if both := used.intersection(columns):
+        raise HplError(f"{name}: column {min(both)!r} is a target or the split, and cannot be a feature as well.")
+    if others := [column for column in columns if not isinstance(column, str)]:
+        raise HplError(f"{name}: the column name {others[0]!r} is not text; frame.rename(columns=str) makes it so.")
+    return list(columns)
+
+# %% ../../nbs/15_data.own.ipynb #c7b732c0
 def from_frame(
     frame:pd.DataFrame, # one row per sample
     target:str|Sequence[str], # column(s) of labels; empty (NaN) = unlabelled
@@ -484,15 +553,13 @@ def from_frame(
     unit:str="", # of the targets, for axes
 )->SemiSupervisedData: # notes["encoder"] holds the fields of its `FrameEncoder`
     "A data set from a data frame."
-    labels, splits = frame_labels(frame, target, split, name)
-    used = {*([target] if isinstance(target, str) else target), *([split] if isinstance(split, str) else [])}
-    if columns is not None and (both := used & set(columns)): raise HplError(f"{name}: {sorted(both)[0]!r} is a target or the split; it cannot be a feature.")
-    known = np.isfinite(labels).all(axis=1)
-    sets = assign_rows(known, split_names(known, splits, val_share, test_share, seed, name), label_ratio, seed)
-    features = [column for column in frame.columns if column not in used] if columns is None else list(columns)
-    encoder = fit_encoder(frame, features, np.concatenate([sets["labelled"], sets["unlabelled"]]), impute, max_categories, name)
-    x = torch.from_numpy(encoder.encode(frame, name))
-    return array_data(x, labels, sets, strengths, name, {"encoder": asdict(encoder)}, unit=unit, sample_names=[str(i) for i in frame.index])
+    labels, splits, used = frame_labels(frame, target, split, name)
+    sets = make_sets(labels, splits, val_share, test_share, label_ratio, seed, name)
+    features = feature_columns(frame, columns, used, name)
+    train = np.concatenate([sets["labelled"], sets["unlabelled"]])
+    encoder = fit_encoder(frame, features, train, impute, max_categories, name)
+    x, names = torch.from_numpy(encoder.encode(frame, name)), [str(label) for label in frame.index]
+    return array_data(x, labels, sets, strengths, name, {"encoder": asdict(encoder)}, unit=unit, sample_names=names)
 
 # %% ../../nbs/15_data.own.ipynb #56f049ba
 def picture_table(
@@ -505,11 +572,12 @@ def picture_table(
     require_columns(frame, [file], name)
     if not len(frame): raise HplError(f"{name}: the table has no rows.")
     names = ["" if pd.isna(value) else str(value).strip() for value in frame[file]]
-    if "" in names: raise HplError(f"{name}: row {names.index('')} (the first is 0) has no file name in column {file!r}.")
+    if empty := [row for row, value in enumerate(names) if not value]:
+        raise row_error(f"{name}, column {file!r}", empty, "it has no file name", "Name the picture, or drop the row.")
     paths = pd.Series([Path(value).as_posix() for value in names])
-    if paths.duplicated().any():
-        rows = np.flatnonzero(paths == paths[paths.duplicated()].iloc[0]).tolist()
-        raise HplError(f"{name}: {names[rows[0]]} stands in rows {rows} (the first is 0); {paths.duplicated().sum()} row(s) too many. Keep one.")
+    if len(again := np.flatnonzero(paths.duplicated())):
+        first = int(np.flatnonzero(paths == paths[again[0]])[0])
+        raise row_error(name, again, f"its picture {names[first]} stands in row {first} already", "Keep one row.")
     return frame, names
 
 # %% ../../nbs/15_data.own.ipynb #ca799e8e
@@ -522,8 +590,8 @@ def picture_sources(
     if not Path(folder).is_dir(): raise HplError(f"there is no folder {folder}.")
     sources = find_images(folder, names)
     if skip_missing: return [source or ImageSource(Path(folder)/name) for name, source in zip(names, sources)]
-    return require_images(sources, names, folder, "Correct the table's file names, put the pictures there, or pass skip_broken=True "
-                          "to leave such rows out.")
+    return require_images(sources, names, folder, "Correct the names in the table, put the pictures there, or pass "
+                          "skip_broken=True to leave such rows out.")
 
 # %% ../../nbs/15_data.own.ipynb #2986209d
 def from_images(
@@ -537,15 +605,14 @@ def from_images(
     views:ImageViews|None=None, # None: mirror and crop, `RandAugmentMC` and cutout; or `image_views(weak, strong)`
     val_share:float=.2, test_share:float=.2, label_ratio:float|None=None, seed:int=0, # as in `from_arrays`
     deduplicate:bool=False, # drop training pictures that are repeated or held out (rule: `image_data`)
-    skip_broken:bool=False, # leave out missing and broken pictures, with a warning that counts them
+    skip_broken:bool=False, # leave out broken and missing pictures, with a warning
     cache_in_memory:bool=False, # keep decoded pictures
     name:str="own data", unit:str="", # for tables, figures and messages; of the targets
 )->SemiSupervisedData: # notes["skipped"] is {row: reason}, notes["duplicates"] the rows dropped
     "A data set from a folder of pictures and a table."
     frame, names = picture_table(table, file, name)
-    labels, splits = frame_labels(frame, target, split, name)
-    known = np.isfinite(labels).all(axis=1)
-    sets = assign_rows(known, split_names(known, splits, val_share, test_share, seed, name), label_ratio, seed)
+    labels, splits, _ = frame_labels(frame, target, split, name)
+    sets = make_sets(labels, splits, val_share, test_share, label_ratio, seed, name)
     files = ImageFiles(picture_sources(folder, names, skip_broken), size, cache_in_memory)
     views = views or randaugment_mc_views(round(.04*size), "reflect", round(.08*size))
     return image_data(name, files, labels, sets, views, deduplicate, skip_broken, unit=unit, sample_names=names)

@@ -86,10 +86,9 @@ def labelled_rows(
     seed:int=0, # the release's
 )->np.ndarray: # sorted rows
     "The release's labelled training rows."
-    count = int(len(train)*label_ratio)
-    if not 0 < count <= len(train):
-        raise HplError(f"label_ratio={label_ratio} of {len(train)} training rows gives {count} labelled rows; "
-                       "pass a share above 0 and up to 1 that labels at least one row")
+    if not 0 < label_ratio <= 1 or not (count := int(len(train)*label_ratio)):
+        raise HplError(f"label_ratio={label_ratio} labels none of {len(train)} training rows, or more than all; "
+                       "pass a share above 0 and up to 1, such as 0.05")
     return np.sort(np.random.RandomState(seed).choice(train, count, replace=False))
 
 # %% ../../nbs/14_data.stsb.ipynb #25090343
@@ -99,8 +98,8 @@ _PIECE = re.compile(rf"""\.{{2,}} | -- | `+ | '' | {_MARK} | [:,](?!\d)
 _SUFFIX = re.compile(r"(.*[^'])(n't|'(?:s|m|d|ll|re|ve)?)", re.IGNORECASE)
 _PHRASES = {"cannot": 3, "gimme": 3, "gonna": 3, "gotta": 3, "lemme": 3, "wanna": 3, "'tis": 2, "'twas": 2}
 _ABBREVIATIONS = frozenset(
-    "mr mrs ms dr prof sen rep gen lt col adm maj st jr sr inc corp co ltd bros vs jan feb mar apr jun jul aug sep sept "
-    "oct nov dec mass calif fla wash minn conn colo ariz wis ore tex ala ill pa va".split())
+    "mr mrs ms dr prof sen rep gen lt col adm maj st jr sr inc corp co ltd bros vs jan feb mar apr jun jul aug sep "
+    "sept oct nov dec mass calif fla wash minn conn colo ariz wis ore tex ala ill pa va".split())
 
 # %% ../../nbs/14_data.stsb.ipynb #5538e426
 def _ends_sentence(
@@ -320,7 +319,7 @@ def read_wordnet(
     needed = [name for part in _SUFFIX_RULES for name in (f"data.{part}", f"{part}.exc")]
     if missing := [name for name in needed if not (folder/name).is_file()]:
         raise HplError(f"{folder} lacks {', '.join(missing)}: fetch WordNet 3's database files (wordnet.princeton.edu, "
-                       "or NLTK's corpora/wordnet) and pass their folder, or use the strong sentences stored in sts.tsv")
+                       "or NLTK's corpora/wordnet) and pass their folder, or use the stored strong sentences")
     for part in _SUFFIX_RULES:
         try: synonyms[part] = _read_synsets(folder, part)
         except (ValueError, IndexError) as error: # a wrong encoding is a ValueError
@@ -414,7 +413,7 @@ def _check_stored(pairs:pd.DataFrame, root:str|Path)->None:
         missing = train.index[train[name].isna() | train[name].isin(["", "None"])]
         if len(missing):
             raise HplError(f"{root} line {missing[0]}: no strong sentence in column {name} ({len(missing)} such "
-                           "line(s)). Use the release's sts.tsv, or pass wordnet= with a folder of WordNet's files to make them.")
+                           "line(s)). Use the release's sts.tsv, or pass wordnet= with a folder of WordNet's files.")
 
 # %% ../../nbs/14_data.stsb.ipynb #0233e47b
 def synonym_table(

@@ -25,26 +25,54 @@ from ..trainer import OptimizerSettings
 from ..uncertainty import UncertaintyLearner, learner_input
 
 # %% auto #0
-__all__ = ['PAPER', 'RELEASE', 'JointUncertainty', 'sample_record', 'inspect_with', 'HPLSettings', 'HPL', 'outer_features',
-           'teach', 'unlabelled_slope', 'virtual_step', 'regularise', 'log_variance_for_theta', 'inner_losses']
+__all__ = ['PAPER', 'RELEASE', 'LearnerMethod', 'sample_record', 'JointUncertainty', 'HPLSettings', 'HPL', 'look_ahead',
+           'learner_adam', 'outer_features', 'teach', 'unlabelled_slope', 'virtual_step', 'regularise',
+           'log_variance_for_theta', 'inner_losses']
 
-# %% ../../nbs/61_methods.hpl.ipynb #32d9b3b6
-class JointUncertainty(Method):
-    "Baseline with an uncertainty-learner but without bi-level optimisation: eq. 3 over theta and phi."
+# %% ../../nbs/61_methods.hpl.ipynb #798ce4c8
+class LearnerMethod(Method):
+    "A pseudo-labelling method with an uncertainty-learner g."
     needs = {"labelled": ("weak",), "unlabelled": ("weak", "strong")}
 
+    def __init__(self,
+        regressor:Regressor, # the network to train
+        log_variance_bound:float|None, # largest |z|; None: no bound
+        residual_input:bool, # what g reads, see `learner_input`
+    ):
+        super().__init__(regressor)
+        self.learner, self.residual_input = UncertaintyLearner(regressor.head.out_features, bound=log_variance_bound), residual_input
+
+    def inspect(self, weak:Tensor, strong:Tensor)->dict[str, Tensor]:
+        "Pseudo-label, strong prediction and log-variance, (m, K) each."
+        views = super().inspect(weak, strong)
+        pair = learner_input(views["strong_prediction"], views["pseudo_label"], self.residual_input)
+        return views | {"log_variance": self.learner(pair)}
+
+# %% ../../nbs/61_methods.hpl.ipynb #014a6941
+def sample_record(
+    batch:Mapping[str, Mapping[str, Tensor]], # the step's batches
+    passes:Passes, # what the network made of them
+    log_variance:Tensor, # z, (m, K)
+    weight:Tensor, # omega, (m, K)
+)->dict[str, Tensor]: # detached
+    "Per-sample values of a step, for monitoring."
+    return {"index": batch["unlabelled"]["index"], "pseudo_label": passes.pseudo_label.detach(),
+            "strong_prediction": passes.prediction.detach(), "log_variance": log_variance.detach(), "weight": weight.detach()}
+
+# %% ../../nbs/61_methods.hpl.ipynb #32d9b3b6
+class JointUncertainty(LearnerMethod):
+    "Baseline with an uncertainty-learner but without bi-level optimisation: eq. 3 over theta and phi."
     def __init__(self,
         regressor:Regressor, # the network to train
         unlabelled_weight:float=1., # lambda
         learner_lr:float=1e-4, # Adam's rate for phi (B.3)
         log_variance_bound:float|None=8., # largest |z|; None: no bound
     ):
-        super().__init__(regressor)
-        self.unlabelled_weight, self.learner_lr, self.log_variance_bound = unlabelled_weight, learner_lr, log_variance_bound
-        self.learner = UncertaintyLearner(regressor.head.out_features, bound=log_variance_bound)
+        super().__init__(regressor, log_variance_bound, residual_input=False)
+        self.unlabelled_weight, self.learner_lr = unlabelled_weight, learner_lr
 
     def config(self)->dict[str, Any]:
-        return {name: getattr(self, name) for name in ("unlabelled_weight", "learner_lr", "log_variance_bound")}
+        return {"unlabelled_weight": self.unlabelled_weight, "learner_lr": self.learner_lr, "log_variance_bound": self.learner.bound}
 
     def make_optimizers(self, settings:OptimizerSettings)->dict[str, Optimizer]:
         "phi is one more group of the regressor's optimiser: both follow the same loss."
@@ -60,29 +88,6 @@ class JointUncertainty(Method):
         self.record = sample_record(batch, p, z, weight)
         return {"labelled": labelled_loss(p.labelled_prediction, p.y),
                 "unlabelled": self.unlabelled_weight*unlabelled_loss(p.prediction, p.pseudo_label, weight, z)}
-
-    def inspect(self, weak:Tensor, strong:Tensor)->dict[str, Tensor]:
-        "Pseudo-label, strong prediction and log-variance, (m, K) each."
-        return inspect_with(self.learner, super().inspect(weak, strong), residual=False)
-
-# %% ../../nbs/61_methods.hpl.ipynb #1585ff72
-def sample_record(
-    batch:Mapping[str, Mapping[str, Tensor]], # the step's batches
-    passes:Passes, # what the network made of them
-    log_variance:Tensor, # z, (m, K)
-    weight:Tensor, # omega, (m, K)
-)->dict[str, Tensor]: # detached
-    "Per-sample values of a step, for monitoring."
-    return {"index": batch["unlabelled"]["index"], "pseudo_label": passes.pseudo_label.detach(),
-            "strong_prediction": passes.prediction.detach(), "log_variance": log_variance.detach(), "weight": weight.detach()}
-
-def inspect_with(
-    learner:UncertaintyLearner, # g
-    views:dict[str, Tensor], # pseudo_label and strong_prediction
-    residual:bool, # what g reads, see `learner_input`
-)->dict[str, Tensor]: # `views` with log_variance
-    "Add the log-variance to what a method makes of two views."
-    return views | {"log_variance": learner(learner_input(views["strong_prediction"], views["pseudo_label"], residual))}
 
 # %% ../../nbs/61_methods.hpl.ipynb #b41ca3fa
 @dataclass(frozen=True)
@@ -108,8 +113,10 @@ class HPLSettings:
     detach_input:bool=True # D9: no gradient through g's input
 
     def __post_init__(self):
-        for name, allowed in (("outer", ("fresh", "previous")), ("virtual_step", ("sgd", "optimizer")), ("reduction", ("mean", "sum"))):
-            if getattr(self, name) not in allowed: raise HplError(f"{name} is {getattr(self, name)!r}; choose {' or '.join(map(repr, allowed))}.")
+        choices = {"outer": ("fresh", "previous"), "virtual_step": ("sgd", "optimizer"), "reduction": ("mean", "sum")}
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            if value not in allowed: raise HplError(f"{name} is {value!r}; choose {' or '.join(map(repr, allowed))}.")
         for name in ("unlabelled_weight", "learner_weight_decay"):
             if not getattr(self, name) >= 0: raise HplError(f"{name} is {getattr(self, name)}; give a number of at least 0.")
         if self.outer_every < 1: raise HplError(f"outer_every is {self.outer_every}; give a whole number of at least 1.")
@@ -121,48 +128,53 @@ RELEASE = HPLSettings(preset="release", log_variance_bound=None, outer_overlap=T
                       residual_input=True)
 
 # %% ../../nbs/61_methods.hpl.ipynb #2a4a4d3d
-class HPL(Method):
+class HPL(LearnerMethod):
     "Semi-supervised regression with heteroscedastic pseudo-labels (Algorithm 1)."
-    needs = {"labelled": ("weak",), "unlabelled": ("weak", "strong")}
-
     def __init__(self,
         regressor:Regressor, # the network to train
         settings:HPLSettings=PAPER, # a preset, or `dataclasses.replace(PAPER, ...)`
     ):
-        super().__init__(regressor)
-        self.settings = settings
+        super().__init__(regressor, settings.log_variance_bound, settings.residual_input)
+        self.settings, self.memory = settings, {"step": 0} # steps so far; the previous step's labelled features and labels
         if settings.outer == "fresh": self.needs = {**self.needs, "outer": ("weak",)}
-        self.learner = UncertaintyLearner(regressor.head.out_features, bound=settings.log_variance_bound)
-        self.memory = {"step": 0} # steps so far, and the previous step's labelled features and labels
 
     def training_step(self, batch:Mapping[str, Mapping[str, Tensor]])->dict[str, Tensor]:
         "Inner loss of eq. 5; leaves phi's gradient of eq. 8 in .grad."
-        s, outer = self.settings, outer_features(self, batch)
-        if outer and s.separate_forward:
-            with torch.no_grad(): ahead = forward_batches(self.regressor, batch)
-            teach(self, ahead, *outer)
-        passes = forward_batches(self.regressor, batch)
-        if outer and not s.separate_forward: teach(self, passes, *outer)
-        if s.outer == "previous": self.memory |= {"features": passes.labelled_features.detach(), "y": passes.y}
+        passes = look_ahead(self, batch)
         z = log_variance_for_theta(self, passes)
-        weight = pseudo_label_weight(z, s.half_weight)
+        weight = pseudo_label_weight(z, self.settings.half_weight)
         self.record = sample_record(batch, passes, z, weight)
         return inner_losses(self, passes, weight, z)
 
-    def after_step(self)->None: self.memory["step"] += 1
     def config(self)->dict[str, Any]: return asdict(self.settings)
+    def after_step(self)->None: self.memory["step"] += 1
     def get_extra_state(self)->dict[str, Any]: return dict(self.memory)
     def set_extra_state(self, state:dict[str, Any])->None: self.memory = dict(state)
     def stream_settings(self, settings:StreamSettings)->StreamSettings: return replace(settings, outer_overlap=self.settings.outer_overlap)
-
     def make_optimizers(self, settings:OptimizerSettings)->dict[str, Optimizer]:
-        "Adam for theta, and Adam for phi."
-        s = self.settings
-        return super().make_optimizers(settings) | {"learner": Adam(self.learner.parameters(), s.learner_lr, weight_decay=s.learner_weight_decay)}
+        return super().make_optimizers(settings) | {"learner": learner_adam(self)}
 
-    def inspect(self, weak:Tensor, strong:Tensor)->dict[str, Tensor]:
-        "Pseudo-label, strong prediction and log-variance, (m, K) each."
-        return inspect_with(self.learner, super().inspect(weak, strong), self.settings.residual_input)
+# %% ../../nbs/61_methods.hpl.ipynb #ee462b43
+def look_ahead(
+    method:HPL, # whose g is taught
+    batch:Mapping[str, Mapping[str, Tensor]], # the step's batches
+)->Passes: # for theta's own step
+    "Forward passes of a step; teaches g if it is due."
+    s, outer = method.settings, outer_features(method, batch)
+    if outer and s.separate_forward:
+        with torch.no_grad(): ahead = forward_batches(method.regressor, batch)
+        teach(method, ahead, *outer)
+    passes = forward_batches(method.regressor, batch)
+    if outer and not s.separate_forward: teach(method, passes, *outer)
+    if s.outer == "previous": method.memory |= {"features": passes.labelled_features.detach(), "y": passes.y}
+    return passes
+
+def learner_adam(
+    method:HPL, # its settings and learner
+)->Adam:
+    "Adam for phi (B.3)."
+    s = method.settings
+    return Adam(method.learner.parameters(), s.learner_lr, weight_decay=s.learner_weight_decay)
 
 # %% ../../nbs/61_methods.hpl.ipynb #b647cd1b
 def outer_features(
@@ -185,8 +197,9 @@ def teach(
     "Put the gradient of the outer loss in phi's .grad; step at once if theta is to use the new phi (D4)."
     s, head = method.settings, method.regressor.head
     slope = unlabelled_slope(method.learner, passes, s)
-    result = slope_hypergradient(head, virtual_step(method), passes.labelled_features.detach(), passes.y, passes.unlabelled_features.detach(),
-                                 slope, s.unlabelled_weight, features, y, reduction=s.reduction, reduce=method.reduce, processes=method.processes)
+    result = slope_hypergradient(
+        head, virtual_step(method), passes.labelled_features.detach(), passes.y, passes.unlabelled_features.detach(), slope,
+        s.unlabelled_weight, features, y, reduction=s.reduction, reduce=method.reduce, processes=method.processes)
     slope.backward(result.slope)
     if s.outer_regularizer: regularise(method, result, y)
     for parameter in method.learner.parameters(): parameter.grad = method.reduce(parameter.grad)
@@ -203,7 +216,8 @@ def unlabelled_slope(
     "Derivative of each unlabelled loss in its prediction r."
     r = passes.prediction.detach().requires_grad_()
     z = learner(learner_input(r, passes.pseudo_label, settings.residual_input, settings.detach_input))
-    loss = unlabelled_loss(r, passes.pseudo_label, pseudo_label_weight(z, settings.half_weight), z if settings.log_term else None, "sum")
+    weight = pseudo_label_weight(z, settings.half_weight)
+    loss = unlabelled_loss(r, passes.pseudo_label, weight, z if settings.log_term else None, "sum")
     return torch.autograd.grad(loss, r, create_graph=True)[0]
 
 # %% ../../nbs/61_methods.hpl.ipynb #d2172845
@@ -234,7 +248,8 @@ def log_variance_for_theta(
     "The log-variances that weigh this step's pseudo-labels."
     s = method.settings
     fixed = {name: p.detach() for name, p in method.learner.named_parameters()}
-    return functional_call(method.learner, fixed, learner_input(passes.prediction, passes.pseudo_label, s.residual_input, s.detach_input))
+    pair = learner_input(passes.prediction, passes.pseudo_label, s.residual_input, s.detach_input)
+    return functional_call(method.learner, fixed, pair)
 
 # %% ../../nbs/61_methods.hpl.ipynb #31d81f3f
 def inner_losses(
@@ -246,5 +261,7 @@ def inner_losses(
     "L_l and lambda L_u; a sum counts the samples of all processes, whose gradients are averaged."
     s = method.settings
     scale = method.processes if s.reduction == "sum" else 1
-    unlabelled = unlabelled_loss(passes.prediction, passes.pseudo_label, weight, log_variance if s.log_term else None, s.reduction)
-    return {"labelled": scale*labelled_loss(passes.labelled_prediction, passes.y, s.reduction), "unlabelled": scale*s.unlabelled_weight*unlabelled}
+    z = log_variance if s.log_term else None
+    unlabelled = unlabelled_loss(passes.prediction, passes.pseudo_label, weight, z, s.reduction)
+    return {"labelled": scale*labelled_loss(passes.labelled_prediction, passes.y, s.reduction),
+            "unlabelled": scale*s.unlabelled_weight*unlabelled}

@@ -1,0 +1,56 @@
+"The commands, as a user types them: results on disk, what is printed, and sentences instead of tracebacks."
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from hpl_nb import cli
+from hpl_nb.core import PREDICTION_COLUMNS
+
+METHODS = {"Supervised", "PseudoLabel", "JointUncertainty", "HPL (paper, learner_lr=0.001)", "HPL (release, learner_lr=0.001)", "FullySupervised"}
+
+
+def test_demo_writes_table_report_and_predictions(tmp_path, capsys):
+    cli.hpl_demo(out=str(tmp_path), seeds="0", jobs=2, iterations=2)
+    printed = capsys.readouterr().out
+    results = pd.read_csv(tmp_path/"results.csv")
+    assert set(results["method"]) == METHODS and all(name in printed for name in METHODS)
+    predictions = pd.read_parquet(tmp_path/"predictions.parquet")
+    assert tuple(predictions) == PREDICTION_COLUMNS and set(predictions["split"]) == {"labelled", "unlabelled", "val", "test"}
+    report = (tmp_path/"report.html").read_text()
+    assert report.count("<figure") >= 6 and "Plotly" in report
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("metrics.json")}
+    cli.hpl_demo(out=str(tmp_path), seeds="0", jobs=2, iterations=2) # finished runs are only read
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("metrics.json")} and len(before) == 6
+
+
+def test_train_stops_resumes_and_draws(tmp_path, capsys):
+    run, page = tmp_path/"run", tmp_path/"figures.html"
+    arguments = dict(epochs=2, iterations=5, out=str(run), settings="outer=previous")
+    cli.hpl_train(**arguments, stop_after=7)
+    assert "the same command goes on" in capsys.readouterr().out and not (run/"metrics.json").exists()
+    cli.hpl_train(**arguments)
+    assert "selected at epoch" in capsys.readouterr().out and len(pd.read_csv(run/"log.csv")) == 2
+    cli.hpl_figures([str(tmp_path)], out=str(page))
+    assert "outer=previous" in page.read_text()
+
+
+def test_compare_puts_the_paper_beside_ours():
+    results = pd.DataFrame({"dataset": "UTKFace", "label_ratio": .05, "method": ["HPL (paper)", "HPL (paper)", "Supervised", "Supervised"],
+                            "seed": [0, 1, 0, 1], "mae": [5.6, 5.8, 6., 6.2], "mse": 1., "r2": .5, "pseudo_label_mae": 5., "log_variance": 0., "seconds": 1.})
+    table = cli.results_table(results).set_index("method")
+    assert table.loc["HPL (paper)", "paper"] == "5.639 ± 0.035 MAE" and table.loc["Supervised", "mae"] == "6.10 ± 0.14"
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["hpl_train", "--dataset", "utkface"], "--root is missing"), (["hpl_train", "--dataset", "agedb"], "choose rotated_digits"),
+    (["hpl_train", "--dataset", "utkface", "--root", "nowhere"], "nowhere"), (["hpl_train", "--method", "magic"], "is unknown"),
+    (["hpl_train", "--settings", "outer=later"], "'fresh' or 'previous'"), (["hpl_train", "--label_ratio", "0.001"], "raise label_ratio"),
+    (["hpl_figures", "nowhere"], "no finished run below nowhere"), (["hpl_compare", "--options", "epoch=3"], "write name=value")])
+def test_bad_arguments_cost_a_sentence(arguments, says, tmp_path):
+    command, *rest = arguments
+    done = subprocess.run([Path(sys.executable).parent/command, *rest], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and says in done.stderr and "Traceback" not in done.stderr
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -1,0 +1,319 @@
+"Every setting does what it says, and phi's and theta's gradients are those of the formulas, by autograd."
+from dataclasses import fields, replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from small_runs import METHODS, differences, make, on_cpu, vectors  # noqa: F401
+
+from hpl_nb.core import HplError, seed_everything
+from hpl_nb.data.core import Streams, StreamSettings
+from hpl_nb.hypergrad import hypergradient_autograd, sgd_step
+from hpl_nb.loss import labelled_loss, pseudo_label_weight, unlabelled_loss
+from hpl_nb.methods.core import FullySupervised, PseudoLabel, Supervised, forward_batches
+from hpl_nb.methods.hpl import HPL, PAPER, RELEASE, HPLSettings, JointUncertainty, outer_features, teach
+from hpl_nb.models import mlp
+from hpl_nb.trainer import OptimizerSettings, TrainSettings, fit
+from hpl_nb.uncertainty import learner_input
+
+FAST = replace(PAPER, learner_lr=1e-2)
+SETTINGS = TrainSettings(epochs=3, iterations_per_epoch=10, streams=StreamSettings(8, 8), optimizer=OptimizerSettings(1e-2, 1e-2))
+
+
+def trained(method, data=None, settings=SETTINGS):
+    "State after 30 steps."
+    seed_everything(0)
+    method = method(mlp(3, (16,), data.outputs if data else 1, dropout=.2))
+    run = fit(method, data or vectors(), settings, progress=False)
+    return dict(method.state_dict()), run
+
+
+def weights(settings):
+    "Trained weights of theta, and of phi."
+    state, _ = trained(partial(HPL, settings=settings))
+    return ([value for name, value in state.items() if name.startswith(part)] for part in ("regressor", "learner"))
+
+
+def prepared(settings=FAST, outputs=1, method=HPL):
+    "A method in float64 with its optimisers, and a batch: nothing random but the weights."
+    seed_everything(0)
+    regressor = mlp(3, (16,), outputs)
+    method = (method(regressor, settings) if method is HPL else method(regressor)).double()
+    method.optimizers = method.make_optimizers(OptimizerSettings())
+    batch = Streams(vectors(outputs), method.needs, StreamSettings(8, 12), 10, seed=0)[0]
+    return method, {s: {k: v.double() if v.is_floating_point() else v for k, v in tensors.items()} for s, tensors in batch.items()}
+
+
+def grads(module): return [None if p.grad is None else p.grad.clone() for p in module.parameters()]
+
+
+CHANGES = {"unlabelled_weight": .3, "learner_lr": 3e-2, "learner_weight_decay": .3, "log_variance_bound": .1, "outer": "previous", "outer_overlap": True,
+           "outer_every": 2, "outer_regularizer": .5, "virtual_step": "optimizer", "virtual_lr": .3, "learner_first": True, "separate_forward": True,
+           "half_weight": True, "reduction": "sum", "residual_input": True, "detach_input": False}
+
+
+class TestEverySetting:
+    "Thirty steps with one setting changed."
+
+    def test_all_are_covered(self):
+        assert {*CHANGES, "preset", "log_term"} == {field.name for field in fields(HPLSettings)}
+
+    @pytest.mark.parametrize("name", CHANGES)
+    def test_changes_theta_and_phi(self, name):
+        for before, after in zip(weights(FAST), weights(replace(FAST, **{name: CHANGES[name]}))): assert differences(before, after)
+
+    @pytest.mark.parametrize("detach", [True, False])
+    def test_log_term(self, detach):
+        "D6: without a gradient through g's input the log term changes nothing, to the bit; with one it does."
+        settings = replace(FAST, detach_input=detach)
+        for before, after in zip(weights(settings), weights(replace(settings, log_term=False))): assert bool(differences(before, after)) is not detach
+
+    def test_preset_is_only_a_name(self):
+        for before, after in zip(weights(FAST), weights(replace(FAST, preset="mine"))): assert not differences(before, after)
+
+    def test_log_term_is_logged(self):
+        "It is part of the loss that is reported."
+        logs = [trained(partial(HPL, settings=replace(FAST, log_term=on)))[1].log for on in (True, False)]
+        difference = logs[0]["loss/unlabelled"] - logs[1]["loss/unlabelled"]
+        np.testing.assert_allclose(difference, logs[0]["log_variance_mean"], atol=1e-5)
+
+    @pytest.mark.parametrize("name, value", [("outer", "newest"), ("virtual_step", "adam"), ("reduction", "none"), ("unlabelled_weight", -1.),
+                                             ("unlabelled_weight", float("nan")), ("outer_every", 0), ("log_variance_bound", 0.), ("log_variance_bound", -1.)])
+    def test_out_of_range(self, name, value):
+        with pytest.raises(HplError): HPL(mlp(3, (4,)), replace(PAPER, **{name: value}))
+
+
+class TestPhi:
+    "phi follows the outer loss after one step of the head: against autograd, in float64."
+
+    @pytest.mark.parametrize("outputs", [1, 2])
+    @pytest.mark.parametrize("change", [{}, {"half_weight": True}, {"residual_input": True}, {"reduction": "sum"}, {"unlabelled_weight": .3},
+                                        {"log_variance_bound": None}, {"log_variance_bound": .5}], ids=str)
+    def test_detached_input(self, change, outputs):
+        "The weights' hypergradient, carried on to phi."
+        method, batch = prepared(settings := replace(FAST, virtual_lr=.05, **change), outputs)
+        passes, (features, y) = forward_batches(method.regressor, batch), outer_features(method, batch)
+        teach(method, passes, features, y)
+        taught = grads(method.learner)
+        z = method.learner(learner_input(passes.prediction, passes.pseudo_label, settings.residual_input))
+        omega = pseudo_label_weight(z, settings.half_weight)
+        result = hypergradient_autograd(method.regressor.head, partial(sgd_step, learning_rate=.05), passes.labelled_features.detach(), passes.y,
+                                        passes.unlabelled_features.detach(), passes.pseudo_label, omega.detach(), settings.unlabelled_weight,
+                                        features, y, settings.reduction)
+        expected = torch.autograd.grad(omega, list(method.learner.parameters()), result.weights)
+        for actual, correct in zip(taught, expected): torch.testing.assert_close(actual, correct, rtol=1e-9, atol=1e-15)
+
+    @pytest.mark.parametrize("outputs", [1, 2])
+    @pytest.mark.parametrize("detach", [True, False])
+    @pytest.mark.parametrize("change", [{}, {"log_term": False, "half_weight": True, "residual_input": True, "reduction": "sum"},
+                                        {"outer_regularizer": .1}], ids=str)
+    def test_whole_step_written_down_once_more(self, change, detach, outputs):
+        "Eq. 5, 7, 6 and D1 with one graph from phi to the outer loss, also where the gradient goes through g's input."
+        method, batch = prepared(settings := replace(FAST, virtual_lr=.05, detach_input=detach, **change), outputs)
+        passes, (features, y) = forward_batches(method.regressor, batch), outer_features(method, batch)
+        teach(method, passes, features, y)
+        taught, head, learner = grads(method.learner), method.regressor.head, method.learner
+        weight, bias = (p.detach().clone().requires_grad_() for p in (head.weight, head.bias))
+        r = passes.unlabelled_features.detach() @ weight.T + bias
+        z = learner(learner_input(r, passes.pseudo_label, settings.residual_input, detach))
+        omega, kind = pseudo_label_weight(z, settings.half_weight), settings.reduction
+        inner = labelled_loss(passes.labelled_features.detach() @ weight.T + bias, passes.y, kind) + unlabelled_loss(
+            r, passes.pseudo_label, omega, z if settings.log_term else None, kind)
+        steps = torch.autograd.grad(inner, (weight, bias), create_graph=True)
+        prediction = features @ (weight - .05*steps[0]).T + bias - .05*steps[1]
+        outer = labelled_loss(prediction, y, kind)
+        outer = outer - settings.outer_regularizer*learner(learner_input(prediction, y, settings.residual_input)).mean()
+        expected = torch.autograd.grad(outer, list(learner.parameters()))
+        for actual, correct in zip(taught, expected): torch.testing.assert_close(actual, correct, rtol=1e-9, atol=1e-14)
+
+    @pytest.mark.parametrize("settings", [PAPER, RELEASE, replace(PAPER, detach_input=False), replace(PAPER, detach_input=False, reduction="sum")],
+                             ids=["paper", "release", "attached", "attached, sum"])
+    def test_theta_s_loss_gives_phi_nothing(self, settings):
+        "And the teaching gives theta nothing."
+        method, batch = prepared(settings)
+        losses = method.training_step(batch)
+        assert all(gradient is None for gradient in grads(method.regressor))
+        before = grads(method.learner)
+        sum(losses.values()).backward()
+        assert not differences(before, grads(method.learner)) and all(gradient is not None for gradient in grads(method.regressor))
+        if not settings.learner_first: assert any(gradient.abs().max() > 0 for gradient in before)
+
+    @pytest.mark.parametrize("first", [True, False])
+    def test_learner_first(self, first):
+        "D4: the weights of theta's own step are those of the new phi, or of the old one."
+        method, batch = prepared(replace(FAST, learner_first=first))
+        old = [p.detach().clone() for p in method.learner.parameters()]
+        losses = method.training_step(batch)
+        assert bool(differences(old, list(method.learner.parameters()))) is first
+        passes = forward_batches(method.regressor, batch)
+        z = method.learner(learner_input(passes.prediction, passes.pseudo_label)) # by phi as it is now
+        assert torch.equal(method.record["log_variance"], z) and torch.equal(method.record["weight"], torch.exp(-z))
+        torch.testing.assert_close(losses["unlabelled"], unlabelled_loss(passes.prediction, passes.pseudo_label, torch.exp(-z), z))
+
+    def test_nothing_is_learned_without_unlabelled_loss(self):
+        method, batch = prepared(replace(FAST, unlabelled_weight=0.))
+        method.training_step(batch)
+        assert all((gradient == 0).all() for gradient in grads(method.learner))
+
+
+@pytest.mark.parametrize("detach", [True, False])
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_theta_s_gradient_is_that_of_eq_5(detach, outputs):
+    "With phi fixed; an attached input adds the way through g (D9)."
+    method, batch = prepared(replace(FAST, detach_input=detach, unlabelled_weight=.7), outputs)
+    sum(method.training_step(batch).values()).backward()
+    actual, passes = grads(method.regressor), forward_batches(method.regressor, batch)
+    pair = torch.cat([passes.prediction.detach() if detach else passes.prediction, passes.pseudo_label], 1)
+    z = method.learner(pair)
+    loss = ((passes.labelled_prediction - passes.y)**2).mean() + .7*((-z).exp()*(passes.prediction - passes.pseudo_label)**2 + z).mean()
+    expected = torch.autograd.grad(loss, list(method.regressor.parameters()))
+    for gradient, correct in zip(actual, expected): torch.testing.assert_close(gradient, correct, rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_joint_uncertainty_follows_eq_3(outputs):
+    "Theta and phi with the gradient of one loss, written down once more."
+    method, batch = prepared(method=JointUncertainty, outputs=outputs)
+    sum(method.training_step(batch).values()).backward()
+    actual, passes = grads(method), forward_batches(method.regressor, batch)
+    z = method.learner(torch.cat([passes.prediction, passes.pseudo_label], 1).detach())
+    loss = ((passes.labelled_prediction - passes.y)**2).mean() + ((-z).exp()*(passes.prediction - passes.pseudo_label)**2 + z).mean()
+    expected = torch.autograd.grad(loss, list(method.parameters()))
+    for gradient, correct in zip(actual, expected): torch.testing.assert_close(gradient, correct, rtol=1e-9, atol=1e-15)
+    assert [group["lr"] for group in method.optimizers["regressor"].param_groups] == [1e-4, 1e-3, 1e-4]
+
+
+def test_without_unlabelled_loss_all_are_supervised():
+    "Lambda = 0: the same weights to the bit, although the other rows went through the network (no batch statistics, no dropout)."
+    def weights(method):
+        seed_everything(0)
+        fit(method := method(mlp(3, (16,))), vectors(), SETTINGS, progress=False)
+        return dict(method.regressor.state_dict())
+    expected = weights(Supervised)
+    for other in (PseudoLabel, JointUncertainty): assert not differences(expected, weights(partial(other, unlabelled_weight=0.)))
+    assert not differences(expected, weights(partial(HPL, settings=replace(PAPER, unlabelled_weight=0.))))
+
+
+class TestCost:
+    "Forward passes of the body, counted."
+
+    @pytest.mark.parametrize("method, expected", {
+        "Supervised": (Supervised, [1]*6), "PseudoLabel": (PseudoLabel, [3]*6), "JointUncertainty": (JointUncertainty, [3]*6),
+        "fresh": (PAPER, [4]*6), "previous": (replace(PAPER, outer="previous"), [3]*6), "release": (RELEASE, [7, 3, 3, 3, 3, 7]),
+        "fresh, each third": (replace(PAPER, outer_every=3), [4, 3, 3, 4, 3, 3])}.items(), ids=lambda item: item if isinstance(item, str) else "")
+    def test_forward_passes(self, method, expected): self.check(*expected)
+
+    def check(self, method, expected):
+        seed_everything(0)
+        method = HPL(mlp(3, (4,)), method) if isinstance(method, HPLSettings) else method(mlp(3, (4,)))
+        calls, counts = [], []
+        method.regressor.body.register_forward_hook(lambda module, *_: calls.append(module.training))
+        after = method.after_step
+        def after_step():
+            counts.append(sum(calls)) # those in training mode
+            calls.clear()
+            after()
+        method.after_step = after_step
+        fit(method, vectors(), replace(SETTINGS, epochs=1, iterations_per_epoch=6), progress=False)
+        assert counts == expected
+
+    def test_no_graph_through_views_that_need_none(self):
+        "The weak view and the outer batch run without gradients."
+        method, batch = prepared()
+        modes = []
+        method.regressor.body.register_forward_hook(lambda *_: modes.append(torch.is_grad_enabled()))
+        method.training_step(batch)
+        assert sorted(modes) == [False, False, True, True]
+
+
+class TestOuterBatch:
+    def rows(self, settings):
+        "Rows of the inner and the outer batch at each step."
+        method, seen = HPL(mlp(3, (4,)), settings), []
+        step = method.training_step
+        def training_step(batch):
+            seen.append((set(batch["labelled"]["index"].tolist()), set(batch["outer"]["index"].tolist())))
+            return step(batch)
+        method.training_step = training_step
+        fit(method, vectors(), SETTINGS, progress=False)
+        return seen
+
+    def test_fresh_never_overlaps(self):
+        assert all(not inner & outer for inner, outer in self.rows(PAPER)) and len(self.rows(PAPER)) == 30
+
+    def test_release_may_overlap(self):
+        assert any(inner & outer for inner, outer in self.rows(RELEASE))
+
+    def test_previous_remembers_the_step_before(self):
+        "The features that judge a step are those that the step before has computed; at the first step nothing is learned."
+        method, _ = prepared(replace(FAST, outer="previous"))
+        batches, memories = Streams(vectors(), method.needs, StreamSettings(8, 8), 10, seed=0), []
+        for step in range(3):
+            batch = {s: {k: v.double() if v.is_floating_point() else v for k, v in tensors.items()} for s, tensors in batches[step].items()}
+            features = method.regressor.features(batch["labelled"]["weak"]).detach()
+            if step: assert all(torch.equal(*pair) for pair in zip(outer_features(method, batch), memories[-1]))
+            else: assert outer_features(method, batch) is None
+            sum(method.training_step(batch).values()).backward()
+            assert (method.learner.layers[0].weight.grad is not None) is (step > 0)
+            for optimizer in method.optimizers.values(): optimizer.step()
+            for optimizer in method.optimizers.values(): optimizer.zero_grad()
+            method.after_step()
+            memories.append((features, batch["labelled"]["y"]))
+
+
+@pytest.mark.parametrize("bound", [.5, 8., None])
+def test_log_variance_bound(bound):
+    "However hard it is pushed, z stays within the bound, in training and in the predictions table."
+    settings = replace(FAST, learner_lr=.5, outer_regularizer=100., log_variance_bound=bound)
+    method = HPL(mlp(3, (16,)), settings)
+    data = replace(vectors(), normalizer=None)
+    run = fit(method, data, SETTINGS, progress=False)
+    largest = max(run.predictions["log_variance"].sub(2*np.log(data.normalizer.scale[0])).abs().max(), method.record["log_variance"].abs().max().item())
+    assert largest > .99*(bound or 8) and (bound is None or largest <= bound*(1 + 1e-6))
+
+
+LOG = {"epoch", "step", "val_mae", "val_mse", "val_r2", "seconds", "loss/labelled"}
+SPREAD = {"log_variance_mean", "log_variance_sd", "weight_mean", "spearman_residual", "spearman_error"}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_log_columns(name):
+    "Losses and validation of all; mean and spread of z, mean weight and both rank correlations where there is a learner."
+    run = fit(make(name, regressor=partial(mlp, 3, (16,))), vectors(), SETTINGS, progress=False)
+    expected = LOG | (set() if name == "Supervised" else {"loss/unlabelled"}) | (SPREAD if "HPL" in name or name == "JointUncertainty" else set())
+    assert expected <= set(run.log), expected - set(run.log)
+    assert len(run.log) == 3 and run.log[sorted(expected)].notna().all(axis=None) and np.isfinite(run.log.to_numpy(float)).all()
+    assert list(run.log["step"]) == [10, 20, 30]
+
+
+def test_log_agrees_with_what_training_used():
+    "The epoch's mean log-variance, weight and rank correlations, from the values of every step."
+    seen, method = [], make("HPL paper", regressor=partial(mlp, 3, (16,)))
+    after = method.after_step
+    def after_step():
+        seen.append({name: value.clone() for name, value in method.record.items()})
+        after()
+    method.after_step, data = after_step, vectors()
+    run = fit(method, data, replace(SETTINGS, epochs=1), progress=False)
+    values = {name: torch.cat([record[name] for record in seen]) for name in seen[0]}
+    assert {name: tuple(value.shape) for name, value in values.items()} == {"index": (80,)} | dict.fromkeys(
+        ("pseudo_label", "strong_prediction", "log_variance", "weight"), (80, 1))
+    row, y = run.log.iloc[0], torch.from_numpy(data.normalizer.normalize(data.targets[values["index"]]))
+    assert row["log_variance_mean"] == pytest.approx(values["log_variance"].mean().item(), rel=1e-5)
+    assert row["weight_mean"] == pytest.approx(values["weight"].mean().item(), rel=1e-5)
+    for column, other in (("spearman_residual", values["strong_prediction"]), ("spearman_error", y)):
+        ranks = [value.flatten().argsort().argsort().double() for value in (values["log_variance"], (other - values["pseudo_label"]).abs())]
+        assert row[column] == pytest.approx(torch.corrcoef(torch.stack(ranks))[0, 1].item(), abs=1e-3)
+
+
+def test_fully_supervised_uses_all_training_rows():
+    "As `Supervised` on data where all rows are labelled."
+    data = vectors()
+    every = replace(data, labelled=np.concatenate([data.labelled, data.unlabelled]), unlabelled=data.unlabelled[:0])
+    expected, run = trained(Supervised, every)
+    actual, _ = trained(FullySupervised, data)
+    assert not differences(expected, actual) and set(run.predictions["split"]) == {"labelled", "val", "test"}
+    targets = data.targets.copy()
+    targets[data.unlabelled[5]] = float("nan")
+    with pytest.raises(HplError, match="needs the true labels"): trained(FullySupervised, replace(data, targets=targets))

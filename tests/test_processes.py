@@ -1,0 +1,210 @@
+"""Two processes on the CPU do what one does on the joined batch, each with random numbers of its own.
+
+Run as a script - by `accelerate launch` - this file is one of the processes: it trains every case and keeps what it saw.
+"""
+import os
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from small_runs import METHODS, SETTINGS, differences, digits, make, vectors
+
+from hpl_nb.core import seed_everything
+from hpl_nb.data.core import StreamSettings
+from hpl_nb.methods import hpl
+from hpl_nb.methods.hpl import HPL, PAPER, RELEASE
+from hpl_nb.models import mlp
+from hpl_nb.trainer import OptimizerSettings, TrainSettings, fit
+
+DENSE = partial(mlp, 3, (16,), 2) # no batch statistics, no dropout: nothing random but the views, which are seeded by sample
+FEW = TrainSettings(epochs=3, iterations_per_epoch=6, streams=StreamSettings(8, 16), optimizer=OptimizerSettings(1e-2, 1e-2))
+CASES = {**METHODS, "HPL sum": partial(HPL, settings=replace(PAPER, reduction="sum", virtual_lr=1e-3)),
+         "HPL release, sum": partial(HPL, settings=replace(RELEASE, reduction="sum")),
+         "HPL attached": partial(HPL, settings=replace(PAPER, detach_input=False, learner_lr=1e-2))}
+
+
+def main(out):
+    "Train every case; save what this process saw below `out`."
+    torch.set_num_threads(1)
+    rank, written = int(os.environ.get("RANK", 0)), []
+    sys.addaudithook(lambda event, args: written.append(str(args[0])) if event == "open" and writes(args, out) else None)
+    for name in CASES: torch.save(joined(name, rank), out/f"{name}-{rank}.pt")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        for name in METHODS: torch.save(resumed(name, rank, out/name), out/f"{name}-{rank}-resumed.pt")
+    torch.save({"written": [path for path in written if not path.endswith(f"-{rank}.pt")], "random": random_streams(rank, out/"random"),
+                "address": os.environ.get("MASTER_ADDR")}, out/f"process-{rank}.pt")
+
+
+def writes(args, folder):
+    "Is this the opening of a file below `folder` for writing?"
+    return str(args[0]).startswith(str(folder)) and bool(args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+
+
+def joined(name, rank):
+    "Gradients and hypergradients of each step, final weights, predictions; the processes start with different weights."
+    seed_everything(0, rank)
+    method, steps, hypergradients = CASES[name](DENSE()), [], []
+    make_optimizers, look_ahead = method.make_optimizers, hpl.slope_hypergradient
+    def watched(settings):
+        optimizers = make_optimizers(settings)
+        for optimizer in optimizers.values(): optimizer.register_step_pre_hook(lambda o, *_: steps.append(gradients(o)))
+        return optimizers
+    def kept(*args, **kwargs):
+        hypergradients.append(look_ahead(*args, **kwargs))
+        return hypergradients[-1]
+    method.make_optimizers, hpl.slope_hypergradient = watched, kept
+    run = fit(method, vectors(2), FEW, progress=False)
+    hpl.slope_hypergradient = look_ahead
+    return {"weights": dict(method.state_dict()), "gradients": steps, "slopes": [h.slope for h in hypergradients], "heads": [h.head for h in hypergradients],
+            "predictions": run.predictions, "log": run.log.drop(columns="seconds"), "metrics": {k: v for k, v in run.metrics.items() if k != "seconds"}}
+
+
+def gradients(optimizer):
+    "All gradients of an optimiser in one vector."
+    return torch.cat([p.grad.flatten() for group in optimizer.param_groups for p in group["params"] if p.grad is not None] or [torch.zeros(0)])
+
+
+def resumed(name, rank, folder):
+    """With batch norm and dropout: final state and log of a run in one piece, and of one that stopped in the middle of an epoch, twice.
+
+    By the first process's clock a checkpoint is due after each step, by the second's never: they write it together."""
+    ends = []
+    for place, stops in (("whole", ()), ("stopped", (3, 4))):
+        for stop in (*stops, None):
+            method = make(name)
+            run = fit(method, digits(), SETTINGS, folder=folder/place, progress=False, checkpoint_seconds=1e9*rank, stop_after=stop)
+        ends.append([dict(method.state_dict()), run.predictions, run.log.drop(columns="seconds")])
+    return ends
+
+
+def random_streams(rank, folder):
+    "What a process draws at its first steps: rows, seeds of views, global generators, dropout masks."
+    seen = {"index": [], "seeds": [], "torch": [], "numpy": [], "python": [], "dropout": []}
+    data, method = vectors(), make("HPL paper", regressor=partial(mlp, 3, (16,), dropout=.5))
+    def view(samples, seeds):
+        seen["seeds"].append(seeds)
+        return samples
+    def step(batch, training_step=method.training_step):
+        seen["index"].append({stream: tensors["index"].tolist() for stream, tensors in batch.items()})
+        losses = training_step(batch)
+        states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+        for kind, draw in (("torch", torch.rand), ("numpy", np.random.rand), ("python", lambda n: [random.random() for _ in range(n)])):
+            seen[kind].append(list(map(float, draw(4))))
+        seen["dropout"].append(torch.nn.functional.dropout(torch.ones(32)).tolist())
+        for restore, state in zip((torch.set_rng_state, np.random.set_state, random.setstate), states): restore(state)
+        return losses
+    method.training_step = step
+    fit(method, replace(data, weak=view, strong=view), FEW, folder=folder, progress=False, stop_after=4)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    "What one process and two processes saw; all of them at the same time, and only over the loopback interface."
+    out, here = tmp_path_factory.mktemp("processes"), Path(__file__)
+    environ = {**os.environ, "PYTHONPATH": str(here.parents[1]), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "",
+               "GLOO_SOCKET_IFNAME": "lo"}
+    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2",
+              "--main_process_ip", "127.0.0.1", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no",
+              "--num_machines", "1"]
+    started = []
+    for folder, command in ((out/"one", [sys.executable]), (out/"two", launch)):
+        folder.mkdir()
+        started.append(subprocess.Popen([*command, str(here), str(folder)], env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    for process in started:
+        output = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, output[-5000:]
+    return out
+
+
+def read(path): return torch.load(path, weights_only=False)
+
+
+@pytest.fixture(params=CASES)
+def case(request, results):
+    "A case as one process saw it, and as each of two did."
+    name = request.param
+    return read(results/"one"/f"{name}-0.pt"), [read(results/"two"/f"{name}-{rank}.pt") for rank in range(2)]
+
+
+def close(actual, expected, tolerance=1e-5):
+    "Relative to the largest value."
+    actual, expected = torch.as_tensor(actual), torch.as_tensor(expected)
+    assert actual.shape == expected.shape
+    if expected.numel(): assert (actual - expected).abs().max() <= tolerance*expected.abs().max()
+
+
+def test_head_and_learner(case):
+    "After several steps: all weights, which are the same bits in both processes."
+    one, two = case
+    parameters = [name for name, value in one["weights"].items() if isinstance(value, torch.Tensor)]
+    assert {"regressor.head.weight", "regressor.head.bias"} <= set(parameters)
+    for name in parameters: close(two[0]["weights"][name], one["weights"][name])
+    assert not differences({k: two[0]["weights"][k] for k in parameters}, {k: two[1]["weights"][k] for k in parameters})
+
+
+def test_gradients(case):
+    "Of theta and of phi, at every step of every optimiser."
+    one, two = case
+    assert len(one["gradients"]) == len(two[0]["gradients"]) == len(two[1]["gradients"]) >= 18
+    for rank in range(2):
+        for actual, expected in zip(two[rank]["gradients"], one["gradients"]): close(actual, expected)
+
+
+def test_hypergradients(case):
+    "The processes' slopes joined are one process's; both look ahead to the same head."
+    one, two = case
+    assert len(one["slopes"]) == len(two[0]["slopes"])
+    for step, expected in enumerate(one["slopes"]):
+        close(torch.cat([two[rank]["slopes"][step] for rank in range(2)])/2, expected)
+        for rank in range(2): close(two[rank]["heads"][step], one["heads"][step])
+
+
+def test_every_hpl_case_looks_ahead(results):
+    for name in CASES: assert len(read(results/"one"/f"{name}-0.pt")["slopes"]) == (
+        {"HPL release": 4, "HPL release, sum": 4, "HPL previous": 17}.get(name, 18) if "HPL" in name else 0)
+
+
+def test_predictions_and_log(case):
+    "Every process has all rows, and the numbers of one process."
+    one, two = case
+    for mine in two:
+        pd.testing.assert_frame_equal(mine["predictions"], one["predictions"], rtol=1e-4, atol=1e-4)
+        pd.testing.assert_frame_equal(mine["log"], one["log"], rtol=1e-3, atol=1e-4)
+        assert mine["metrics"] == pytest.approx(one["metrics"], rel=1e-3)
+    assert not differences(two[0]["predictions"], two[1]["predictions"])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_resume(name, results):
+    "Stopped in the middle of an epoch and resumed, both processes end with the same bits as in one piece, running statistics included."
+    for rank in range(2): assert not differences(*read(results/"two"/f"{name}-{rank}-resumed.pt"))
+
+
+def test_random_streams_differ(results):
+    "Rows are disjoint and together those of one process; so are the seeds of views; the generators differ at every step."
+    alone = read(results/"one"/"process-0.pt")["random"]
+    first, second = (read(results/"two"/f"process-{rank}.pt")["random"] for rank in range(2))
+    for step, rows in enumerate(alone["index"]):
+        for stream in rows: assert first["index"][step][stream] + second["index"][step][stream] == rows[stream]
+        assert all(len(set(rows[stream])) == len(rows[stream]) for stream in rows)
+    for a, b, whole in zip(first["seeds"], second["seeds"], alone["seeds"]): assert [*a, *b] == [*whole] and len(set(whole)) == len(whole)
+    for kind in ("torch", "numpy", "python", "dropout"):
+        assert len(first[kind]) == 4 and all(a != b for a, b in zip(first[kind], second[kind])), kind
+
+
+def test_only_the_main_process_writes(results):
+    processes = [read(results/"two"/f"process-{rank}.pt") for rank in range(2)]
+    assert any(path.endswith("metrics.json") or ".metrics.json" in path for path in processes[0]["written"])
+    assert not processes[1]["written"]
+    assert {process["address"] for process in processes} == {"127.0.0.1"}
+
+
+if __name__ == "__main__": main(Path(sys.argv[1]))
