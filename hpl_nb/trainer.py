@@ -39,8 +39,8 @@ __all__ = ['Trainable', 'OptimizerSettings', 'TrainSettings', 'epoch_length', 'R
            'map_rows', 'predict_rows', 'predictions_table', 'inspect_rows', 'log_row', 'variance_row', 'check_finite',
            'end_epoch', 'average_buffers', 'process_state', 'checkpoint_content', 'save_checkpoint', 'save_best',
            'save_snapshot', 'read_checkpoint', 'load_state', 'check_origin', 'resume', 'make_accelerator', 'run_config',
-           'check_settings', 'remove_leftovers', 'open_session', 'place_method', 'fit', 'run_steps', 'is_due',
-           'has_ended', 'batches', 'finish', 'selected_metrics']
+           'check_settings', 'open_session', 'place_method', 'fit', 'run_steps', 'is_due', 'has_ended', 'batches',
+           'finish', 'selected_metrics']
 
 # %% ../nbs/50_trainer.ipynb #4dfea6d9
 class Trainable(Protocol):
@@ -154,6 +154,7 @@ class Session:
     config:dict[str, Any]
     schedulers:dict[str, Any]
     progress:Progress=field(default_factory=Progress)
+    show:bool=False # progress bars
     best_state:dict[str, Any]|None=None # of the selected epoch, where there is no folder
     started:float=field(default_factory=time.perf_counter)
 
@@ -241,8 +242,9 @@ def map_rows(
     "Apply `function` to views of all rows, in evaluation mode."
     accelerator, data = session.accelerator, session.data
     mine, parts = rows[accelerator.process_index::accelerator.num_processes], []
+    starts = range(0, len(mine), batch_size)
     with evaluating(session.method), accelerator.autocast():
-        for start in range(0, len(mine), batch_size):
+        for start in tqdm(starts, "predicting", leave=False, disable=not session.show or len(starts) < 10):
             some = mine[start:start + batch_size]
             seeds = np.array([derive_seed(session.seed, "evaluation", row) for row in some])
             inputs = data.inputs[some]
@@ -538,13 +540,6 @@ def check_settings(
         raise HplError("record_every keeps predictions on disk: give a folder, or record_every=0.")
 
 # %% ../nbs/50_trainer.ipynb #b1230a9c
-def remove_leftovers(
-    folder:RunFolder, # a run folder
-)->None:
-    "Delete the temporary files of writes that were killed (see `atomic_write`)."
-    for path in folder.path.rglob(".*.*.????????"): path.unlink(missing_ok=True)
-
-# %% ../nbs/50_trainer.ipynb #affc5618
 def open_session(
     method:Trainable, # what to train
     data:SemiSupervisedData, # on what
@@ -562,7 +557,7 @@ def open_session(
     loader = Streams(data, method.needs, streams, per_epoch*settings.epochs, seed, *place)
     check_settings(settings, loader, folder)
     config = run_config(method, data, settings, seed, accelerator.num_processes)
-    if folder and accelerator.is_main_process and claim_run(folder, config): remove_leftovers(folder)
+    if folder and accelerator.is_main_process: claim_run(folder, config)
     accelerator.wait_for_everyone()
     if trackers: accelerator.init_trackers("hpl_nb", config={k: str(v) for k, v in config.items()})
     schedulers = place_method(method, settings, accelerator)
@@ -605,8 +600,9 @@ def fit(
 )->Run:
     "Train, select on validation, and measure on the test set once. The same call with the same folder resumes."
     session = open_session(method, data, settings or TrainSettings(), folder, seed, trackers)
+    session.show = progress and session.accelerator.is_main_process
     try:
-        if run_steps(session, workers, progress, checkpoint_seconds, stop_after): return finish(session)
+        if run_steps(session, workers, checkpoint_seconds, stop_after): return finish(session)
         return Run(session.config, pd.DataFrame(session.progress.log), {}, pd.DataFrame(columns=PREDICTION_COLUMNS), False)
     finally:
         for tracker in session.accelerator.trackers: tracker.finish()
@@ -615,15 +611,13 @@ def fit(
 def run_steps(
     session:Session, # the run
     workers:int, # processes that prepare batches
-    show:bool, # show a bar
     checkpoint_seconds:float, # between checkpoints within an epoch
     stop_after:int|None, # stop after so many more steps
 )->bool: # True when training has ended, False when it was stopped
     "Algorithm 1, lines 4-12, from wherever the run is."
     state, total, saved = session.progress, len(session.streams), time.perf_counter()
     last, going = min(total, state.step + (total if stop_after is None else stop_after)), not has_ended(session)
-    hidden = not (show and session.accelerator.is_main_process)
-    with tqdm(total=total, initial=state.step, desc=session.config["method"], disable=hidden) as bar:
+    with tqdm(total=total, initial=state.step, desc=session.config["method"], disable=not session.show) as bar:
         for batch in batches(session, state.step, last if going else state.step, workers):
             train_step(session, batch)
             state.step += 1

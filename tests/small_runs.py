@@ -58,7 +58,10 @@ def _noisy(scale, samples, seeds):
     return samples + scale*torch.stack(noise)
 
 
-def make(name, seed=0, regressor=partial(small_cnn, width=4, dropout=.2)):
+def noisy_cnn(): return small_cnn(width=4, dropout=.2)
+
+
+def make(name, seed=0, regressor=noisy_cnn):
     "A fresh method, by default on a network with batch norm and dropout."
     seed_everything(seed)
     return METHODS[name](regressor())
@@ -67,7 +70,8 @@ def make(name, seed=0, regressor=partial(small_cnn, width=4, dropout=.2)):
 def differences(a, b, path=""):
     "Where two nested values differ, to the bit (NaN equals NaN); empty where they do not."
     if isinstance(a, pd.DataFrame): a, b = a.to_dict("list"), b.to_dict("list")
-    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys(): return [d for k in a for d in differences(a[k], b[k], f"{path}/{k}")]
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        return [d for key in a for d in differences(a[key], b[key], f"{path}/{key}")]
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
         return [d for i, pair in enumerate(zip(a, b)) for d in differences(*pair, f"{path}/{i}")]
     if isinstance(a, torch.Tensor): same = isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)

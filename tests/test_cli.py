@@ -9,7 +9,7 @@ import pytest
 from hpl_nb import cli
 from hpl_nb.core import PREDICTION_COLUMNS
 
-METHODS = {"Supervised", "PseudoLabel", "JointUncertainty", "HPL (paper, learner_lr=0.001)", "HPL (release, learner_lr=0.001)", "FullySupervised"}
+METHODS = {"Supervised", "PseudoLabel", "JointUncertainty", "HPL (paper)", "HPL (release)", "FullySupervised"}
 
 
 def test_demo_writes_table_report_and_predictions(tmp_path, capsys):

@@ -62,13 +62,16 @@ def joined(name, rank):
     method.make_optimizers, hpl.slope_hypergradient = watched, kept
     run = fit(method, vectors(2), FEW, progress=False)
     hpl.slope_hypergradient = look_ahead
-    return {"weights": dict(method.state_dict()), "gradients": steps, "slopes": [h.slope for h in hypergradients], "heads": [h.head for h in hypergradients],
-            "predictions": run.predictions, "log": run.log.drop(columns="seconds"), "metrics": {k: v for k, v in run.metrics.items() if k != "seconds"}}
+    run.metrics.pop("seconds")
+    return {"weights": dict(method.state_dict()), "gradients": steps, "slopes": [h.slope for h in hypergradients],
+            "heads": [h.head for h in hypergradients], "predictions": run.predictions, "log": run.log.drop(columns="seconds"),
+            "metrics": run.metrics}
 
 
 def gradients(optimizer):
     "All gradients of an optimiser in one vector."
-    return torch.cat([p.grad.flatten() for group in optimizer.param_groups for p in group["params"] if p.grad is not None] or [torch.zeros(0)])
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return torch.cat([torch.zeros(0), *(p.grad.flatten() for p in parameters if p.grad is not None)])
 
 
 def resumed(name, rank, folder):
@@ -80,7 +83,7 @@ def resumed(name, rank, folder):
         for stop in (*stops, None):
             method = make(name)
             run = fit(method, digits(), SETTINGS, folder=folder/place, progress=False, checkpoint_seconds=1e9*rank, stop_after=stop)
-        ends.append([dict(method.state_dict()), run.predictions, run.log.drop(columns="seconds")])
+        ends.append([dict(method.state_dict()), run.predictions, run.log.drop(columns="seconds"), run.metrics["val_mse"]])
     return ends
 
 
@@ -109,15 +112,16 @@ def random_streams(rank, folder):
 def results(tmp_path_factory):
     "What one process and two processes saw; all of them at the same time, and only over the loopback interface."
     out, here = tmp_path_factory.mktemp("processes"), Path(__file__)
-    environ = {**os.environ, "PYTHONPATH": str(here.parents[1]), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "",
-               "GLOO_SOCKET_IFNAME": "lo"}
+    environ = {**os.environ, "PYTHONPATH": str(here.parents[1]), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true",
+               "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
     launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2",
               "--main_process_ip", "127.0.0.1", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no",
               "--num_machines", "1"]
     started = []
     for folder, command in ((out/"one", [sys.executable]), (out/"two", launch)):
         folder.mkdir()
-        started.append(subprocess.Popen([*command, str(here), str(folder)], env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        started.append(subprocess.Popen([*command, str(here), str(folder)], env=environ, stdout=subprocess.PIPE,
+                                        stderr=subprocess.STDOUT, text=True))
     for process in started:
         output = process.communicate(timeout=300)[0]
         assert process.returncode == 0, output[-5000:]
@@ -184,8 +188,13 @@ def test_predictions_and_log(case):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_resume(name, results):
-    "Stopped in the middle of an epoch and resumed, both processes end with the same bits as in one piece, running statistics included."
-    for rank in range(2): assert not differences(*read(results/"two"/f"{name}-{rank}-resumed.pt"))
+    """Stopped in the middle of an epoch and resumed, both processes end with the same bits as in one piece, running statistics included;
+    and with the same network, whose validation error is the one in the log."""
+    ends = [read(results/"two"/f"{name}-{rank}-resumed.pt") for rank in range(2)]
+    for whole, stopped in ends:
+        assert not differences(whole, stopped)
+        assert whole[2]["val_mse"].min() == pytest.approx(whole[3], rel=1e-6)
+    assert not differences(ends[0][0][1:], ends[1][0][1:])
 
 
 def test_random_streams_differ(results):

@@ -3,7 +3,6 @@ import io
 import os
 import random
 import signal
-import time
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -94,7 +93,9 @@ def files(folder): return sorted(path.relative_to(folder) for path in folder.rgl
 
 @pytest.mark.parametrize("name", METHODS)
 def test_killed_at_a_random_moment(name, start, tmp_path):
-    "In a step, before and after a file is synced or replaced, or with half a checkpoint written; at each step and at each epoch a checkpoint."
+    """In a step, before and after a file is synced or replaced, or with half a checkpoint written.
+
+    Every other run writes its checkpoints at the end of an epoch only."""
     whole = {every: finished(start, tmp_path/f"whole {every}", name, every)[1] for every in (0., 1e9)}
     assert not differences(whole[0.] | {"moments": 0}, whole[1e9] | {"moments": 0}) # how often does not matter
     draw = random.Random(name)
@@ -113,10 +114,11 @@ def test_killed_from_outside_again_and_again(start, tmp_path):
     draw, codes, folder = random.Random(0), [], tmp_path/"killed"
     while not codes or codes[-1]:
         process = start("HPL previous", str(folder), 0., 0, tmp_path/"killed.pt")
-        if len(codes) < KILLS:
-            process.join(draw.uniform(.1, .8))
+        if len(codes) < 2*KILLS:
+            process.join(draw.uniform(.05, .4))
             process.kill()
         process.join()
         codes.append(process.exitcode)
-    assert set(codes[:-1]) <= {-signal.SIGKILL}
+        assert codes[-1] in (0, -signal.SIGKILL)
+    assert len(codes) > KILLS
     assert not differences(whole | {"moments": 0}, torch.load(tmp_path/"killed.pt", weights_only=False) | {"moments": 0})

@@ -19,12 +19,12 @@ from torch import nn
 from hpl_nb.core import HplError, RunFolder
 from hpl_nb.data.core import PerSample, SemiSupervisedData, StreamSettings, synthetic
 from hpl_nb.methods.core import FullySupervised, PseudoLabel, Supervised
-from hpl_nb.methods.hpl import HPL, PAPER
+from hpl_nb.methods.hpl import HPL
 from hpl_nb.metrics import evaluate
 from hpl_nb.models import mlp
 from hpl_nb.trainer import OptimizerSettings, TrainSettings, fit, load_run, read_checkpoint
 
-SMALL = TrainSettings(epochs=3, iterations_per_epoch=5, streams=StreamSettings(8, 8), optimizer=OptimizerSettings(lr_body=1e-2, lr_head=1e-2))
+SMALL = TrainSettings(epochs=3, iterations_per_epoch=5, streams=StreamSettings(8, 8), optimizer=OptimizerSettings(1e-2, 1e-2))
 dense = partial(mlp, 3, (16,), dropout=.2)
 
 
@@ -97,8 +97,8 @@ class TestBadInput:
 
     @pytest.mark.parametrize("change, match", [
         ({"seed": 1}, "seed is 0 there and 1 here"), ({"name": "PseudoLabel"}, "method is 'HPL .paper.' there"),
-        ({"regressor": partial(mlp, 3, (17,), dropout=.2)}, "parameters"), ({"settings": replace(SMALL, epochs=4)}, "train"),
-        ({"regressor": partial(mlp, 3, (16,), dropout=.3)}, "dropout|network|parameters")], ids=["seed", "method", "width", "epochs", "dropout"])
+        ({"regressor": partial(mlp, 3, (17,), dropout=.2)}, "parameters"), ({"regressor": partial(mlp, 3, (16,), dropout=.3)}, "network"),
+        ({"settings": replace(SMALL, epochs=4)}, "train")], ids=["seed", "method", "width", "dropout", "epochs"])
     def test_folder_of_another_run(self, change, match):
         self.refused(match, folder=self.folder, **change)
 
@@ -106,16 +106,16 @@ class TestBadInput:
         data = vectors()
         self.refused("rows_digest", folder=self.folder, data=replace(data, labelled=data.unlabelled[:40], unlabelled=data.labelled))
 
-    @pytest.mark.parametrize("settings", [replace(SMALL, accumulate=3), replace(SMALL, record_every=1, precision="fp16")], ids=["accumulate", "fp16"])
-    def test_settings_that_cannot_work(self, settings):
-        if settings.precision == "fp16" and torch.cuda.is_available(): pytest.skip("fp16 works here")
-        self.refused("accumulate is 3, which does not divide|fp16", settings=settings)
+    @pytest.mark.parametrize("name, value, match", [("accumulate", 3, "which does not divide the labelled batch of 8"),
+                                                    ("precision", "fp16", "which the cpu does not have")])
+    def test_settings_that_cannot_work(self, name, value, match):
+        self.refused(f"{name} is '?{value}'?, {match}", settings=replace(SMALL, **{name: value}))
 
     def test_snapshots_without_a_folder(self):
         with pytest.raises(HplError, match="record_every .* give a folder"): train(settings=replace(SMALL, record_every=2))
 
-    @pytest.mark.parametrize("name, value", [("epochs", 0), ("accumulate", 0), ("patience", 0), ("iterations_per_epoch", 0), ("precision", "half"),
-                                             ("epoch_of", "labeled"), ("record_every", -1)])
+    @pytest.mark.parametrize("name, value", [("epochs", 0), ("accumulate", 0), ("patience", 0), ("iterations_per_epoch", 0),
+                                             ("precision", "half"), ("epoch_of", "labeled"), ("record_every", -1)])
     def test_setting_out_of_range(self, name, value):
         with pytest.raises(HplError, match=name): TrainSettings(**{name: value})
 
@@ -204,7 +204,8 @@ class TestFailedWrites:
     def goes_on(self, folder):
         "The run resumes and ends as one that was never disturbed."
         (resumed, method), (whole, other) = train(folder=folder), train()
-        assert not differences(resumed.predictions, whole.predictions) and not differences(dict(method.state_dict()), dict(other.state_dict()))
+        assert not differences(resumed.predictions, whole.predictions)
+        assert not differences(dict(method.state_dict()), dict(other.state_dict()))
 
     @pytest.mark.parametrize("call", ["fsync", "replace"])
     def test_full_disk(self, call, tmp_path, monkeypatch):
@@ -223,7 +224,7 @@ class TestFailedWrites:
             assert not [name for name in kept[-1] if Path(name).name.startswith(".")]
             if writes % 5 == 0: self.goes_on(folder)
             writes += 1
-        assert kept[0] == tree(tmp_path/"first") and writes > 20
+        assert kept[0] == tree(tmp_path/"first") and writes == len(kept) >= 15
 
     def test_file_that_cannot_grow(self, tmp_path):
         "The operating system itself refuses the bytes in the middle of a checkpoint."
@@ -270,15 +271,19 @@ def test_loss_that_is_no_number(seconds, tmp_path):
     assert all(value.isfinite().all() for value in content["method"].values())
 
 
-def test_diverged_weights_are_not_kept(tmp_path):
-    "A finite loss whose step ruins the weights."
+@pytest.mark.parametrize("step", [8, 10])
+@pytest.mark.parametrize("seconds", [0., 1e9])
+def test_diverged_weights_are_not_kept(step, seconds, tmp_path):
+    "A finite loss whose step ruins the weights, in an epoch or at its end, where there is no validation set that would notice."
     class Ruined(Supervised):
         def after_step(self):
             self.steps = getattr(self, "steps", 0) + 1
-            if self.steps == 8: nn.init.constant_(self.regressor.head.weight, float("inf"))
+            if self.steps == step: nn.init.constant_(self.regressor.head.weight, float("inf"))
+    data = vectors()
     with pytest.raises(HplError, match="diverged"):
-        fit(Ruined(dense()), vectors(), SMALL, folder=tmp_path, progress=False, checkpoint_seconds=0)
-    assert all(value.isfinite().all() for value in read_checkpoint(RunFolder(tmp_path).checkpoint)["method"].values())
+        fit(Ruined(dense()), replace(data, val=data.val[:0]), SMALL, folder=tmp_path, progress=False, checkpoint_seconds=seconds)
+    for path in (RunFolder(tmp_path).checkpoint, RunFolder(tmp_path).best):
+        assert all(value.isfinite().all() for value in read_checkpoint(path)["method"].values())
 
 
 class TestSelection:
@@ -438,29 +443,25 @@ def test_micro_batches_of_a_supervised_step():
         for a, b in zip(whole.parameters(), parts.parameters()): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_phi_of_micro_batches():
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_phi_of_micro_batches(accumulate):
     "Phi's optimiser gets the mean of the micro-batches' gradients, as theta's does."
-    given = {}
-    def gradient(accumulate):
-        method = make("HPL paper", 0, partial(mlp, 3, (16,)))
-        build = method.make_optimizers
-        def make_optimizers(settings):
-            optimizers = build(settings)
-            optimizers["learner"].register_step_pre_hook(lambda *_: given.setdefault(accumulate, [p.grad.clone() for p in method.learner.parameters()]))
-            return optimizers
-        method.make_optimizers, step, parts = make_optimizers, method.training_step, []
-        def training_step(batch):
-            before = [0 if p.grad is None else p.grad.clone() for p in method.learner.parameters()]
-            losses = step(batch)
-            parts.append([p.grad - old for p, old in zip(method.learner.parameters(), before)])
-            return losses
-        method.training_step = training_step
-        fit(method, vectors(), replace(SMALL, epochs=1, iterations_per_epoch=1, accumulate=accumulate), progress=False)
-        return parts
-    for accumulate in (1, 2, 4):
-        parts = gradient(accumulate)
-        assert len(parts) == accumulate
-        for value, *each in zip(given[accumulate], *parts): torch.testing.assert_close(value, sum(each)/accumulate)
+    method, parts, given = make("HPL paper", 0, partial(mlp, 3, (16,))), [], []
+    build, step = method.make_optimizers, method.training_step
+    def gradient(): return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in method.learner.parameters()])
+    def make_optimizers(settings):
+        optimizers = build(settings)
+        optimizers["learner"].register_step_pre_hook(lambda *_: given.append(gradient()))
+        return optimizers
+    def training_step(batch):
+        before = gradient()
+        losses = step(batch)
+        parts.append(gradient() - before)
+        return losses
+    method.make_optimizers, method.training_step = make_optimizers, training_step
+    fit(method, vectors(), replace(SMALL, epochs=1, iterations_per_epoch=1, accumulate=accumulate), progress=False)
+    assert len(parts) == accumulate and len(given) == 1
+    torch.testing.assert_close(given[0], sum(parts)/accumulate)
 
 
 class Tracker(GeneralTracker):
@@ -489,6 +490,7 @@ def test_tracker_receives_the_log(tmp_path):
     assert all(tracker.ended and tracker.config["method"] == "HPL (paper)" for tracker in trackers)
 
 
+@pytest.mark.filterwarnings("ignore:.*no supported trackers")
 def test_tensorboard(tmp_path):
     "Writes its events where it is installed, and is asked for in vain where it is not."
     if importlib.util.find_spec("tensorboard"):

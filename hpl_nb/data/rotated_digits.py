@@ -74,9 +74,7 @@ def distort(
 # %% ../../nbs/11_data.rotated_digits.ipynb #9492e526
 def rotated_digits(
     label_ratio:float=.055, # labelled share of the 1,258 training rows; 0.055 gives 69
-    intensity:float=.2, # strong view: see `distort`
-    noise:float=.075, # strong view
-    cutout:int=2, # strong view
+    strength:float=1., # of the strong view: factor on `distort`'s defaults
     seed:int=0, # of the angles and the split
 )->SemiSupervisedData:
     "1,797 turned digits: 70 % for training, 10 % for validation, 20 % for the test; targets in degrees."
@@ -84,6 +82,7 @@ def rotated_digits(
     images, angles, digits = turned_digits(seed)
     rows = split_rows(len(images), (.7*label_ratio, .7*(1 - label_ratio), .1, .2), seed)
     names = [f"digit {digit}, row {row}" for row, digit in enumerate(digits)]
-    strong = BatchView(lambda x, generator: distort(shift(x, generator), generator, intensity, noise, cutout))
+    amounts = .2*strength, .075*strength, round(2*strength)
+    strong = BatchView(lambda x, generator: distort(shift(x, generator), generator, *amounts))
     return SemiSupervisedData("rotated_digits", images, angles, *rows, weak=BatchView(shift), strong=strong,
-                              unit="degrees", label_ratio=label_ratio, sample_names=names)
+                              unit="degrees", label_ratio=label_ratio, sample_names=names, notes={"strength": strength})
