@@ -44,8 +44,8 @@ from .trainer import OptimizerSettings, Run, TrainSettings, fit, load_run
 __all__ = ['RECIPES', 'METHODS', 'PRESETS', 'DEMO_METHODS', 'STRENGTHS', 'BENCH_MODES', 'Options', 'Recipe', 'load_images',
            'load_sentences', 'sentence_network', 'image_network', 'digit_network', 'recipe_of', 'train_settings',
            'make_method', 'hpl_settings', 'Job', 'train_job', 'hpl_train', 'run_path', 'describe_run', 'run_jobs',
-           'results_frame', 'results_table', 'hpl_compare', 'parse_options', 'write_results', 'selected', 'report',
-           'hpl_figures', 'search_candidates', 'demo_options', 'search_demo', 'demo_search', 'tuned_options',
+           'results_frame', 'results_table', 'compact', 'hpl_compare', 'parse_options', 'write_results', 'selected',
+           'report', 'hpl_figures', 'search_candidates', 'demo_options', 'search_demo', 'demo_search', 'tuned_options',
            'hpl_demo', 'make_bench', 'bench_times', 'bench_memory', 'hpl_bench']
 
 # %% ../nbs/80_cli.ipynb #905e9c1a
@@ -368,6 +368,13 @@ def results_table(
     found = keys.merge(paper, on=["dataset", "label_ratio", "method"], how="left")["paper"]
     return table.assign(paper=found.values) if found.notna().any() else table
 
+def compact(
+    table:pd.DataFrame, # several rows
+)->pd.DataFrame:
+    "Leave out what is the same in all rows and said elsewhere."
+    same = [name for name in ("dataset", "label_ratio", "seed", "split", "output") if name in table and table[name].nunique() == 1]
+    return table.drop(columns=same)
+
 # %% ../nbs/80_cli.ipynb #b144a16c
 @call_parse
 def hpl_compare(
@@ -415,7 +422,7 @@ def write_results(
     atomic_write(folder/"results.csv", lambda file: file.write(results.to_csv(index=False).encode()))
     atomic_write(folder/"predictions.parquet", lambda file: predictions.to_parquet(file, index=False))
     report(runs, folder/"report.html", title)
-    print(table.to_string(index=False))
+    print(compact(table).to_string(index=False))
     print(f"\nMean ± standard deviation over seeds. Report: {folder/'report.html'}; predictions: {folder/'predictions.parquet'}")
 
 # %% ../nbs/80_cli.ipynb #c556eb31
@@ -440,7 +447,7 @@ def report(
     chart = figures.results_chart(metrics.summarise(results), results, "mae", unit, names)
     sections = [("Results", "Test metrics of the epoch that validation selected, mean ± standard deviation over seeds; "
                  "pseudo_label_mae is the error of the pseudo-labels on the unlabelled rows, log_variance the mean z in training.",
-                 results_table(results)),
+                 compact(results_table(results))),
                 ("Test error", "Each seed, and mean ± standard deviation.", chart),
                 *_pseudo_label_sections(unlabelled, unit, names), *_variance_sections(unlabelled, unit, names),
                 *_curve_sections(list(first.values()), unit, names)]
@@ -471,7 +478,7 @@ def _variance_sections(unlabelled, unit, names):
     everything = pd.concat(learned.values(), ignore_index=True)
     scatter = figures.variance_scatter(everything, unit=unit, methods=names)
     diagram = figures.reliability_diagram(metrics.reliability(everything), unit, names)
-    table = metrics.variance_summary(everything).drop(columns=["run", "split", "output", "weight_mean"]).round(3)
+    table = compact(metrics.variance_summary(everything)).drop(columns=["run", "weight_mean"]).round(3)
     return [("Learned variance against the true error (Fig. 4)", "One seed of each method; only this figure uses true labels.", scatter),
             ("Is the variance right?", "Rows in ten bins of sigma²: on the diagonal it is the mean squared error.", diagram),
             ("Rank correlations", "Spearman's, of z with |r - pseudo-label| and with the true error of the pseudo-label.", table)]
