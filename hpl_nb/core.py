@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +105,8 @@ def atomic_write(
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f".{path.name}.*"): shutil.rmtree(left, ignore_errors=True) # of a killed process
+        for left in path.parent.glob(f".{path.name}.*"): # of a killed process, an hour ago or more
+            if time.time() - left.stat().st_mtime > 3600: shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             with open(Path(folder)/path.name, "wb") as file:
                 write(file)
@@ -142,7 +144,10 @@ class RunFolder:
     def read_json(self, name:str)->dict|None:
         "Content of a JSON file of the folder, or None where there is none."
         path = self.path/name
-        return json.loads(path.read_text()) if path.exists() else None
+        if not path.exists(): return None
+        try: return json.loads(path.read_text())
+        except ValueError as error:
+            raise HplError(f"{path} cannot be read ({error}): it is damaged. Restore it, or delete the folder to start over.") from error
 
     def write_json(self, name:str, content:dict)->Path:
         "Write a JSON file of the folder atomically."

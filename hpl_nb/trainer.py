@@ -326,7 +326,7 @@ def variance_row(
 )->dict[str, float]: # empty where the method has no log-variance
     "Summary of the epoch's log-variances, in normalised units."
     records, data = session.progress.records, session.data
-    gathered = gather_object([{name: torch.cat(values).float().cpu().numpy() for name, values in records.items()}])
+    gathered = gather_object([{name: torch.cat(values).cpu().double().numpy() for name, values in records.items()}])
     records = {name: np.concatenate([part[name] for part in gathered]) for name in records}
     if "log_variance" not in records: return {}
     y = data.normalizer.normalize(data.targets[records.pop("index").astype(int)])

@@ -77,7 +77,7 @@ class SemiSupervisedData:
     notes:dict[str, Any]=field(default_factory=dict) # what a loader wants to be kept: views, skipped rows ...
 
     def __post_init__(self):
-        self.targets = np.asarray(self.targets, dtype=np.float64)
+        self.targets = _numbers(self.name, self.targets)
         if self.targets.ndim == 1: self.targets = self.targets[:, None]
         for rows in ("labelled", "unlabelled", "val", "test"):
             setattr(self, rows, np.asarray(getattr(self, rows), dtype=np.int64))
@@ -92,6 +92,16 @@ class SemiSupervisedData:
     def rows(self, split:str)->np.ndarray:
         "Row numbers of a split: labelled, unlabelled, val or test."
         return {"labelled": self.labelled, "unlabelled": self.unlabelled, "val": self.val, "test": self.test}[split]
+
+def _numbers(name, targets):
+    try: return np.asarray(targets, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        for row, label in enumerate(targets):
+            try: np.asarray(label, dtype=np.float64)
+            except (TypeError, ValueError):
+                raise HplError(f"{name}: the label of row {row} is {label!r}, which is no number; give a number, or NaN where it "
+                               "is unknown.") from error
+        raise HplError(f"{name}: the labels are no table of numbers ({error}); give shape (N,) or (N, K).") from error
 
 # %% ../../nbs/10_data.core.ipynb #9784bc33
 def check_rows(
@@ -213,6 +223,11 @@ class StreamSettings:
     outer_batch:int|None=None # of the outer labelled batch; None: n
     labelled_copies:int=1 # passes hold each labelled row this often (release: 2, D12)
     outer_overlap:bool=False # may the outer batch share rows with the inner one (release: yes, D10)
+
+    def __post_init__(self):
+        for name in ("labelled_batch", "unlabelled_batch", "outer_batch", "labelled_copies"):
+            value = getattr(self, name)
+            if value is not None and value < 1: raise HplError(f"{name} is {value}; give a whole number of at least 1.")
 
     @property
     def outer(self)->int: return self.outer_batch or self.labelled_batch

@@ -19,7 +19,7 @@ from ..models import Regressor
 from ..trainer import OptimizerSettings
 
 # %% auto #0
-__all__ = ['Method', 'adam', 'Supervised', 'FullySupervised', 'Passes', 'forward_batches', 'PseudoLabel']
+__all__ = ['Method', 'adam', 'Supervised', 'FullySupervised', 'Passes', 'forward_batches', 'not_negative', 'PseudoLabel']
 
 # %% ../../nbs/60_methods.core.ipynb #7b0e5578
 class Method(nn.Module):
@@ -100,6 +100,15 @@ def forward_batches(
     return Passes(labelled_features, regressor.head(labelled_features), labelled["y"],
                   unlabelled_features, regressor.head(unlabelled_features), pseudo_label)
 
+# %% ../../nbs/60_methods.core.ipynb #aa4b4d56
+def not_negative(
+    name:str, # of the argument
+    value:float, # its value
+)->float: # `value`
+    "Refuse a negative number, or NaN."
+    if not value >= 0: raise HplError(f"{name} is {value}; give a number of at least 0.")
+    return value
+
 # %% ../../nbs/60_methods.core.ipynb #753e8079
 class PseudoLabel(Method):
     "The paper's Baseline: every pseudo-label weighs the same."
@@ -110,8 +119,7 @@ class PseudoLabel(Method):
         unlabelled_weight:float=1., # lambda
     ):
         super().__init__(regressor)
-        if not unlabelled_weight >= 0: raise HplError(f"unlabelled_weight is {unlabelled_weight}; give a number of at least 0.")
-        self.unlabelled_weight = unlabelled_weight
+        self.unlabelled_weight = not_negative("unlabelled_weight", unlabelled_weight)
 
     def config(self)->dict[str, Any]: return {"unlabelled_weight": self.unlabelled_weight}
 

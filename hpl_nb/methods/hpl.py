@@ -19,7 +19,7 @@ from ..core import HplError
 from ..data.core import StreamSettings
 from ..hypergrad import Hypergradient, optimizer_step, sgd_step, slope_hypergradient
 from ..loss import Reduction, labelled_loss, pseudo_label_weight, unlabelled_loss
-from .core import Method, Passes, forward_batches
+from .core import Method, Passes, forward_batches, not_negative
 from ..models import Regressor
 from ..trainer import OptimizerSettings
 from ..uncertainty import UncertaintyLearner, learner_input
@@ -69,7 +69,8 @@ class JointUncertainty(LearnerMethod):
         log_variance_bound:float|None=8., # largest |z|; None: no bound
     ):
         super().__init__(regressor, log_variance_bound, residual_input=False)
-        self.unlabelled_weight, self.learner_lr = unlabelled_weight, learner_lr
+        self.unlabelled_weight = not_negative("unlabelled_weight", unlabelled_weight)
+        self.learner_lr = not_negative("learner_lr", learner_lr)
 
     def config(self)->dict[str, Any]:
         return {"unlabelled_weight": self.unlabelled_weight, "learner_lr": self.learner_lr, "log_variance_bound": self.learner.bound}
@@ -117,8 +118,8 @@ class HPLSettings:
         for name, allowed in choices.items():
             value = getattr(self, name)
             if value not in allowed: raise HplError(f"{name} is {value!r}; choose {' or '.join(map(repr, allowed))}.")
-        for name in ("unlabelled_weight", "learner_weight_decay"):
-            if not getattr(self, name) >= 0: raise HplError(f"{name} is {getattr(self, name)}; give a number of at least 0.")
+        for name in ("unlabelled_weight", "learner_weight_decay", "learner_lr"): not_negative(name, getattr(self, name))
+        if self.virtual_lr is not None: not_negative("virtual_lr", self.virtual_lr)
         if self.outer_every < 1: raise HplError(f"outer_every is {self.outer_every}; give a whole number of at least 1.")
 
 # %% ../../nbs/61_methods.hpl.ipynb #45a4de6c
