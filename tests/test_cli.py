@@ -39,7 +39,8 @@ def test_train_stops_resumes_and_draws(tmp_path, capsys):
 
 def test_compare_puts_the_paper_beside_ours():
     results = pd.DataFrame({"dataset": "UTKFace", "label_ratio": .05, "method": ["HPL (paper)", "HPL (paper)", "Supervised", "Supervised"],
-                            "seed": [0, 1, 0, 1], "mae": [5.6, 5.8, 6., 6.2], "mse": 1., "r2": .5, "pseudo_label_mae": 5., "log_variance": 0., "seconds": 1.})
+                            "seed": [0, 1, 0, 1], "mae": [5.6, 5.8, 6., 6.2], "mse": 1., "r2": .5, "pseudo_label_mae": 5.,
+                            "log_variance": 0., "seconds": 1.})
     table = cli.results_table(results).set_index("method")
     assert table.loc["HPL (paper)", "paper"] == "5.639 ± 0.035 MAE" and table.loc["Supervised", "mae"] == "6.10 ± 0.14"
 
