@@ -283,10 +283,12 @@ def hpl_train(
     given = locals()
     options = Options(**{field.name: given[field.name] for field in fields(Options)})
     spec = f"hpl:{preset}" if method == "hpl" else method
-    job = Job(spec, seed, options, out or run_path("runs", options, spec, seed))
-    run = _or_exit(lambda: train_job(job, workers=workers, stop_after=stop_after, checkpoint_seconds=checkpoint_seconds,
-                                     trackers=[name for name in track.split(",") if name]))
-    if PartialState().is_main_process: print(describe_run(run, job.folder))
+    def command():
+        job = Job(spec, seed, options, out or run_path("runs", options, spec, seed))
+        run = train_job(job, workers=workers, stop_after=stop_after, checkpoint_seconds=checkpoint_seconds,
+                        trackers=[name for name in track.split(",") if name])
+        if PartialState().is_main_process: print(describe_run(run, job.folder))
+    _or_exit(command)
 
 # %% ../nbs/80_cli.ipynb #2c83a192
 def run_path(

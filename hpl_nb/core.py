@@ -11,7 +11,6 @@ import os
 import random
 import shutil
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,9 +104,7 @@ def atomic_write(
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f".{path.name}.*"): # of a killed process, an hour ago or more
-            if time.time() - left.stat().st_mtime > 3600: shutil.rmtree(left, ignore_errors=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as folder:
             with open(Path(folder)/path.name, "wb") as file:
                 write(file)
                 file.flush()
@@ -158,15 +155,14 @@ def claim_run(
     folder:RunFolder, # where the run is to live
     config:dict[str, Any], # everything that decides the run's numbers
 )->bool: # True if the folder already holds this run (to be continued)
-    "Write `config.json`, or check that the one there is equal; another run's folder raises `HplError`."
+    "Write `config.json`, or check that the one there is equal; clears what a killed process left half-written."
     config = json.loads(json.dumps(config, default=str))
     there = folder.read_json("config.json")
-    if there is None:
-        folder.write_json("config.json", config)
-        return False
-    differing = [key for key in dict.fromkeys([*config, *there]) if there.get(key) != config.get(key)]
+    differing = [key for key in dict.fromkeys([*config, *(there or config)]) if (there or config).get(key) != config.get(key)]
     if differing:
         key = differing[0]
         raise HplError(f"{folder.path} holds another run: {key} is {there.get(key)!r} there and {config.get(key)!r} here "
                        f"({len(differing)} differing: {', '.join(differing)}). Choose another folder, or delete that one.")
-    return True
+    for left in folder.path.rglob(".writing-*"): shutil.rmtree(left, ignore_errors=True)
+    if there is None: folder.write_json("config.json", config)
+    return there is not None

@@ -93,6 +93,7 @@ class SemiSupervisedData:
         "Row numbers of a split: labelled, unlabelled, val or test."
         return {"labelled": self.labelled, "unlabelled": self.unlabelled, "val": self.val, "test": self.test}[split]
 
+# %% ../../nbs/10_data.core.ipynb #0668e8bf
 def _numbers(name, targets):
     try: return np.asarray(targets, dtype=np.float64)
     except (TypeError, ValueError) as error:
