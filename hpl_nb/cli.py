@@ -42,8 +42,8 @@ from .trainer import OptimizerSettings, Run, TrainSettings, fit, load_run
 # %% auto #0
 __all__ = ['RECIPES', 'METHODS', 'PRESETS', 'DEMO_METHODS', 'STRENGTHS', 'BENCH_MODES', 'Options', 'Recipe', 'load_images',
            'load_sentences', 'sentence_network', 'image_network', 'digit_network', 'recipe_of', 'train_settings',
-           'make_method', 'hpl_settings', 'Job', 'train_job', 'hpl_train', 'run_path', 'describe_run', 'run_jobs',
-           'results_frame', 'results_table', 'compact', 'hpl_compare', 'parse_options', 'write_results', 'selected',
+           'make_method', 'parse_pairs', 'hpl_settings', 'Job', 'train_job', 'hpl_train', 'run_path', 'describe_run',
+           'run_jobs', 'results_frame', 'results_table', 'compact', 'hpl_compare', 'write_results', 'selected',
            'report', 'hpl_figures', 'search_candidates', 'demo_options', 'search_demo', 'demo_search', 'tuned_options',
            'hpl_demo', 'make_bench', 'bench_times', 'bench_memory', 'hpl_bench']
 
@@ -193,27 +193,34 @@ def make_method(
     return PseudoLabel(regressor, weight) if name == "pseudo_label" else METHODS[name](regressor)
 
 # %% ../nbs/80_cli.ipynb #ed8bf113
+def parse_pairs(
+    items:Sequence[str], # name=value each; empty ones are passed over
+    settings:type, # dataclass that has these names
+    flag:str, # of the command line, for the message
+)->dict[str, Any]: # numbers, true, false and none as such, other values as text
+    "Settings written as name=value; an unknown name raises `HplError`."
+    known, values = [field.name for field in fields(settings)], {}
+    for item in filter(None, map(str.strip, items)):
+        name, _, value = (part.strip() for part in item.partition("="))
+        if name not in known or not value:
+            raise HplError(f"{flag} has {item!r}; write name=value with one of {', '.join(known)}.")
+        try: values[name] = json.loads({"none": "null"}.get(value.lower(), value.lower()))
+        except json.JSONDecodeError: values[name] = value
+    return values
+
+# %% ../nbs/80_cli.ipynb #92223f2c
 def hpl_settings(
     preset:HPLSettings, # where to start
     options:Options, # `settings` names the differences
     weight:float, # of the unlabelled loss at z = 0
 )->HPLSettings:
     "A preset with the recipe's constants and the differences of the command line."
-    recipe, known = recipe_of(options), {field.name: field for field in fields(HPLSettings)}
+    recipe, given = recipe_of(options), parse_pairs(options.settings.split(","), HPLSettings, "--settings")
     values = {"unlabelled_weight": weight*(2 if preset.half_weight else 1), "learner_lr": options.learner_lr or preset.learner_lr}
     if preset.preset == "release":
         values |= dict(outer_regularizer=recipe.outer_regularizer, learner_weight_decay=recipe.learner_weight_decay)
-    for item in filter(None, options.settings.split(",")):
-        name, _, value = (part.strip() for part in item.partition("="))
-        if name not in known or not value:
-            raise HplError(f"--settings has {item!r}; write name=value with one of {', '.join(known)}.")
-        values[name] = _parse_value(name, value)
     changed = [item.strip() for item in options.settings.split(",") if item.strip()]
-    return replace(preset, **values, preset=", ".join([preset.preset, *changed]))
-
-def _parse_value(name, value):
-    try: return json.loads({"none": "null"}.get(value.lower(), value.lower()))
-    except json.JSONDecodeError: return value
+    return replace(preset, **values | given, preset=", ".join([preset.preset, *changed]))
 
 # %% ../nbs/80_cli.ipynb #62d0d356
 @dataclass(frozen=True)
@@ -365,7 +372,8 @@ def results_table(
     paper = pd.read_csv(str(files("hpl_nb")/"resources"/"paper_tables.csv"))
     paper = paper.assign(paper=[f"{m:.3f} ± {s:.3f} {e.upper()}" if s == s else f"{m:.3f} {e.upper()}"
                                 for m, s, e in zip(paper["error_mean"], paper["error_sd"], paper["error"])])
-    keys = table.assign(dataset=table["dataset"].str.lower(), method=table["method"].str.replace(r" \(.*", "", regex=True))
+    keys = table.assign(dataset=table["dataset"].str.lower().str.replace("-", "_"),
+                        method=table["method"].str.replace(r" \(.*", "", regex=True))
     found = keys.merge(paper, on=["dataset", "label_ratio", "method"], how="left")["paper"]
     return table.assign(paper=found.values) if found.notna().any() else table
 
@@ -390,7 +398,7 @@ def hpl_compare(
 ):
     "Methods x label ratios x seeds as a table beside the paper's numbers; what is done is skipped."
     def command():
-        base = replace(Options(dataset=dataset, root=root), **parse_options(options))
+        base = replace(Options(dataset=dataset, root=root), **parse_pairs(options.split(), Options, "--options"))
         ratios = [float(ratio) for ratio in label_ratios.split(",") if ratio] or [recipe_of(base).label_ratio]
         bases = [replace(base, label_ratio=ratio) for ratio in ratios]
         todo = [Job(spec, int(seed), some, run_path(out, some, spec, int(seed)))
@@ -399,18 +407,6 @@ def hpl_compare(
     _or_exit(command)
 
 # %% ../nbs/80_cli.ipynb #372d50e8
-def parse_options(
-    text:str, # name=value pairs, separated by spaces
-)->dict[str, Any]:
-    "Options of a command line; an unknown name raises `HplError`."
-    known, values = {field.name for field in fields(Options)}, {}
-    for item in text.split():
-        name, _, value = item.partition("=")
-        if name not in known or not value:
-            raise HplError(f"--options has {item!r}; write name=value with one of {', '.join(sorted(known))}.")
-        values[name] = _parse_value(name, value)
-    return values
-
 def write_results(
     runs:Sequence[Run], # finished
     folder:Path, # gets results.csv, predictions.parquet and report.html

@@ -360,7 +360,7 @@ def end_epoch(
         progress.best, progress.best_epoch = value, epoch
         save_best(session)
     if settings.record_every and epoch % settings.record_every == 0: save_snapshot(session, epoch)
-    return epoch < settings.epochs and (settings.patience is None or epoch - progress.best_epoch < settings.patience)
+    return not has_ended(session)
 
 # %% ../nbs/50_trainer.ipynb #495e6b5a
 def average_buffers(
