@@ -5,7 +5,7 @@
 # %% ../../nbs/61_methods.hpl.ipynb #965b1c05
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from torch.optim import Adam, Optimizer
 
 from ..core import HplError
 from ..data.core import StreamSettings
-from ..hypergrad import Hypergradient, optimizer_step, sgd_step, slope_hypergradient
+from ..hypergrad import Hypergradient, VirtualStep, optimizer_step, sgd_step, slope_hypergradient
 from ..loss import Reduction, labelled_loss, pseudo_label_weight, unlabelled_loss
 from .core import Method, Passes, forward_batches, not_negative
 from ..models import Regressor
@@ -224,7 +224,7 @@ def unlabelled_slope(
 # %% ../../nbs/61_methods.hpl.ipynb #d2172845
 def virtual_step(
     method:HPL, # its settings and live optimiser
-): # (eta, G) -> VirtualStep
+)->Callable[[Tensor, Tensor], VirtualStep]: # (eta, G) -> eta' and D
     "The step that is looked ahead: eq. 7, or the live optimiser's (D2)."
     s, optimizer = method.settings, method.optimizers["regressor"]
     if s.virtual_step == "optimizer": return lambda eta, gradient: optimizer_step(optimizer, method.regressor.head, gradient)
