@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import pandas as pd
@@ -34,7 +34,7 @@ from .metrics import mean_absolute_error, mean_squared_error, r2_score, variance
 from .models import Regressor
 
 # %% auto #0
-__all__ = ['Trainable', 'OptimizerSettings', 'TrainSettings', 'epoch_length', 'Run', 'load_run', 'Progress', 'Session',
+__all__ = ['Clock', 'Trainable', 'OptimizerSettings', 'TrainSettings', 'epoch_length', 'Run', 'load_run', 'Progress', 'Session',
            'train_step', 'micro_batches', 'scale_gradients', 'average_gradients', 'keep_record', 'evaluating',
            'map_rows', 'predict_rows', 'predictions_table', 'inspect_rows', 'log_row', 'variance_row', 'check_finite',
            'end_epoch', 'average_buffers', 'process_state', 'checkpoint_content', 'save_checkpoint', 'save_best',
@@ -43,14 +43,29 @@ __all__ = ['Trainable', 'OptimizerSettings', 'TrainSettings', 'epoch_length', 'R
            'finish', 'selected_metrics']
 
 # %% ../nbs/50_trainer.ipynb #4dfea6d9
+class Clock(NamedTuple):
+    "Where training is; what a method ramps up or does now and then depends on this alone."
+    step:int=0 # steps done before this one
+    steps:int=1 # of the whole run
+    per_epoch:int=1 # steps of one epoch
+
+    @property
+    def share(self)->float: return self.step/self.steps
+
+    @property
+    def epoch(self)->int: return self.step//self.per_epoch
+
+# %% ../nbs/50_trainer.ipynb #54715cca
 class Trainable(Protocol):
     "What the trainer asks of a method (a `torch.nn.Module`; `hpl_nb.methods.core.Method` is the base class)."
     regressor:Regressor # the network that is trained
     needs:Mapping[str, Sequence[str]] # streams and their views, see `Streams`
     optimizers:dict[str, Optimizer] # "regressor" is stepped on the gradient of the losses, others on what the method put in .grad
     record:dict[str, Tensor] # per-sample values of the last step, for monitoring; may be empty
+    clock:Clock # where training is, set by the trainer before each step
     processes:int # how many processes train together, set by the trainer
     reduce:Callable[[Tensor], Tensor] # average over them, set by the trainer
+    gather:Callable[[Tensor], Tensor] # their rows joined, set by the trainer
 
     def config(self)->dict[str, Any]: "Everything that decides the method's numbers."
     def prepare(self, data:SemiSupervisedData)->SemiSupervisedData: "The data as the method is allowed to see it."
@@ -58,6 +73,7 @@ class Trainable(Protocol):
     def make_optimizers(self, settings:OptimizerSettings)->dict[str, Optimizer]: "All optimisers."
     def training_step(self, batch:dict[str, dict[str, Tensor]])->dict[str, Tensor]: "Named losses; their sum is minimised."
     def after_step(self)->None: "Called when the optimisers have stepped."
+    def after_epoch(self)->None: "Called after the last step of an epoch, before validation."
     def predict(self, x:Tensor)->Tensor: "Predictions in normalised units, (b, K)."
     def inspect(self, weak:Tensor, strong:Tensor)->dict[str, Tensor]: "pseudo_label, strong_prediction, log_variance."
 
@@ -165,6 +181,7 @@ def train_step(
 )->None:
     "Lines 8-11 of Algorithm 1."
     method, accelerator, count = session.method, session.accelerator, session.settings.accumulate
+    method.clock = Clock(session.progress.step, len(session.streams), session.per_epoch)
     for part in micro_batches(batch, count):
         with accelerator.autocast(): losses = method.training_step(part)
         accelerator.backward(sum(losses.values())/count)
@@ -324,15 +341,16 @@ def log_row(
 def variance_row(
     session:Session, # the run, at the end of an epoch
 )->dict[str, float]: # empty where the method has no log-variance
-    "Summary of the epoch's log-variances, in normalised units."
+    "Mean weight of the epoch's pseudo-labels, and a summary of their log-variances, in normalised units."
     records, data = session.progress.records, session.data
     gathered = gather_object([{name: torch.cat(values).cpu().double().numpy() for name, values in records.items()}])
     records = {name: np.concatenate([part[name] for part in gathered]) for name in records}
-    if "log_variance" not in records: return {}
+    weight = {"weight_mean": float(records["weight"].mean())} if "weight" in records else {}
+    if "log_variance" not in records: return weight
     y = data.normalizer.normalize(data.targets[records.pop("index").astype(int)])
     frame = pd.DataFrame({name: values.ravel() for name, values in (records | {"y_true": y}).items()})
     summary = variance_summary(frame).iloc[0].drop("n").to_dict()
-    return summary | {"weight_mean": float(frame["weight"].mean())}
+    return summary | weight
 
 # %% ../nbs/50_trainer.ipynb #6d025770
 def check_finite(
@@ -349,6 +367,7 @@ def end_epoch(
 )->bool: # True to go on
     "Measure, keep the best, step the schedules; early stopping looks at validation only."
     check_finite(session)
+    session.method.after_epoch()
     average_buffers(session)
     progress, settings = session.progress, session.settings
     progress.log.append(log_row(session))
@@ -576,7 +595,8 @@ def place_method(
     method.to(accelerator.device).train()
     for tensor in [*method.parameters(), *method.buffers()]:
         if accelerator.num_processes > 1: torch.distributed.broadcast(tensor.data, 0)
-    method.processes, method.reduce = accelerator.num_processes, lambda tensor: accelerator.reduce(tensor, "mean")
+    method.processes, method.gather = accelerator.num_processes, accelerator.gather
+    method.reduce = lambda tensor: accelerator.reduce(tensor, "mean")
     method.optimizers = method.make_optimizers(settings.optimizer)
     every, decay = settings.optimizer.decay_every, settings.optimizer.decay
     schedulers = {name: torch.optim.lr_scheduler.StepLR(optimizer, every, decay) if every else

@@ -5,21 +5,29 @@
 # %% ../../nbs/60_methods.core.ipynb #825c8f29
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from inspect import signature
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.optim import Adam, Optimizer
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..core import HplError
 from ..data.core import SemiSupervisedData, StreamSettings, fully_labelled
 from ..loss import labelled_loss, unlabelled_loss
 from ..models import Regressor
-from ..trainer import OptimizerSettings
+from ..trainer import Clock, OptimizerSettings
 
 # %% auto #0
-__all__ = ['Method', 'adam', 'Supervised', 'FullySupervised', 'Passes', 'forward_batches', 'not_negative', 'PseudoLabel']
+__all__ = ['Method', 'arguments', 'adam', 'Supervised', 'FullySupervised', 'Passes', 'forward_batches', 'sample_record',
+           'not_negative', 'PseudoLabel', 'gaussian_ramp', 'linear_ramp', 'average_weights', 'frozen_copy',
+           'dropout_on', 'dropout_features', 'require_dropout']
 
 # %% ../../nbs/60_methods.core.ipynb #7b0e5578
 class Method(nn.Module):
@@ -33,18 +41,24 @@ class Method(nn.Module):
         self.regressor = regressor
         self.optimizers:dict[str, Optimizer] = {} # made by the trainer through `make_optimizers`
         self.record:dict[str, Tensor] = {} # per-sample values of the last step, for monitoring
+        self.clock = Clock() # where training is; set by the trainer before each step
         self.processes:int = 1 # training together; set by the trainer
         self.reduce:Callable[[Tensor], Tensor] = lambda tensor: tensor # their average; set by the trainer
+        self.gather:Callable[[Tensor], Tensor] = lambda tensor: tensor # their rows joined; set by the trainer
 
     def training_step(self, batch:Mapping[str, Mapping[str, Tensor]])->dict[str, Tensor]:
         "Named losses of this process's batches; the trainer minimises their sum."
         raise NotImplementedError
 
-    def config(self)->dict[str, Any]: return {}
+    def config(self)->dict[str, Any]:
+        "The constructor's arguments, which are attributes of the same names."
+        return {name: getattr(self, name) for name in arguments(type(self)) if not isinstance(getattr(self, name), nn.Module)}
+
     def prepare(self, data:SemiSupervisedData)->SemiSupervisedData: return data
     def stream_settings(self, settings:StreamSettings)->StreamSettings: return settings
     def make_optimizers(self, settings:OptimizerSettings)->dict[str, Optimizer]: return {"regressor": adam(self.regressor, settings)}
     def after_step(self)->None: "Called when the optimisers have stepped."
+    def after_epoch(self)->None: "Called after the last step of an epoch, before validation."
     def predict(self, x:Tensor)->Tensor: return self.regressor(x)
 
     def inspect(self, weak:Tensor, strong:Tensor)->dict[str, Tensor]:
@@ -52,14 +66,24 @@ class Method(nn.Module):
         return {"pseudo_label": self.regressor(weak), "strong_prediction": self.regressor(strong)}
 
 # %% ../../nbs/60_methods.core.ipynb #03496c11
+def arguments(
+    method:type[Method], # a class
+)->list[str]: # names
+    "Names of a method's constructor arguments, without the network."
+    return [name for name in signature(method.__init__).parameters if name not in ("self", "regressor")]
+
+# %% ../../nbs/60_methods.core.ipynb #9d1dd057
 def adam(
     regressor:Regressor, # the network
     settings:OptimizerSettings, # its rates and weight decay
+    beside_body:Sequence[nn.Module]=(), # what else learns at the body's rate
+    beside_head:Sequence[nn.Module]=(), # what else learns at the head's
 )->Adam:
     "One Adam with a group for the body and one for the head (B.3)."
-    body = [p for p in regressor.body.parameters() if p.requires_grad]
+    body, head = ([p for module in modules for p in module.parameters() if p.requires_grad]
+                  for modules in ((regressor.body, *beside_body), (regressor.head, *beside_head)))
     groups = [{"params": body, "lr": settings.lr_body, "weight_decay": settings.weight_decay_body},
-              {"params": [*regressor.head.parameters()], "lr": settings.lr_head, "weight_decay": settings.weight_decay_head}]
+              {"params": head, "lr": settings.lr_head, "weight_decay": settings.weight_decay_head}]
     return Adam([group for group in groups if group["params"]])
 
 # %% ../../nbs/60_methods.core.ipynb #b0376e19
@@ -85,20 +109,34 @@ class Passes(NamedTuple):
     y:Tensor # normalised labels, (n, K)
     unlabelled_features:Tensor # of the strong view, (m, d)
     prediction:Tensor # r, on the strong view, (m, K)
-    pseudo_label:Tensor # on the weak view, (m, K), without gradient
+    pseudo_label:Tensor # on the weak view, (m, K), or (T, m, K) of T passes; without gradient
 
 # %% ../../nbs/60_methods.core.ipynb #c85053a6
 def forward_batches(
     regressor:Regressor, # the network, in training mode
     batch:Mapping[str, Mapping[str, Tensor]], # labelled: weak, y; unlabelled: weak, strong
+    guess:Callable[[Tensor], Tensor]|None=None, # weak view -> pseudo-labels; None: the network itself
 )->Passes:
     "Three forward passes: weak without gradient (first, while no graph is in memory), labelled, strong."
     labelled, unlabelled = batch["labelled"], batch["unlabelled"]
-    with torch.no_grad(): pseudo_label = regressor(unlabelled["weak"])
+    with torch.no_grad(): pseudo_label = (guess or regressor)(unlabelled["weak"])
     labelled_features = regressor.features(labelled["weak"])
     unlabelled_features = regressor.features(unlabelled["strong"])
     return Passes(labelled_features, regressor.head(labelled_features), labelled["y"],
                   unlabelled_features, regressor.head(unlabelled_features), pseudo_label)
+
+# %% ../../nbs/60_methods.core.ipynb #f410368e
+def sample_record(
+    batch:Mapping[str, Mapping[str, Tensor]], # the step's batches
+    pseudo_label:Tensor, # (m, K)
+    prediction:Tensor, # r, on the strong view, (m, K)
+    weight:Tensor, # omega, (m, K)
+    log_variance:Tensor|None=None, # z, (m, K), where the method has one
+)->dict[str, Tensor]: # detached
+    "Per-sample values of a step, for monitoring."
+    record = {"index": batch["unlabelled"]["index"], "pseudo_label": pseudo_label, "strong_prediction": prediction, "weight": weight}
+    if log_variance is not None: record["log_variance"] = log_variance
+    return {name: values.detach() for name, values in record.items()}
 
 # %% ../../nbs/60_methods.core.ipynb #aa4b4d56
 def not_negative(
@@ -121,11 +159,83 @@ class PseudoLabel(Method):
         super().__init__(regressor)
         self.unlabelled_weight = not_negative("unlabelled_weight", unlabelled_weight)
 
-    def config(self)->dict[str, Any]: return {"unlabelled_weight": self.unlabelled_weight}
+    def guess(self, weak:Tensor)->Tensor:
+        "Pseudo-labels of a weak view, (m, K), or (T, m, K) of T passes; called without gradient."
+        return self.regressor(weak)
+
+    def weigh(self, passes:Passes)->tuple[Tensor, Tensor]:
+        "The pseudo-labels and their weights, (m, K) each; called without gradient."
+        return passes.pseudo_label, torch.ones_like(passes.pseudo_label)
 
     def training_step(self, batch:Mapping[str, Mapping[str, Tensor]])->dict[str, Tensor]:
-        "Labelled loss, and lambda times the unlabelled one with weight 1."
-        p = forward_batches(self.regressor, batch)
-        ones = torch.ones_like(p.prediction)
+        "Labelled loss, and lambda times the weighted unlabelled one."
+        p = forward_batches(self.regressor, batch, self.guess)
+        with torch.no_grad(): pseudo_label, weight = self.weigh(p)
+        self.record = sample_record(batch, pseudo_label, p.prediction, weight)
         return {"labelled": labelled_loss(p.labelled_prediction, p.y),
-                "unlabelled": self.unlabelled_weight*unlabelled_loss(p.prediction, p.pseudo_label, ones)}
+                "unlabelled": self.unlabelled_weight*unlabelled_loss(p.prediction, pseudo_label, weight)}
+
+# %% ../../nbs/60_methods.core.ipynb #27b3d95d
+def gaussian_ramp(
+    share:float, # of the ramp that is over; more than 1 counts as 1
+)->float: # from exp(-5) to 1
+    "exp(-5 (1 - t)^2), the ramp of Temporal Ensembling and Mean Teacher."
+    return math.exp(-5*(1 - min(share, 1.))**2)
+
+# %% ../../nbs/60_methods.core.ipynb #103e5126
+def linear_ramp(
+    share:float, # of the ramp that is over; more than 1 counts as 1
+)->float: # from 0 to 1
+    "min(t, 1), the ramp of RankUp."
+    return min(share, 1.)
+
+# %% ../../nbs/60_methods.core.ipynb #755dfeb9
+@torch.no_grad()
+def average_weights(
+    average:nn.Module, # theta', changed in place
+    module:nn.Module, # theta, of the same layers
+    decay:float, # a
+    step:int, # updates before this one
+)->None:
+    "One step of an exponential moving average with decay min(1 - 1/(step + 1), a)."
+    weights = [[*part.parameters()] for part in (average, module)]
+    get_ema_multi_avg_fn(min(1 - 1/(step + 1), decay))(*weights, step)
+    for to, source in zip(average.buffers(), module.buffers()): to.copy_(source)
+
+# %% ../../nbs/60_methods.core.ipynb #f29746bc
+def frozen_copy(
+    module:nn.Module, # a network
+)->nn.Module: # that no optimiser changes
+    "A copy without gradients, to be moved by `average_weights`."
+    return deepcopy(module).requires_grad_(False)
+
+# %% ../../nbs/60_methods.core.ipynb #3ec519c5
+@contextmanager
+def dropout_on(
+    module:nn.Module, # any network
+)->Iterator[None]:
+    "Dropout is active within the block, also in evaluation mode."
+    layers = [layer for layer in module.modules() if isinstance(layer, _DropoutNd)]
+    before = [layer.training for layer in layers]
+    for layer in layers: layer.train()
+    try: yield
+    finally:
+        for layer, mode in zip(layers, before): layer.train(mode)
+
+# %% ../../nbs/60_methods.core.ipynb #d41885fe
+def dropout_features(
+    regressor:Regressor, # with dropout
+    x:Tensor, # a batch of m inputs
+    passes:int, # T
+)->Tensor: # (T, m, d)
+    "Features of T passes; the head makes predictions (T, m, K) of them."
+    with dropout_on(regressor): return torch.stack([regressor.features(x) for _ in range(passes)])
+
+# %% ../../nbs/60_methods.core.ipynb #ebf0be5c
+def require_dropout(
+    method:Method, # that compares passes
+)->None:
+    "Raise `HplError` where the network has no active dropout."
+    if any(isinstance(layer, _DropoutNd) and layer.p > 0 for layer in method.regressor.modules()): return
+    raise HplError(f"{type(method).__name__} compares several passes with dropout, and the network has none: build it with dropout > 0, "
+                   "such as resnet(dropout=.05) or small_cnn(dropout=.1).")

@@ -19,15 +19,15 @@ from ..core import HplError
 from ..data.core import StreamSettings
 from ..hypergrad import Hypergradient, VirtualStep, optimizer_step, sgd_step, slope_hypergradient
 from ..loss import Reduction, labelled_loss, pseudo_label_weight, unlabelled_loss
-from .core import Method, Passes, forward_batches, not_negative
+from .core import Method, Passes, forward_batches, not_negative, sample_record
 from ..models import Regressor
 from ..trainer import OptimizerSettings
 from ..uncertainty import UncertaintyLearner, learner_input
 
 # %% auto #0
-__all__ = ['PAPER', 'RELEASE', 'LearnerMethod', 'sample_record', 'JointUncertainty', 'HPLSettings', 'HPL', 'look_ahead',
-           'learner_adam', 'outer_features', 'teach', 'unlabelled_slope', 'virtual_step', 'regularise',
-           'log_variance_for_theta', 'inner_losses']
+__all__ = ['PAPER', 'RELEASE', 'LearnerMethod', 'JointUncertainty', 'HPLSettings', 'HPL', 'look_ahead', 'learner_adam',
+           'outer_features', 'teach', 'unlabelled_slope', 'virtual_step', 'regularise', 'log_variance_for_theta',
+           'inner_losses']
 
 # %% ../../nbs/61_methods.hpl.ipynb #798ce4c8
 class LearnerMethod(Method):
@@ -40,24 +40,14 @@ class LearnerMethod(Method):
         residual_input:bool, # what g reads, see `learner_input`
     ):
         super().__init__(regressor)
-        self.learner, self.residual_input = UncertaintyLearner(regressor.head.out_features, bound=log_variance_bound), residual_input
+        self.learner = UncertaintyLearner(regressor.head.out_features, bound=log_variance_bound)
+        self.log_variance_bound, self.residual_input = log_variance_bound, residual_input
 
     def inspect(self, weak:Tensor, strong:Tensor)->dict[str, Tensor]:
         "Pseudo-label, strong prediction and log-variance, (m, K) each."
         views = super().inspect(weak, strong)
         pair = learner_input(views["strong_prediction"], views["pseudo_label"], self.residual_input)
         return views | {"log_variance": self.learner(pair)}
-
-# %% ../../nbs/61_methods.hpl.ipynb #014a6941
-def sample_record(
-    batch:Mapping[str, Mapping[str, Tensor]], # the step's batches
-    passes:Passes, # what the network made of them
-    log_variance:Tensor, # z, (m, K)
-    weight:Tensor, # omega, (m, K)
-)->dict[str, Tensor]: # detached
-    "Per-sample values of a step, for monitoring."
-    return {"index": batch["unlabelled"]["index"], "pseudo_label": passes.pseudo_label.detach(),
-            "strong_prediction": passes.prediction.detach(), "log_variance": log_variance.detach(), "weight": weight.detach()}
 
 # %% ../../nbs/61_methods.hpl.ipynb #32d9b3b6
 class JointUncertainty(LearnerMethod):
@@ -72,9 +62,6 @@ class JointUncertainty(LearnerMethod):
         self.unlabelled_weight = not_negative("unlabelled_weight", unlabelled_weight)
         self.learner_lr = not_negative("learner_lr", learner_lr)
 
-    def config(self)->dict[str, Any]:
-        return {"unlabelled_weight": self.unlabelled_weight, "learner_lr": self.learner_lr, "log_variance_bound": self.learner.bound}
-
     def make_optimizers(self, settings:OptimizerSettings)->dict[str, Optimizer]:
         "phi is one more group of the regressor's optimiser: both follow the same loss."
         optimizers = super().make_optimizers(settings)
@@ -86,7 +73,7 @@ class JointUncertainty(LearnerMethod):
         p = forward_batches(self.regressor, batch)
         z = self.learner(learner_input(p.prediction, p.pseudo_label))
         weight = pseudo_label_weight(z)
-        self.record = sample_record(batch, p, z, weight)
+        self.record = sample_record(batch, p.pseudo_label, p.prediction, weight, z)
         return {"labelled": labelled_loss(p.labelled_prediction, p.y),
                 "unlabelled": self.unlabelled_weight*unlabelled_loss(p.prediction, p.pseudo_label, weight, z)}
 
@@ -136,7 +123,7 @@ class HPL(LearnerMethod):
         settings:HPLSettings=PAPER, # a preset, or `dataclasses.replace(PAPER, ...)`
     ):
         super().__init__(regressor, settings.log_variance_bound, settings.residual_input)
-        self.settings, self.memory = settings, {"step": 0} # steps so far; the previous step's labelled features and labels
+        self.settings, self.memory = settings, {} # the previous step's labelled features and labels
         if settings.outer == "fresh": self.needs = {**self.needs, "outer": ("weak",)}
 
     def training_step(self, batch:Mapping[str, Mapping[str, Tensor]])->dict[str, Tensor]:
@@ -144,11 +131,10 @@ class HPL(LearnerMethod):
         passes = look_ahead(self, batch)
         z = log_variance_for_theta(self, passes)
         weight = pseudo_label_weight(z, self.settings.half_weight)
-        self.record = sample_record(batch, passes, z, weight)
+        self.record = sample_record(batch, passes.pseudo_label, passes.prediction, weight, z)
         return inner_losses(self, passes, weight, z)
 
     def config(self)->dict[str, Any]: return asdict(self.settings)
-    def after_step(self)->None: self.memory["step"] += 1
     def get_extra_state(self)->dict[str, Any]: return dict(self.memory)
     def set_extra_state(self, state:dict[str, Any])->None: self.memory = dict(state)
     def stream_settings(self, settings:StreamSettings)->StreamSettings: return replace(settings, outer_overlap=self.settings.outer_overlap)
@@ -183,7 +169,7 @@ def outer_features(
     batch:Mapping[str, Mapping[str, Tensor]], # the step's batches
 )->tuple[Tensor, Tensor]|None: # features (n, d) and labels (n, K); None if phi is not due
     "The batch that judges the virtual step."
-    if method.memory["step"] % method.settings.outer_every: return None
+    if method.clock.step % method.settings.outer_every: return None
     if method.settings.outer == "previous":
         return (method.memory["features"], method.memory["y"]) if "features" in method.memory else None
     with torch.no_grad(): return method.regressor.features(batch["outer"]["weak"]), batch["outer"]["y"]
