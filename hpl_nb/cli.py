@@ -8,12 +8,14 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from importlib.resources import files
 from multiprocessing import get_context
 from pathlib import Path
@@ -28,24 +30,37 @@ from tqdm.auto import tqdm
 
 from . import figures, metrics
 from .core import HplError, atomic_write, seed_everything
-from .data.core import SemiSupervisedData, StreamSettings
+from .data.core import SemiSupervisedData, Streams, StreamSettings, noise_view
 from .data.images import exact_count, published_views
 from .data.imdb_wiki import imdb_wiki
 from .data.rotated_digits import rotated_digits
 from .data.stsb import load_vectors, stsb
 from .data.utkface import released_count, utkface
-from .methods.core import FullySupervised, Method, PseudoLabel, Supervised
+from .methods.cadr import CADR
+from .methods.clss import CLSS
+from .methods.core import FullySupervised, Method, PseudoLabel, Supervised, arguments
 from .methods.hpl import HPL, PAPER, RELEASE, HPLSettings, JointUncertainty
+from .methods.mean_teacher import MeanTeacher
+from .methods.pim import PIM
+from .methods.rankup import RankUp
+from .methods.simregmatch import SimRegMatch
+from .methods.ssdkl import SSDKL
+from .methods.temporal_ensembling import TemporalEnsembling
+from .methods.tnnr import TNNR
+from .methods.ucvme import UCVME
+from .methods.ups import UPSReg
 from .models import Regressor, bilstm, resnet, small_cnn
-from .trainer import OptimizerSettings, Run, TrainSettings, fit, load_run
+from .trainer import Clock, OptimizerSettings, Run, TrainSettings, fit, load_run
 
 # %% auto #0
-__all__ = ['RECIPES', 'METHODS', 'PRESETS', 'DEMO_METHODS', 'STRENGTHS', 'BENCH_MODES', 'Options', 'Recipe', 'load_images',
-           'load_sentences', 'sentence_network', 'image_network', 'digit_network', 'recipe_of', 'train_settings',
-           'make_method', 'parse_pairs', 'hpl_settings', 'Job', 'train_job', 'hpl_train', 'run_path', 'describe_run',
+__all__ = ['RECIPES', 'METHODS', 'PRESETS', 'DEMO_METHODS', 'STRENGTHS', 'WITH_DROPOUT', 'CANDIDATES', 'BENCH_MODES', 'Options',
+           'Recipe', 'load_images', 'load_sentences', 'sentence_network', 'image_network', 'digit_network', 'recipe_of',
+           'train_settings', 'method_names', 'make_method', 'method_list', 'start_weight', 'method_settings',
+           'parse_pairs', 'field_names', 'hpl_settings', 'Job', 'train_job', 'hpl_train', 'run_path', 'describe_run',
            'run_jobs', 'results_frame', 'results_table', 'compact', 'hpl_compare', 'write_results', 'selected',
            'report', 'hpl_figures', 'search_candidates', 'demo_options', 'search_demo', 'demo_search', 'tuned_options',
-           'hpl_demo', 'make_bench', 'bench_times', 'bench_memory', 'hpl_bench']
+           'hpl_demo', 'paper_costs', 'make_bench', 'bench_times', 'bench_memory', 'hpl_bench', 'bench_modes',
+           'bench_table']
 
 # %% ../nbs/80_cli.ipynb #905e9c1a
 @dataclass(frozen=True)
@@ -75,7 +90,8 @@ class Options:
     unlabelled_weight:float|None=None # effective start weight of the unlabelled loss: lambda, or lambda/2 where the weight is exp(-z)/2
     strength:float=1. # rotated digits: of the strong view
     learner_lr:float|None=None # of the uncertainty-learner; None: 1e-4 (B.3)
-    settings:str="" # differences from HPL's preset, such as "outer=previous,outer_every=5"
+    dropout:float|None=None # of the network; None: the recipe's
+    settings:str="" # differences from the method's own settings, such as "outer=previous,outer_every=5" (hpl) or "decay=0.99"
 
 # %% ../nbs/80_cli.ipynb #cb7eb29d
 @dataclass(frozen=True)
@@ -88,6 +104,7 @@ class Recipe:
     unlabelled_weight:float=5. # lambda times the weight at z = 0
     outer_regularizer:float=.1 # lambda2 (D1)
     learner_weight_decay:float=0. # of phi in the release
+    dropout:float=.05 # of the network
 
 # %% ../nbs/80_cli.ipynb #036c6e12
 def _require_root(options:Options)->None:
@@ -119,22 +136,22 @@ def sentence_network(options:Options, data:SemiSupervisedData)->Regressor:
     "BiLSTM on word vectors from a file, or on random ones."
     words = data.inputs.vocabulary.words
     vectors, _ = load_vectors(options.vectors or None, words, seed=0)
-    return bilstm(vectors, hidden=options.hidden)
+    return bilstm(vectors, hidden=options.hidden, dropout=options.dropout)
 
 # %% ../nbs/80_cli.ipynb #8b78adff
 def image_network(options:Options, data:SemiSupervisedData)->Regressor:
     "ResNet with the options' depth and weights."
-    return resnet(options.depth, data.outputs, weights=options.weights or None, dropout=.05)
+    return resnet(options.depth, data.outputs, weights=options.weights or None, dropout=options.dropout)
 
 def digit_network(options:Options, data:SemiSupervisedData)->Regressor:
     "Four small convolutions."
-    return small_cnn(width=16, outputs=data.outputs)
+    return small_cnn(width=16, outputs=data.outputs, dropout=options.dropout)
 
 # %% ../nbs/80_cli.ipynb #e60e1d56
 RECIPES = {
     "rotated_digits": Recipe(lambda o: rotated_digits(o.label_ratio, o.strength), digit_network, TrainSettings(
         epochs=20, iterations_per_epoch=75, optimizer=OptimizerSettings(lr_body=3e-3, lr_head=3e-3, decay_every=15)),
-        label_ratio=.055, unlabelled_weight=1.),
+        label_ratio=.055, unlabelled_weight=1., dropout=0.),
     "utkface": Recipe(lambda o: load_images(utkface, o, 200), image_network, TrainSettings(
         epochs=30, streams=StreamSettings(labelled_copies=2), optimizer=OptimizerSettings(
             weight_decay_body=1e-3, weight_decay_head=1e-3, decay_every=10))),
@@ -142,7 +159,8 @@ RECIPES = {
         epochs=30, epoch_of="labelled", streams=StreamSettings(48, 48, labelled_copies=2),
         optimizer=OptimizerSettings(weight_decay_body=1e-5, decay_every=10)), outer_regularizer=0.),
     "stsb": Recipe(load_sentences, sentence_network, TrainSettings(epochs=200, optimizer=OptimizerSettings(
-        weight_decay_body=1e-5, weight_decay_head=1e-5)), unlabelled_weight=.5, outer_regularizer=1., learner_weight_decay=1e-5)}
+        weight_decay_body=1e-5, weight_decay_head=1e-5)), unlabelled_weight=.5, outer_regularizer=1., learner_weight_decay=1e-5,
+        dropout=.2)}
 
 def recipe_of(
     options:Options, # names the data set
@@ -172,50 +190,92 @@ def train_settings(
                    streams=replace(base.streams, **streams))
 
 # %% ../nbs/80_cli.ipynb #185ee4c5
-METHODS = {"supervised": Supervised, "pseudo_label": PseudoLabel, "joint_uncertainty": JointUncertainty, "hpl": HPL,
-           "fully_supervised": FullySupervised}
-PRESETS = {"paper": PAPER, "release": RELEASE}
+METHODS = {
+    "supervised": Supervised, "pseudo_label": PseudoLabel, "mean_teacher": MeanTeacher, "temporal_ensembling": TemporalEnsembling,
+    "tnnr": TNNR, "ucvme": UCVME, "clss": CLSS, "rankup": RankUp, "ssdkl": SSDKL, "simregmatch": SimRegMatch, "pim": PIM, "ups_reg": UPSReg,
+    "cadr": CADR, "joint_uncertainty": JointUncertainty, "hpl": HPL, "fully_supervised": FullySupervised}
+PRESETS = {"hpl": {"paper": PAPER, "release": RELEASE}, "rankup": {"arc": {"alignment_weight": 0.}}}
 DEMO_METHODS = ("supervised", "pseudo_label", "joint_uncertainty", "hpl:paper", "hpl:release", "fully_supervised")
 
+def method_names(
+)->list[str]: # as on the command line
+    "Every method, with its presets where it has some; HPL always has one."
+    return [spec for name in METHODS for spec in (*([] if name == "hpl" else [name]), *(f"{name}:{p}" for p in PRESETS.get(name, ())))]
+
+# %% ../nbs/80_cli.ipynb #ed8bf113
 def make_method(
     spec:str, # name, or name:preset
-    regressor:Regressor, # to be trained
+    network:Callable[[], Regressor], # makes the network to be trained; called twice where a method trains two
     options:Options, # the data set and what differs
 )->Method:
     "A method with the recipe's weights."
     name, _, preset = spec.partition(":")
-    if name not in METHODS or preset not in ("", *PRESETS) or (preset and name != "hpl"):
-        raise HplError(f"method {spec!r} is unknown; choose {', '.join([*METHODS][:3])}, hpl:paper, hpl:release or fully_supervised.")
-    if name != "hpl" and options.settings: raise HplError(f"--settings are those of hpl; {spec} has none.")
-    weight = options.unlabelled_weight if options.unlabelled_weight is not None else recipe_of(options).unlabelled_weight
-    if name == "hpl": return HPL(regressor, hpl_settings(PRESETS[preset or "paper"], options, weight))
-    if name == "joint_uncertainty": return JointUncertainty(regressor, weight, options.learner_lr or 1e-4)
-    return PseudoLabel(regressor, weight) if name == "pseudo_label" else METHODS[name](regressor)
+    presets = PRESETS.get(name, {})
+    if name not in METHODS or preset not in ("", *presets):
+        raise HplError(f"method {spec!r} is unknown; choose {', '.join(method_names())}.")
+    if name == "hpl": return HPL(network(), hpl_settings(presets[preset or "paper"], options, start_weight(options)))
+    try: method = METHODS[name](network(), **presets.get(preset, {}) | method_settings(METHODS[name], network, options))
+    except TypeError as error: raise HplError(f"--settings {options.settings!r} do not fit {spec}: {error}") from error
+    method.preset = preset
+    return method
 
-# %% ../nbs/80_cli.ipynb #ed8bf113
+def method_list(
+    methods:str, # names separated by commas, or "all"
+)->list[str]:
+    "The methods that a command line names."
+    return method_names() if methods == "all" else [name.strip() for name in methods.split(",")]
+
+def start_weight(
+    options:Options, # the data set and what differs
+)->float:
+    "Weight of the unlabelled loss at the start, without a factor 1/2."
+    return recipe_of(options).unlabelled_weight if options.unlabelled_weight is None else options.unlabelled_weight
+
+# %% ../nbs/80_cli.ipynb #92223f2c
+def method_settings(
+    method:type[Method], # which class
+    network:Callable[[], Regressor], # makes a second network, where the method trains two
+    options:Options, # `settings` names the differences
+)->dict[str, Any]: # arguments of the class
+    "A method's arguments as the recipe and the command line say."
+    known = arguments(method)
+    values = {"unlabelled_weight": start_weight(options)} if issubclass(method, (PseudoLabel, JointUncertainty)) else {}
+    given = {"unlabelled_weight": options.unlabelled_weight, "learner_lr": options.learner_lr}
+    values |= {name: value for name, value in given.items() if name in known and value is not None}
+    if "partner" in known: values["partner"] = network()
+    return values | parse_pairs(options.settings.split(","), [name for name in known if name != "partner"], "--settings")
+
+# %% ../nbs/80_cli.ipynb #92c71220
 def parse_pairs(
     items:Sequence[str], # name=value each; empty ones are passed over
-    settings:type, # dataclass that has these names
+    known:Sequence[str], # these names
     flag:str, # of the command line, for the message
 )->dict[str, Any]: # numbers, true, false and none as such, other values as text
     "Settings written as name=value; an unknown name raises `HplError`."
-    known, values = [field.name for field in fields(settings)], {}
+    values = {}
     for item in filter(None, map(str.strip, items)):
         name, _, value = (part.strip() for part in item.partition("="))
         if name not in known or not value:
-            raise HplError(f"{flag} has {item!r}; write name=value with one of {', '.join(known)}.")
+            fix = f"write name=value with one of {', '.join(known)}." if known else "there are none here."
+            raise HplError(f"{flag} has {item!r}; {fix}")
         try: values[name] = json.loads({"none": "null"}.get(value.lower(), value.lower()))
         except json.JSONDecodeError: values[name] = value
     return values
 
-# %% ../nbs/80_cli.ipynb #92223f2c
+# %% ../nbs/80_cli.ipynb #11c0db69
+def field_names(
+    settings:type, # a dataclass
+)->list[str]:
+    "Names of its fields."
+    return [field.name for field in fields(settings)]
+
 def hpl_settings(
     preset:HPLSettings, # where to start
     options:Options, # `settings` names the differences
     weight:float, # of the unlabelled loss at z = 0
 )->HPLSettings:
     "A preset with the recipe's constants and the differences of the command line."
-    recipe, given = recipe_of(options), parse_pairs(options.settings.split(","), HPLSettings, "--settings")
+    recipe, given = recipe_of(options), parse_pairs(options.settings.split(","), field_names(HPLSettings), "--settings")
     values = {"unlabelled_weight": weight*(2 if preset.half_weight else 1), "learner_lr": options.learner_lr or preset.learner_lr}
     if preset.preset == "release":
         values |= dict(outer_regularizer=recipe.outer_regularizer, learner_weight_decay=recipe.learner_weight_decay)
@@ -240,11 +300,12 @@ def train_job(
     trackers:Sequence[str]=(), # accelerate's trackers
 )->Run:
     "Train (or go on with) one run."
-    options = job.options
-    if options.label_ratio is None: options = replace(options, label_ratio=recipe_of(options).label_ratio)
-    settings, data = train_settings(options), recipe_of(options).load(options)
+    options, recipe = job.options, recipe_of(job.options)
+    defaults = {name: getattr(recipe, name) for name in ("label_ratio", "dropout") if getattr(options, name) is None}
+    options = replace(options, **defaults)
+    settings, data = train_settings(options), recipe.load(options)
     seed_everything(job.seed)
-    method = make_method(job.method, recipe_of(options).network(options, data), options)
+    method = make_method(job.method, lambda: recipe.network(options, data), options)
     return fit(method, data, settings, folder=job.folder, seed=job.seed, progress=progress, workers=workers, stop_after=stop_after,
                checkpoint_seconds=checkpoint_seconds, trackers=trackers)
 
@@ -254,11 +315,11 @@ def hpl_train(
     dataset:str="rotated_digits", # rotated_digits, utkface, imdb_wiki or stsb
     root:str="", # Folder of the data set
     label_ratio:float=None, # Labelled share of the training rows
-    method:str="hpl", # supervised, pseudo_label, joint_uncertainty, hpl or fully_supervised
-    preset:str="paper", # HPL's preset: paper or release
+    method:str="hpl", # supervised, pseudo_label, mean_teacher, ...; an unknown name lists them
+    preset:str="", # hpl: paper (default) or release; rankup: arc
     seed:int=0, # Of weights, order and views
     out:str="", # Run folder; default runs/DATASET/RATIO/METHOD/SEED
-    settings:str="", # Differences from the preset, such as outer=previous,outer_every=5
+    settings:str="", # Differences from the method's own, such as outer=previous,outer_every=5 or decay=0.99
     schedule:str="release", # release, or paper: without its weight decay, rate decay and repeated labels
     views:str="released", # Image augmentation: released or published
     labelled_count:str="released", # UTKFace: released (500/1000/2000) or exact
@@ -276,6 +337,7 @@ def hpl_train(
     unlabelled_weight:float=None, # Start weight of the unlabelled loss
     strength:float=1., # Rotated digits: of the strong view
     learner_lr:float=None, # Of the uncertainty-learner; default 1e-4
+    dropout:float=None, # Of the network; default: the recipe's
     precision:str="no", # no, bf16 or fp16
     accumulate:int=1, # Micro-batches per step
     patience:int=None, # Stop after so many epochs without a better validation
@@ -288,7 +350,7 @@ def hpl_train(
     "Train one run; the same command goes on where it stopped."
     given = locals()
     options = Options(**{field.name: given[field.name] for field in fields(Options)})
-    spec = f"hpl:{preset}" if method == "hpl" else method
+    spec = ":".join(filter(None, (method, preset or ("paper" if method == "hpl" else ""))))
     def command():
         job = Job(spec, seed, options, out or run_path("runs", options, spec, seed))
         run = train_job(job, workers=workers, stop_after=stop_after, checkpoint_seconds=checkpoint_seconds,
@@ -350,7 +412,7 @@ def _train_quietly(job): train_job(job, progress=False)
 # %% ../nbs/80_cli.ipynb #34d3ba37
 def results_frame(
     runs:Sequence[Run], # finished runs
-)->pd.DataFrame: # one row per run: what it is, test metrics, pseudo-label error, log-variance, time
+)->pd.DataFrame: # one row per run: what it is, test metrics, pseudo-label error, log-variance and weight in training, time
     "The selected epochs' results of many runs."
     rows = []
     for run in runs:
@@ -358,7 +420,8 @@ def results_frame(
         rows.append({key: run.config[key] for key in ("dataset", "label_ratio", "method", "seed")}
                     | {name: run.metrics[f"test_{name}"] for name in ("mae", "mse", "r2")}
                     | {"val_mae": run.metrics["val_mae"], "pseudo_label_mae": run.metrics.get("pseudo_label_mae", np.nan),
-                       "log_variance": log.get("log_variance_mean", np.nan), "seconds": run.metrics["seconds"]})
+                       "log_variance": log.get("log_variance_mean", np.nan), "weight": log.get("weight_mean", np.nan),
+                       "seconds": run.metrics["seconds"]})
     return pd.DataFrame(rows)
 
 # %% ../nbs/80_cli.ipynb #ff092d45
@@ -373,7 +436,7 @@ def results_table(
     paper = paper.assign(paper=[f"{m:.3f} ± {s:.3f} {e.upper()}" if s == s else f"{m:.3f} {e.upper()}"
                                 for m, s, e in zip(paper["error_mean"], paper["error_sd"], paper["error"])])
     keys = table.assign(dataset=table["dataset"].str.lower().str.replace("-", "_"),
-                        method=table["method"].str.replace(r" \(.*", "", regex=True))
+                        method=table["method"].str.replace(r"^HPL \(.*", "HPL", regex=True))
     found = keys.merge(paper, on=["dataset", "label_ratio", "method"], how="left")["paper"]
     return table.assign(paper=found.values) if found.notna().any() else table
 
@@ -389,7 +452,7 @@ def compact(
 def hpl_compare(
     dataset:str="rotated_digits", # rotated_digits, utkface, imdb_wiki or stsb
     root:str="", # Folder of the data set
-    methods:str=",".join(DEMO_METHODS), # Names, separated by commas
+    methods:str=",".join(DEMO_METHODS), # Names, separated by commas, or all
     label_ratios:str="", # Shares, separated by commas; default: the recipe's
     seeds:str="0,1,2", # Separated by commas
     out:str="runs", # Top folder; each run has its own folder in it
@@ -398,11 +461,11 @@ def hpl_compare(
 ):
     "Methods x label ratios x seeds as a table beside the paper's numbers; what is done is skipped."
     def command():
-        base = replace(Options(dataset=dataset, root=root), **parse_pairs(options.split(), Options, "--options"))
+        base = replace(Options(dataset=dataset, root=root), **parse_pairs(options.split(), field_names(Options), "--options"))
         ratios = [float(ratio) for ratio in label_ratios.split(",") if ratio] or [recipe_of(base).label_ratio]
         bases = [replace(base, label_ratio=ratio) for ratio in ratios]
         todo = [Job(spec, int(seed), some, run_path(out, some, spec, int(seed)))
-                for some, spec, seed in itertools.product(bases, methods.split(","), seeds.split(","))]
+                for some, spec, seed in itertools.product(bases, method_list(methods), seeds.split(","))]
         write_results(run_jobs(todo, jobs), Path(out)/dataset, f"{dataset}: {len(todo)} runs")
     _or_exit(command)
 
@@ -503,13 +566,31 @@ def hpl_figures(
 
 # %% ../nbs/80_cli.ipynb #946ee3e9
 STRENGTHS = (.25, .5, 1.) # of the strong view
+WITH_DROPOUT = ("simregmatch", "ucvme", "pim", "ups_reg") # compare passes with dropout
+CANDIDATES = { # settings of four candidates, where it is not the weight of the pseudo-labels alone
+    "mean_teacher": ("", "decay=0.97", "unlabelled_weight=0.5", "unlabelled_weight=2"),
+    "temporal_ensembling": ("", "unlabelled_weight=0.3", "unlabelled_weight=0.3,view=strong", "decay=0.3,ramp_share=1"),
+    "tnnr": ("", "unlabelled_weight=1", "hidden=64", "hidden=64,unlabelled_weight=1"),
+    "ucvme": ("", "unlabelled_weight=1", "unlabelled_weight=3,student_view=strong", "unlabelled_weight=1,student_view=strong"),
+    "clss": ("", "contrast_weight=0.1", "contrast_weight=0.1,prediction_weight=1",
+             "contrast_weight=0.1,unlabelled_weight=0.5,prediction_weight=0.1"),
+    "rankup:arc": ("", "ranking_weight=0.7", "ranking_weight=2", "decay=none"),
+    "rankup": ("", "ranking_weight=0.7", "ranking_weight=0.7,alignment_weight=0.3", "ranking_weight=0.7,decay=none"),
+    "ssdkl": ("", "unlabelled_weight=0.1", "unlabelled_weight=0.01", "gp_lr=0.03"),
+    "simregmatch": ("", "temperature=1", "unlabelled_weight=0.1", "unlabelled_weight=1,prediction_share=0.9"),
+    "pim": ("", "temperature=0.1", "unlabelled_weight=0.3", "unlabelled_weight=2"),
+    "ups_reg": ("", "threshold=0.05", "threshold=0.2", "unlabelled_weight=0.3"),
+    "cadr": ("", "threshold=0.8", "prior=predicted,bins=5", "unlabelled_weight=0.3")}
 
 def search_candidates(
     spec:str, # method
-)->list[dict[str, float]]: # options of each candidate
+)->list[dict[str, Any]]: # options of each candidate
     "Four candidates for each method."
     if "supervised" in spec: return [{"lr": lr, "weight_decay": decay} for lr in (3e-3, 1e-2) for decay in (1e-3, 1e-2)]
-    return [{"lr": 1e-2, "weight_decay": 1e-3, "unlabelled_weight": weight} for weight in (.3, .6, 1., 2.)]
+    dropout = {"dropout": .05} if spec in WITH_DROPOUT else {}
+    weights = [{"unlabelled_weight": weight} for weight in (.3, .6, 1., 2.)]
+    candidates = [{"settings": text} for text in CANDIDATES[spec]] if spec in CANDIDATES else weights
+    return [{"lr": 1e-2, "weight_decay": 1e-3} | dropout | candidate for candidate in candidates]
 
 def demo_options(
     **changes:Any, # a candidate's, or fewer iterations
@@ -520,10 +601,11 @@ def demo_options(
 # %% ../nbs/80_cli.ipynb #9cfad24c
 def search_demo(
     out:str|Path, # folder of the runs
+    methods:Sequence[str]=DEMO_METHODS, # what to tune
     jobs:int=2, # runs at the same time
     seeds:Sequence[int]=(100, 101, 102), # other seeds than the demo's
 )->pd.DataFrame: # one row per candidate: method, options, mean and sd of the validation MAE
-    "Choose the strong view with PseudoLabel, then tune all of the demo's methods; validation rows only."
+    "Choose the strong view with PseudoLabel, then tune the methods; validation rows only."
     def best_of(spec, candidates):
         todo = [Job(spec, seed, demo_options(**options), str(Path(out)/spec.replace(":", "-")/_name(options)/str(seed)))
                 for options in candidates for seed in seeds]
@@ -533,10 +615,10 @@ def search_demo(
     first = {"lr": 1e-2, "weight_decay": 1e-3, "unlabelled_weight": 1.}
     views = best_of("pseudo_label", [first | {"strength": strength} for strength in STRENGTHS])
     strength = json.loads(views.loc[views["val_mae_mean"].idxmin(), "options"])["strength"]
-    tables = [best_of(spec, [options | {"strength": strength} for options in search_candidates(spec)]) for spec in DEMO_METHODS]
+    tables = [best_of(spec, [options | {"strength": strength} for options in search_candidates(spec)]) for spec in methods]
     return pd.concat([views.assign(stage="views"), *[table.assign(stage="methods") for table in tables]], ignore_index=True)
 
-def _name(options): return "-".join(f"{name}_{value:g}" for name, value in options.items())
+def _name(options): return re.sub(r"[^\w.-]+", "_", "-".join(f"{name}_{value}" for name, value in options.items()))
 
 # %% ../nbs/80_cli.ipynb #ba43f1d8
 def demo_search(
@@ -551,31 +633,45 @@ def tuned_options(
 )->Options:
     "The candidate with the smallest mean validation error."
     rows = search[(search["method"] == spec) & (search["stage"] == "methods")]
+    if rows.empty: raise HplError(f"method {spec!r} has not been tuned; choose {', '.join(search['method'].unique())}.")
     return demo_options(**json.loads(rows.loc[rows["val_mae_mean"].idxmin(), "options"]), **changes)
 
 # %% ../nbs/80_cli.ipynb #b3eb5ff7
 @call_parse
 def hpl_demo(
     out:str="runs/demo", # Folder for runs, report.html and predictions.parquet
+    methods:str=",".join(DEMO_METHODS), # Names, separated by commas, or all
     seeds:str="0,1,2", # Separated by commas
     jobs:int=2, # Runs at the same time
     iterations:int=None, # Per epoch; fewer for a quick look
-    search:store_true=False, # Tune the methods again (a quarter of an hour) and write rotated_digits_search.csv
+    search:store_true=False, # Tune the methods again (minutes each) and write rotated_digits_search.csv
 ):
     "Six methods on rotated digits: a table, report.html and predictions.parquet, in under four minutes on two cores."
     def command():
-        if search: return search_demo(Path(out)/"search", jobs).to_csv(Path(out)/"rotated_digits_search.csv", index=False)
+        specs = method_list(methods)
+        if search: return search_demo(Path(out)/"search", specs, jobs).to_csv(Path(out)/"rotated_digits_search.csv", index=False)
         stored = demo_search()
         changes = {} if iterations is None else {"iterations": iterations}
         todo = [Job(spec, int(seed), tuned_options(spec, stored, **changes), str(Path(out)/spec.replace(":", "-")/seed.strip()))
-                for seed in seeds.split(",") for spec in DEMO_METHODS]
+                for seed in seeds.split(",") for spec in specs]
         write_results(run_jobs(todo, jobs), Path(out), "Semi-supervised regression on rotated digits")
     _or_exit(command)
 
 # %% ../nbs/80_cli.ipynb #cdd7be0b
-BENCH_MODES = {"Supervised": Supervised, "PseudoLabel": PseudoLabel,
-               "HPL previous, each step": lambda r: HPL(r, replace(PAPER, outer="previous")), "HPL fresh, each step": HPL,
-               "HPL fresh, each fifth step": lambda r: HPL(r, replace(PAPER, outer_every=5)), "HPL release": lambda r: HPL(r, RELEASE)}
+def paper_costs(
+)->pd.DataFrame: # by our names: ms, MB, ratio to the Baseline
+    "Table 5, one RTX 4090 on UTKFace."
+    table = pd.read_csv(str(files("hpl_nb")/"resources"/"paper_costs.csv"), index_col="method")
+    return table.assign(ratio=table["ms"]/table.loc["PseudoLabel", "ms"])
+
+# %% ../nbs/80_cli.ipynb #4295a3ad
+BENCH_MODES = {
+    "Supervised": ("supervised", ""), "PseudoLabel": ("pseudo_label", ""), "MeanTeacher": ("mean_teacher", ""),
+    "TemporalEnsembling": ("temporal_ensembling", ""), "TNNR": ("tnnr", ""), "UCVME": ("ucvme", ""), "CLSS": ("clss", ""),
+    "RankUp (arc)": ("rankup:arc", ""), "RankUp": ("rankup", ""), "SSDKL": ("ssdkl", ""), "SimRegMatch": ("simregmatch", ""),
+    "PIM": ("pim", ""), "UPSReg": ("ups_reg", ""), "CADR": ("cadr", ""), "JointUncertainty": ("joint_uncertainty", ""),
+    "HPL previous, each step": ("hpl:paper", "outer=previous"), "HPL fresh, each step": ("hpl:paper", ""),
+    "HPL fresh, each fifth step": ("hpl:paper", "outer_every=5"), "HPL release": ("hpl:release", "")} # method and its settings
 
 @dataclass
 class _Bench:
@@ -583,16 +679,17 @@ class _Bench:
     method:Method
     batch:Mapping[str, Mapping[str, torch.Tensor]]
 
-    def step(self)->float:
-        "Seconds of one training step."
+    def step(self, number:int)->float:
+        "Seconds of training step `number`."
         start = time.perf_counter()
+        self.method.clock = Clock(number, 1000, 100)
         sum(self.method.training_step(self.batch).values()).backward()
         for optimizer in self.method.optimizers.values(): optimizer.step(), optimizer.zero_grad()
         self.method.after_step()
         if next(self.method.parameters()).is_cuda: torch.cuda.synchronize()
         return time.perf_counter() - start
 
-# %% ../nbs/80_cli.ipynb #1454e280
+# %% ../nbs/80_cli.ipynb #2fcf7a40
 def make_bench(
     mode:str, # of `BENCH_MODES`
     depth:int, # of the ResNet; 0: the small CNN
@@ -602,32 +699,37 @@ def make_bench(
     "A method on random pictures, on the GPU where there is one."
     device, channels = "cuda" if torch.cuda.is_available() else "cpu", 3 if depth else 1
     seed_everything(0)
-    method = BENCH_MODES[mode](resnet(depth) if depth else small_cnn()).to(device).train()
+    rows, view = np.arange(4*batch), noise_view(.1)
+    data = SemiSupervisedData("bench", torch.randn(4*batch, channels, size, size), np.random.default_rng(0).normal(size=4*batch),
+                              rows[:2*batch], rows[2*batch:], rows[:0], rows[:0], view, view)
+    spec, settings = BENCH_MODES[mode]
+    network = partial(resnet, depth, dropout=.05) if depth else partial(small_cnn, dropout=.05)
+    method = make_method(spec, network, Options(settings=settings))
+    data = method.prepare(data)
+    method.to(device).train()
     method.optimizers = method.make_optimizers(OptimizerSettings())
-    shared = {"index": torch.arange(batch, device=device), "y": torch.randn(batch, 1, device=device)}
-    views = {"labelled": ("weak",), "unlabelled": ("weak", "strong"), "outer": ("weak",)}
-    return _Bench(method, {stream: shared | {view: torch.randn(batch, channels, size, size, device=device) for view in names}
-                           for stream, names in views.items()})
+    batches = Streams(data, method.needs, method.stream_settings(StreamSettings(batch, batch)), 1, seed=0)[0]
+    return _Bench(method, {stream: {key: value.to(device) for key, value in tensors.items()} for stream, tensors in batches.items()})
 
-# %% ../nbs/80_cli.ipynb #4295a3ad
+# %% ../nbs/80_cli.ipynb #29e55243
 def bench_times(
     depth:int, # of the ResNet; 0: the small CNN
     size:int, # side of the pictures
     batch:int, # of each stream
     rounds:int, # of five steps each
+    modes:Sequence[str]=tuple(BENCH_MODES), # PseudoLabel among them
 )->pd.DataFrame: # method, milliseconds, ratio to PseudoLabel
     "Time per iteration, the methods in turn in one process."
-    benches = {mode: make_bench(mode, depth, size, batch) for mode in BENCH_MODES}
+    benches = {mode: make_bench(mode, depth, size, batch) for mode in modes}
     times = {mode: np.empty((rounds, 5)) for mode in benches}
-    for bench in benches.values(): bench.step()
-    for bench in benches.values(): bench.method.memory = {**getattr(bench.method, "memory", {}), "step": 0}
-    for turn in tqdm(itertools.product(range(rounds), range(5)), total=5*rounds, desc="steps"):
-        for mode, bench in benches.items(): times[mode][turn] = bench.step()
+    for bench in benches.values(): bench.step(0)
+    for turn in tqdm([*itertools.product(range(rounds), range(5))], desc="steps"):
+        for mode, bench in benches.items(): times[mode][turn] = bench.step(turn[1])
     def typical(values): return np.median(values, axis=0).mean()
     return pd.DataFrame([{"method": mode, "ms": 1e3*typical(seconds), "ratio": typical(seconds/times["PseudoLabel"])}
                          for mode, seconds in times.items()])
 
-# %% ../nbs/80_cli.ipynb #2fcf7a40
+# %% ../nbs/80_cli.ipynb #2c4f38bc
 def bench_memory(
     mode:str, # of `BENCH_MODES`
     depth:int, # of the ResNet; 0: the small CNN
@@ -636,11 +738,11 @@ def bench_memory(
 )->float: # MB
     "Peak memory of five steps: of the GPU's tensors, or of a process that does nothing else."
     bench = make_bench(mode, depth, size, batch)
-    for _ in range(6): bench.step()
+    for number in range(6): bench.step(number % 5)
     if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()/2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform == "darwin" else 2**10)
 
-# %% ../nbs/80_cli.ipynb #29e55243
+# %% ../nbs/80_cli.ipynb #54b807fc
 @call_parse
 def hpl_bench(
     depth:int=50, # Of the ResNet; 0: the small CNN
@@ -648,18 +750,39 @@ def hpl_bench(
     batch:int=16, # Of each stream
     rounds:int=5, # Of five steps each
     threads:int=1, # CPU threads
+    methods:str="", # Names of the table's first column, separated by semicolons; default: all
     out:str="", # CSV file for the table
 ):
-    "Time and peak memory per iteration of each method, as ratios to PseudoLabel (Table 5)."
-    torch.set_num_threads(threads)
-    memory = {}
-    for mode in BENCH_MODES: # first: a new process starts its count at what this one has used
-        with ProcessPoolExecutor(1, get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)) as pool:
-            memory[mode] = pool.submit(bench_memory, mode, depth, size, batch).result()
-    table = bench_times(depth, size, batch, rounds)
-    used = table["method"].map(memory)
-    table = table.assign(MB=used, extra_MB=used - memory["PseudoLabel"])
-    if out: table.round(3).to_csv(out, index=False)
-    formats = {"ms": "{:.1f}", "ratio": "{:.3f}", "MB": "{:.0f}", "extra_MB": "{:+.1f}"}
-    print(table.to_string(index=False, formatters={name: text.format for name, text in formats.items()}))
-    print("ratio: time per iteration over PseudoLabel's. The paper: HPL 1.104 with 17 MB more, updating each fifth step.")
+    "Time and peak memory per iteration of each method, as ratios to PseudoLabel, beside the paper's (Table 5)."
+    def command():
+        torch.set_num_threads(threads)
+        modes = bench_modes(methods)
+        memory = {}
+        for mode in modes: # first: a new process starts its count at what this one has used
+            with ProcessPoolExecutor(1, get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+                memory[mode] = pool.submit(bench_memory, mode, depth, size, batch).result()
+        table = bench_table(bench_times(depth, size, batch, rounds, modes), memory)
+        if out: table.round(3).to_csv(out, index=False)
+        formats = {"ms": "{:.1f}", "MB": "{:.0f}", "extra_MB": "{:+.1f}"}
+        print(table.to_string(index=False, na_rep="", float_format="{:.2f}".format, formatters={n: f.format for n, f in formats.items()}))
+        print("ratio: time per iteration over PseudoLabel's. paper: the same in Table 5; extra_MB: memory above PseudoLabel's.")
+    _or_exit(command)
+
+# %% ../nbs/80_cli.ipynb #f95ecbce
+def bench_modes(
+    methods:str, # names of `BENCH_MODES`, separated by semicolons; empty: all
+)->list[str]: # PseudoLabel first among those named
+    "What a command line asks to measure."
+    names = [name.strip() for name in methods.split(";") if name.strip()]
+    for name in names:
+        if name not in BENCH_MODES: raise HplError(f"--methods has {name!r}; choose from {'; '.join(BENCH_MODES)}.")
+    return list(dict.fromkeys(["PseudoLabel", *names])) if names else [*BENCH_MODES]
+
+def bench_table(
+    times:pd.DataFrame, # from `bench_times`
+    memory:Mapping[str, float], # MB of each method
+)->pd.DataFrame:
+    "Time, ratio, the paper's ratio, and memory."
+    paper, used = paper_costs(), times["method"].map(memory)
+    return times.assign(paper=times["method"].map(paper["ratio"]), MB=used, extra_MB=used - memory["PseudoLabel"],
+                        paper_extra_MB=times["method"].map(paper["MB"] - paper.loc["PseudoLabel", "MB"]))

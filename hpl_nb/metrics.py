@@ -9,13 +9,15 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
+from scipy.stats import ttest_1samp
 
 from .core import HplError
 
 # %% auto #0
 __all__ = ['mean_absolute_error', 'mean_squared_error', 'r2_score', 'require_columns', 'split_runs', 'known_rows', 'evaluate',
            'last_epochs', 'group_labels', 'group_errors', 'spearman', 'variance_summary', 'reliability',
-           'gaussian_negative_log_likelihood', 'reliability_summary', 'summarise', 'format_mean_sd', 'format_table']
+           'gaussian_negative_log_likelihood', 'reliability_summary', 'summarise', 'format_mean_sd', 'format_table',
+           'paired_test']
 
 # %% ../nbs/20_metrics.ipynb #cbda9d9d
 def _pair(truth, estimate, names=("y_true", "y_pred")):
@@ -302,3 +304,35 @@ def format_table(
     texts = {name: [format_mean_sd(mean, sd, digits=digits) for mean, sd
                     in zip(summary[f"{name}_mean"], summary[f"{name}_sd"])] for name in names}
     return keep.assign(**texts)
+
+# %% ../nbs/20_metrics.ipynb #13065356
+def paired_test(
+    metrics:pd.DataFrame, # one row per run: method, seed, `column`, and what `by` names
+    reference:str, # method that the others are compared with
+    column:str="mae", # the smaller the better
+    by:Sequence[str]=("dataset", "label_ratio"), # compare within
+)->pd.DataFrame: # `by`, method, n (seeds of both), difference_mean, difference_sd, wins (seeds below the reference), p_value, p_holm
+    "Paired t-test over seeds of each method's difference to the reference; `HplError` where the reference has no runs."
+    require_columns(metrics, ["method", "seed", column, *by], "metrics")
+    tables = []
+    for values, rows in metrics.groupby(list(by), sort=False, dropna=False, observed=True):
+        wide = rows.pivot(index="seed", columns="method", values=column)
+        if reference not in wide: raise HplError(f"no run of {reference!r} in {dict(zip(by, values))}; there are {', '.join(wide)}.")
+        compared = [method for method in dict.fromkeys(rows["method"]) if method != reference]
+        lines = [_difference((wide[method] - wide[reference]).dropna()) | {"method": method} for method in compared]
+        table = pd.DataFrame(lines, columns=["method", "n", "difference_mean", "difference_sd", "wins", "p_value"])
+        tables.append(table.assign(**dict(zip(by, values)), p_holm=_holm(table["p_value"].to_numpy())))
+    table = pd.concat(tables, ignore_index=True)
+    return table[[*by, *[name for name in table if name not in by]]]
+
+# %% ../nbs/20_metrics.ipynb #3bf80554
+def _difference(d):
+    "What the differences of one method say; no p-value below two seeds."
+    p_value = ttest_1samp(d, 0.).pvalue if len(d) > 1 and d.std() > 0 else np.nan
+    return {"n": len(d), "difference_mean": d.mean(), "difference_sd": d.std(), "wins": int((d < 0).sum()), "p_value": float(p_value)}
+
+def _holm(p):
+    "Holm's step-down correction; NaN stays NaN and does not count."
+    out, order = np.full(len(p), np.nan), np.argsort(p)[:np.isfinite(p).sum()]
+    out[order] = np.minimum(np.maximum.accumulate(p[order]*np.arange(len(order), 0, -1)), 1)
+    return out

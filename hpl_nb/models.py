@@ -78,6 +78,11 @@ class Regressor(nn.Module):
         "Predictions, shape (B, K)."
         return self.head(self.features(x))
 
+    def passes(self, x:Tensor, count:int)->Tensor:
+        "Features of `count` forward passes, (count, B, d); a body with `passes` may share what comes before its dropout."
+        if hasattr(self.body, "passes"): return self.body.passes(x, count).to(self.head.weight.dtype)
+        return torch.stack([self.features(x) for _ in range(count)])
+
 # %% ../nbs/30_models.ipynb #58c5af7a
 def count_parameters(
     model:Regressor, # any regressor
@@ -146,12 +151,22 @@ class ResNetBody(nn.Module):
         self.trunk, self.num_features, self.dropout, self.strides = trunk, num_features, nn.Dropout(dropout), strides
         _set_strides(trunk, strides)
 
-    def forward(self, x:Tensor)->Tensor:
-        "Features, shape (B, num_features)."
+    def stem(self, x:Tensor)->Tensor:
+        "All before the first dropout."
         trunk = self.trunk
-        x = trunk.maxpool(trunk.relu(trunk.bn1(trunk.conv1(x))))
-        for layer in (trunk.layer1, trunk.layer2, trunk.layer3): x = self.dropout(layer(x))
-        return self.dropout(trunk.avgpool(trunk.layer4(x)).flatten(1))
+        return trunk.layer1(trunk.maxpool(trunk.relu(trunk.bn1(trunk.conv1(x)))))
+
+    def tail(self, x:Tensor)->Tensor:
+        "The rest, from the first dropout on; features, shape (B, num_features)."
+        trunk = self.trunk
+        for layer in (trunk.layer2, trunk.layer3): x = layer(self.dropout(x))
+        return self.dropout(trunk.avgpool(trunk.layer4(self.dropout(x))).flatten(1))
+
+    def forward(self, x:Tensor)->Tensor: return self.tail(self.stem(x))
+    def passes(self, x:Tensor, count:int)->Tensor:
+        "`count` passes, each with its own dropout masks, (count, B, num_features); the stem runs once."
+        start = self.stem(x)
+        return torch.stack([self.tail(start) for _ in range(count)])
 
     def get_extra_state(self)->Tensor: return torch.tensor(self.strides == "v1")
 

@@ -241,12 +241,14 @@ def keep_record(
 def evaluating(
     method:Trainable, # any method
 )->Iterator[None]:
-    "Evaluation mode within the block, and the mode as it was after it."
-    was_training = method.training
+    "Evaluation mode within the block; after it the mode and the random states as before, whatever the method has drawn."
+    was_training, states = method.training, random_states()
     method.eval()
     try:
         with torch.no_grad(): yield
-    finally: method.train(was_training)
+    finally:
+        method.train(was_training)
+        set_random_states(states)
 
 # %% ../nbs/50_trainer.ipynb #0de0a2d3
 def map_rows(

@@ -12,12 +12,26 @@ from accelerate.state import AcceleratorState
 from hpl_nb.core import seed_everything
 from hpl_nb.data.core import SemiSupervisedData, StreamSettings
 from hpl_nb.data.rotated_digits import rotated_digits
+from hpl_nb.methods.cadr import CADR
+from hpl_nb.methods.clss import CLSS
 from hpl_nb.methods.core import PseudoLabel, Supervised
 from hpl_nb.methods.hpl import HPL, PAPER, RELEASE, JointUncertainty
+from hpl_nb.methods.mean_teacher import MeanTeacher
+from hpl_nb.methods.pim import PIM
+from hpl_nb.methods.rankup import RankUp
+from hpl_nb.methods.simregmatch import SimRegMatch
+from hpl_nb.methods.ssdkl import SSDKL
+from hpl_nb.methods.temporal_ensembling import TemporalEnsembling
+from hpl_nb.methods.tnnr import TNNR
+from hpl_nb.methods.ucvme import UCVME
+from hpl_nb.methods.ups import UPSReg
 from hpl_nb.models import small_cnn
 from hpl_nb.trainer import OptimizerSettings, TrainSettings
 
-METHODS = {"Supervised": Supervised, "PseudoLabel": PseudoLabel, "JointUncertainty": JointUncertainty,
+METHODS = {"Supervised": Supervised, "PseudoLabel": PseudoLabel, "MeanTeacher": MeanTeacher, "TemporalEnsembling": TemporalEnsembling,
+           "TNNR": TNNR, "UCVME": partial(UCVME, passes=2), "CLSS": CLSS, "RankUp": RankUp,
+           "SSDKL": partial(SSDKL, inducing_points=8, gp_lr=.05), "SimRegMatch": SimRegMatch, "PIM": PIM,
+           "UPSReg": UPSReg, "CADR": CADR, "JointUncertainty": JointUncertainty,
            "HPL paper": partial(HPL, settings=PAPER), "HPL release": partial(HPL, settings=RELEASE),
            "HPL previous": partial(HPL, settings=replace(PAPER, preset="previous", outer="previous"))}
 SETTINGS = TrainSettings(epochs=3, iterations_per_epoch=5, streams=StreamSettings(8, 16), record_every=2,

@@ -26,6 +26,22 @@ def test_demo_writes_table_report_and_predictions(tmp_path, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("metrics.json")} and len(before) == 6
 
 
+def test_compare_runs_every_method(tmp_path, capsys):
+    "Each with its presets, in the table and with predictions; what is done is skipped."
+    arguments = dict(methods="all", seeds="0", out=str(tmp_path), options="epochs=1 iterations=2 dropout=0.05")
+    cli.hpl_compare(**arguments)
+    results = pd.read_csv(tmp_path/"rotated_digits"/"results.csv")
+    names = {make.__name__ for make in cli.METHODS.values()} - {"HPL"} | {"HPL (paper)", "HPL (release)", "RankUp (arc)"}
+    assert set(results["method"]) == names and len(results) == len(cli.method_names()) == 18
+    assert results[["mae", "mse", "val_mae"]].notna().all(axis=None)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in names)
+    assert set(pd.read_parquet(tmp_path/"rotated_digits"/"predictions.parquet")["method"]) == names
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("metrics.json")}
+    cli.hpl_compare(**arguments)
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("metrics.json")} and len(before) == 18
+
+
 def test_train_stops_resumes_and_draws(tmp_path, capsys):
     run, page = tmp_path/"run", tmp_path/"figures.html"
     arguments = dict(epochs=2, iterations=5, out=str(run), settings="outer=previous")
@@ -40,16 +56,21 @@ def test_train_stops_resumes_and_draws(tmp_path, capsys):
 @pytest.mark.parametrize("dataset, paper", [("UTKFace", "5.639 ± 0.035 MAE"), ("IMDB-WIKI", "9.177 ± 0.061 MAE"),
                                             ("stsb", "1.540 ± 0.006 MSE")])
 def test_compare_puts_the_paper_beside_ours(dataset, paper):
-    results = pd.DataFrame({"dataset": dataset, "label_ratio": .05, "method": ["HPL (paper)", "HPL (paper)", "Supervised", "Supervised"],
-                            "seed": [0, 1, 0, 1], "mae": [5.6, 5.8, 6., 6.2], "mse": 1., "r2": .5, "pseudo_label_mae": 5.,
+    "HPL's presets are the paper's HPL; RankUp without its second half is not the paper's RankUp."
+    methods = ["HPL (paper)", "HPL (paper)", "Supervised", "Supervised", "RankUp", "RankUp (arc)"]
+    results = pd.DataFrame({"dataset": dataset, "label_ratio": .05, "method": methods,
+                            "seed": [0, 1, 0, 1, 0, 0], "mae": [5.6, 5.8, 6., 6.2, 6., 6.], "mse": 1., "r2": .5, "pseudo_label_mae": 5.,
                             "log_variance": 0., "seconds": 1.})
     table = cli.results_table(results).set_index("method")
+    assert isinstance(table.loc["RankUp", "paper"], str) and pd.isna(table.loc["RankUp (arc)", "paper"])
     assert table.loc["HPL (paper)", "paper"] == paper and table.loc["Supervised", "mae"] == "6.10 ± 0.14"
 
 
 @pytest.mark.parametrize("arguments, says", [
     (["hpl_train", "--dataset", "utkface"], "--root is missing"), (["hpl_train", "--dataset", "agedb"], "choose rotated_digits"),
     (["hpl_train", "--dataset", "utkface", "--root", "nowhere"], "nowhere"), (["hpl_train", "--method", "magic"], "is unknown"),
+    (["hpl_train", "--method", "pim"], "--dropout 0.05"),
+    (["hpl_train", "--method", "mean_teacher", "--settings", "alpha=1"], "one of unlabelled_weight, ramp_share"),
     (["hpl_train", "--settings", "outer=later"], "'fresh' or 'previous'"), (["hpl_train", "--label_ratio", "0.001"], "raise label_ratio"),
     (["hpl_figures", "nowhere"], "no finished run below nowhere"), (["hpl_compare", "--options", "epoch=3"], "write name=value")])
 def test_bad_arguments_cost_a_sentence(arguments, says, tmp_path):

@@ -289,7 +289,7 @@ SPREAD = {"log_variance_mean", "log_variance_sd", "weight_mean", "spearman_resid
 @pytest.mark.parametrize("name", METHODS)
 def test_log_columns(name):
     "Losses and validation of all; mean and spread of z, mean weight and both rank correlations where there is a learner."
-    run = fit(make(name, regressor=partial(mlp, 3, (16,))), vectors(), SETTINGS, progress=False)
+    run = fit(make(name, regressor=partial(mlp, 3, (16,), dropout=.1)), vectors(), SETTINGS, progress=False)
     expected = LOG | (set() if name == "Supervised" else {"loss/unlabelled"})
     if "HPL" in name or name == "JointUncertainty": expected |= SPREAD
     assert expected <= set(run.log), expected - set(run.log)

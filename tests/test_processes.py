@@ -20,13 +20,16 @@ from hpl_nb.core import seed_everything
 from hpl_nb.data.core import StreamSettings
 from hpl_nb.methods import hpl
 from hpl_nb.methods.hpl import HPL, PAPER, RELEASE
+from hpl_nb.methods.simregmatch import SimRegMatch
 from hpl_nb.models import mlp
 from hpl_nb.trainer import OptimizerSettings, TrainSettings, fit
 
-DENSE = partial(mlp, 3, (16,), 2) # no batch statistics, no dropout: nothing random but the views, which are seeded by sample
+# no batch statistics and no dropout that ever drops: nothing random but the views, which are seeded by sample
+DENSE = partial(mlp, 3, (16,), 2, dropout=1e-12)
 FEW = TrainSettings(epochs=3, iterations_per_epoch=6, streams=StreamSettings(8, 16), optimizer=OptimizerSettings(1e-2, 1e-2))
 CASES = {**METHODS, "HPL sum": partial(HPL, settings=replace(PAPER, reduction="sum", virtual_lr=1e-3)),
          "HPL release, sum": partial(HPL, settings=replace(RELEASE, reduction="sum")),
+         "SimRegMatch, all pass": partial(SimRegMatch, percentile=None, unlabelled_weight=1.),
          "HPL attached": partial(HPL, settings=replace(PAPER, detach_input=False, learner_lr=1e-2))}
 
 

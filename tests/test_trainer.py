@@ -377,7 +377,7 @@ def test_two_outputs(name):
     "Two rows for each sample, in each output's units, and metrics that treat the outputs apart."
     data = vectors(outputs=2)
     data = replace(data, targets=data.targets*[1, 100], normalizer=None)
-    run, _ = train(name, data, replace(SMALL, epochs=20), regressor=partial(mlp, 3, (16,), 2))
+    run, _ = train(name, data, replace(SMALL, epochs=40), regressor=partial(mlp, 3, (16,), 2, dropout=.01))
     table = run.predictions[run.predictions["epoch"] == run.metrics["epoch"]]
     assert (table.groupby("index").size() == 2).all() and set(table["output"]) == {0, 1}
     scores = evaluate(table[table["split"] == "test"])

@@ -27,12 +27,14 @@ from ..trainer import Clock, OptimizerSettings
 # %% auto #0
 __all__ = ['Method', 'arguments', 'adam', 'Supervised', 'FullySupervised', 'Passes', 'forward_batches', 'sample_record',
            'not_negative', 'PseudoLabel', 'gaussian_ramp', 'linear_ramp', 'average_weights', 'frozen_copy',
-           'dropout_on', 'dropout_features', 'require_dropout']
+           'joined_rows', 'dropout_on', 'dropout_features', 'require_dropout', 'DropoutPseudoLabel']
 
 # %% ../../nbs/60_methods.core.ipynb #7b0e5578
 class Method(nn.Module):
     "Base class of all methods; implements `hpl_nb.trainer.Trainable`."
     needs:ClassVar[Mapping[str, Sequence[str]]] = {"labelled": ("weak",)} # streams and the views of each
+    preset:str = "" # name of a variant, for tables
+    clock:Clock = Clock() # where training is; set by the trainer before each step
 
     def __init__(self,
         regressor:Regressor, # the network to train
@@ -41,7 +43,6 @@ class Method(nn.Module):
         self.regressor = regressor
         self.optimizers:dict[str, Optimizer] = {} # made by the trainer through `make_optimizers`
         self.record:dict[str, Tensor] = {} # per-sample values of the last step, for monitoring
-        self.clock = Clock() # where training is; set by the trainer before each step
         self.processes:int = 1 # training together; set by the trainer
         self.reduce:Callable[[Tensor], Tensor] = lambda tensor: tensor # their average; set by the trainer
         self.gather:Callable[[Tensor], Tensor] = lambda tensor: tensor # their rows joined; set by the trainer
@@ -51,8 +52,9 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def config(self)->dict[str, Any]:
-        "The constructor's arguments, which are attributes of the same names."
-        return {name: getattr(self, name) for name in arguments(type(self)) if not isinstance(getattr(self, name), nn.Module)}
+        "The constructor's arguments, which are attributes of the same names, and the preset's name."
+        values = {"preset": self.preset} | {name: getattr(self, name) for name in arguments(type(self))}
+        return {name: value for name, value in values.items() if not isinstance(value, nn.Module) and (name != "preset" or value)}
 
     def prepare(self, data:SemiSupervisedData)->SemiSupervisedData: return data
     def stream_settings(self, settings:StreamSettings)->StreamSettings: return settings
@@ -200,7 +202,6 @@ def average_weights(
     "One step of an exponential moving average with decay min(1 - 1/(step + 1), a)."
     weights = [[*part.parameters()] for part in (average, module)]
     get_ema_multi_avg_fn(min(1 - 1/(step + 1), decay))(*weights, step)
-    for to, source in zip(average.buffers(), module.buffers()): to.copy_(source)
 
 # %% ../../nbs/60_methods.core.ipynb #f29746bc
 def frozen_copy(
@@ -208,6 +209,18 @@ def frozen_copy(
 )->nn.Module: # that no optimiser changes
     "A copy without gradients, to be moved by `average_weights`."
     return deepcopy(module).requires_grad_(False)
+
+# %% ../../nbs/60_methods.core.ipynb #01fa50cb
+def joined_rows(
+    method:Method, # knows the other processes
+    rows:Tensor, # of this process, (b, d)
+    index:Tensor, # of this process's unlabelled samples
+)->Tensor: # (b times processes, d)
+    "The rows of all processes, with a gradient through this process's."
+    if method.processes == 1: return rows
+    own = (method.gather(index[:1]) == index[:1]).repeat_interleave(len(rows))[:, None]
+    gradient = (rows - rows.detach()).repeat(method.processes, 1) # zeros
+    return method.gather(rows.detach()) + method.processes*own*gradient
 
 # %% ../../nbs/60_methods.core.ipynb #3ec519c5
 @contextmanager
@@ -229,13 +242,37 @@ def dropout_features(
     passes:int, # T
 )->Tensor: # (T, m, d)
     "Features of T passes; the head makes predictions (T, m, K) of them."
-    with dropout_on(regressor): return torch.stack([regressor.features(x) for _ in range(passes)])
+    with dropout_on(regressor): return regressor.passes(x, passes)
 
 # %% ../../nbs/60_methods.core.ipynb #ebf0be5c
 def require_dropout(
     method:Method, # that compares passes
+    *networks:Regressor, # of which each must have dropout
 )->None:
-    "Raise `HplError` where the network has no active dropout."
-    if any(isinstance(layer, _DropoutNd) and layer.p > 0 for layer in method.regressor.modules()): return
-    raise HplError(f"{type(method).__name__} compares several passes with dropout, and the network has none: build it with dropout > 0, "
-                   "such as resnet(dropout=.05) or small_cnn(dropout=.1).")
+    "Raise `HplError` where a network has no active dropout."
+    for network in networks:
+        if any(isinstance(layer, _DropoutNd) and layer.p > 0 for layer in network.modules()): continue
+        raise HplError(f"{type(method).__name__} compares several passes with dropout, and the network has none: build it with "
+                       "dropout > 0, such as resnet(dropout=.05), or --dropout 0.05 on the command line.")
+
+# %% ../../nbs/60_methods.core.ipynb #56a080cf
+class DropoutPseudoLabel(PseudoLabel):
+    "Pseudo-labels from several passes with dropout; a subclass says in `weigh` what becomes of them."
+    def __init__(self,
+        regressor:Regressor, # the network to train, with dropout
+        unlabelled_weight:float, # lambda
+        passes:int, # T
+        least:int=1, # passes without which the method means nothing
+    ):
+        super().__init__(regressor, unlabelled_weight)
+        if passes < least: raise HplError(f"passes is {passes}; give a whole number of at least {least}.")
+        self.passes = passes
+
+    def guess(self, weak:Tensor)->Tensor:
+        "Predictions of all passes, (T, m, K)."
+        return self.regressor.head(dropout_features(self.regressor, weak, self.passes))
+
+    def prepare(self, data:SemiSupervisedData)->SemiSupervisedData:
+        "Refuse a network without dropout."
+        require_dropout(self, self.regressor)
+        return data
