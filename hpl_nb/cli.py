@@ -14,10 +14,11 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib.resources import files
 from multiprocessing import get_context
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from fastcore.script import Param, call_parse, store_true
 from tqdm.auto import tqdm
 
 from . import figures, metrics
-from .core import HplError, atomic_write, seed_everything
+from .core import HplError, RunFolder, atomic_write, seed_everything
 from .data.core import SemiSupervisedData, Streams, StreamSettings, noise_view
 from .data.images import exact_count, published_views
 from .data.imdb_wiki import imdb_wiki
@@ -38,7 +39,7 @@ from .data.stsb import load_vectors, stsb
 from .data.utkface import released_count, utkface
 from .methods.cadr import CADR
 from .methods.clss import CLSS
-from .methods.core import FullySupervised, Method, PseudoLabel, Supervised, arguments
+from .methods.core import FullySupervised, Method, PseudoLabel, Supervised, arguments, require_dropout
 from .methods.hpl import HPL, PAPER, RELEASE, HPLSettings, JointUncertainty
 from .methods.mean_teacher import MeanTeacher
 from .methods.pim import PIM
@@ -49,16 +50,17 @@ from .methods.temporal_ensembling import TemporalEnsembling
 from .methods.tnnr import TNNR
 from .methods.ucvme import UCVME
 from .methods.ups import UPSReg
-from .models import Regressor, bilstm, resnet, small_cnn
+from .models import Regressor, bilstm, mlp, resnet, small_cnn
 from .trainer import Clock, OptimizerSettings, Run, TrainSettings, fit, load_run
 
 # %% auto #0
-__all__ = ['RECIPES', 'METHODS', 'PRESETS', 'DEMO_METHODS', 'STRENGTHS', 'WITH_DROPOUT', 'CANDIDATES', 'BENCH_MODES', 'Options',
+__all__ = ['RECIPES', 'METHODS', 'PRESETS', 'WITH_DROPOUT', 'DEMO_METHODS', 'STRENGTHS', 'CANDIDATES', 'BENCH_MODES', 'Options',
            'Recipe', 'load_images', 'load_sentences', 'sentence_network', 'image_network', 'digit_network', 'recipe_of',
-           'train_settings', 'method_names', 'make_method', 'method_list', 'start_weight', 'method_settings',
-           'parse_pairs', 'field_names', 'hpl_settings', 'Job', 'train_job', 'hpl_train', 'run_path', 'describe_run',
-           'run_jobs', 'results_frame', 'results_table', 'compact', 'hpl_compare', 'write_results', 'selected',
-           'report', 'hpl_figures', 'search_candidates', 'demo_options', 'search_demo', 'demo_search', 'tuned_options',
+           'train_settings', 'method_names', 'make_method', 'with_changes', 'method_list', 'start_weight',
+           'method_settings', 'given_settings', 'parse_pairs', 'parse_value', 'field_names', 'hpl_settings', 'Job',
+           'train_job', 'check_job', 'hpl_train', 'run_path', 'describe_run', 'run_jobs', 'results_frame',
+           'results_table', 'compact', 'hpl_compare', 'parse_list', 'write_results', 'selected', 'report',
+           'hpl_figures', 'search_candidates', 'demo_options', 'search_demo', 'demo_search', 'tuned_options',
            'hpl_demo', 'paper_costs', 'make_bench', 'bench_times', 'bench_memory', 'hpl_bench', 'bench_modes',
            'bench_table']
 
@@ -92,6 +94,16 @@ class Options:
     learner_lr:float|None=None # of the uncertainty-learner; None: 1e-4 (B.3)
     dropout:float|None=None # of the network; None: the recipe's
     settings:str="" # differences from the method's own settings, such as "outer=previous,outer_every=5" (hpl) or "decay=0.99"
+    tuned:str="" # such differences too, but what a search has found: they are no part of the method's name in tables
+
+    def __post_init__(self):
+        kinds = {"int": (Integral, "a whole number"), "float": (Real, "a number"), "bool": (bool, "true or false"), "str": (str, "text")}
+        for field in fields(self):
+            value, (kind, *none) = getattr(self, field.name), re.split(r"\s*\|\s*", field.type)
+            if value is None and none: continue
+            if not isinstance(value, kinds[kind][0]): raise HplError(f"{field.name} is {value!r}; give {kinds[kind][1]}.")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise HplError(f"dropout is {self.dropout}; give a share of at least 0 and below 1, such as 0.05.")
 
 # %% ../nbs/80_cli.ipynb #cb7eb29d
 @dataclass(frozen=True)
@@ -195,6 +207,7 @@ METHODS = {
     "tnnr": TNNR, "ucvme": UCVME, "clss": CLSS, "rankup": RankUp, "ssdkl": SSDKL, "simregmatch": SimRegMatch, "pim": PIM, "ups_reg": UPSReg,
     "cadr": CADR, "joint_uncertainty": JointUncertainty, "hpl": HPL, "fully_supervised": FullySupervised}
 PRESETS = {"hpl": {"paper": PAPER, "release": RELEASE}, "rankup": {"arc": {"alignment_weight": 0.}}}
+WITH_DROPOUT = ("simregmatch", "ucvme", "pim", "ups_reg") # compare passes with dropout; where the recipe has none they get 5 %
 DEMO_METHODS = ("supervised", "pseudo_label", "joint_uncertainty", "hpl:paper", "hpl:release", "fully_supervised")
 
 def method_names(
@@ -213,11 +226,19 @@ def make_method(
     presets = PRESETS.get(name, {})
     if name not in METHODS or preset not in ("", *presets):
         raise HplError(f"method {spec!r} is unknown; choose {', '.join(method_names())}.")
-    if name == "hpl": return HPL(network(), hpl_settings(presets[preset or "paper"], options, start_weight(options)))
-    try: method = METHODS[name](network(), **presets.get(preset, {}) | method_settings(METHODS[name], network, options))
+    try:
+        if name == "hpl": return HPL(network(), hpl_settings(presets[preset or "paper"], options, start_weight(options)))
+        method = METHODS[name](network(), **presets.get(preset, {}) | method_settings(METHODS[name], network, options))
     except TypeError as error: raise HplError(f"--settings {options.settings!r} do not fit {spec}: {error}") from error
-    method.preset = preset
+    method.preset = with_changes(preset, options)
     return method
+
+def with_changes(
+    preset:str, # name of a preset, or nothing
+    options:Options, # `settings` names the differences
+)->str: # for tables
+    "The preset's name and what is different from it."
+    return ", ".join(filter(None, [preset, *map(str.strip, options.settings.split(","))]))
 
 def method_list(
     methods:str, # names separated by commas, or "all"
@@ -243,7 +264,14 @@ def method_settings(
     given = {"unlabelled_weight": options.unlabelled_weight, "learner_lr": options.learner_lr}
     values |= {name: value for name, value in given.items() if name in known and value is not None}
     if "partner" in known: values["partner"] = network()
-    return values | parse_pairs(options.settings.split(","), [name for name in known if name != "partner"], "--settings")
+    return values | given_settings(options, [name for name in known if name != "partner"])
+
+def given_settings(
+    options:Options, # with `settings` and `tuned`
+    known:Sequence[str], # names that may be set
+)->dict[str, Any]:
+    "What was tuned, and over it what was asked for."
+    return parse_pairs(f"{options.tuned},{options.settings}".split(","), known, "--settings")
 
 # %% ../nbs/80_cli.ipynb #92c71220
 def parse_pairs(
@@ -258,9 +286,17 @@ def parse_pairs(
         if name not in known or not value:
             fix = f"write name=value with one of {', '.join(known)}." if known else "there are none here."
             raise HplError(f"{flag} has {item!r}; {fix}")
-        try: values[name] = json.loads({"none": "null"}.get(value.lower(), value.lower()))
-        except json.JSONDecodeError: values[name] = value
+        values[name] = parse_value(value)
     return values
+
+def parse_value(
+    text:str, # as typed
+)->Any:
+    "A number, true, false or none as such; all else as text."
+    for kind in (int, float):
+        try: return kind(text)
+        except ValueError: pass
+    return {"true": True, "false": False, "none": None}.get(text.lower(), text)
 
 # %% ../nbs/80_cli.ipynb #11c0db69
 def field_names(
@@ -275,12 +311,11 @@ def hpl_settings(
     weight:float, # of the unlabelled loss at z = 0
 )->HPLSettings:
     "A preset with the recipe's constants and the differences of the command line."
-    recipe, given = recipe_of(options), parse_pairs(options.settings.split(","), field_names(HPLSettings), "--settings")
+    recipe, given = recipe_of(options), given_settings(options, [name for name in field_names(HPLSettings) if name != "preset"])
     values = {"unlabelled_weight": weight*(2 if preset.half_weight else 1), "learner_lr": options.learner_lr or preset.learner_lr}
     if preset.preset == "release":
         values |= dict(outer_regularizer=recipe.outer_regularizer, learner_weight_decay=recipe.learner_weight_decay)
-    changed = [item.strip() for item in options.settings.split(",") if item.strip()]
-    return replace(preset, **values | given, preset=", ".join([preset.preset, *changed]))
+    return replace(preset, **values | given, preset=with_changes(preset.preset, options))
 
 # %% ../nbs/80_cli.ipynb #62d0d356
 @dataclass(frozen=True)
@@ -300,16 +335,33 @@ def train_job(
     trackers:Sequence[str]=(), # accelerate's trackers
 )->Run:
     "Train (or go on with) one run."
-    options, recipe = job.options, recipe_of(job.options)
-    defaults = {name: getattr(recipe, name) for name in ("label_ratio", "dropout") if getattr(options, name) is None}
-    options = replace(options, **defaults)
+    options, recipe = check_job(job), recipe_of(job.options)
     settings, data = train_settings(options), recipe.load(options)
     seed_everything(job.seed)
     method = make_method(job.method, lambda: recipe.network(options, data), options)
-    return fit(method, data, settings, folder=job.folder, seed=job.seed, progress=progress, workers=workers, stop_after=stop_after,
-               checkpoint_seconds=checkpoint_seconds, trackers=trackers)
+    run = fit(method, data, settings, folder=job.folder, seed=job.seed, progress=progress, workers=workers, stop_after=stop_after,
+              checkpoint_seconds=checkpoint_seconds, trackers=trackers)
+    if PartialState().is_main_process: RunFolder(job.folder).write_json("options.json", asdict(options))
+    return run
 
 # %% ../nbs/80_cli.ipynb #a52d983c
+def check_job(
+    job:Job, # what to train
+)->Options: # its options, with the recipe's values where none were given
+    "Raise `HplError` for whatever can be known to be wrong before data are read."
+    recipe = recipe_of(job.options)
+    defaults = {"label_ratio": recipe.label_ratio, "dropout": recipe.dropout or .05*(job.method in WITH_DROPOUT)}
+    options = replace(job.options, **{name: value for name, value in defaults.items() if getattr(job.options, name) is None})
+    train_settings(options)
+    method = make_method(job.method, partial(mlp, 2, dropout=options.dropout), options)
+    if job.method in WITH_DROPOUT: require_dropout(method, method.regressor)
+    there, here = RunFolder(job.folder).read_json("options.json") or {}, asdict(options)
+    different = [name for name in there if name != "root" and there[name] != here.get(name)]
+    if not different: return options
+    differences = ", ".join(f"{name}={there[name]!r} there, {here.get(name)!r} here" for name in different)
+    raise HplError(f"{job.folder} holds a run with other options: {differences}. Choose another --out, or delete that folder.")
+
+# %% ../nbs/80_cli.ipynb #31043f5f
 @call_parse
 def hpl_train(
     dataset:str="rotated_digits", # rotated_digits, utkface, imdb_wiki or stsb
@@ -334,9 +386,9 @@ def hpl_train(
     batch:int=None, # Of each stream
     lr:float=None, # Of body and head; default 1e-4 and 1e-3
     weight_decay:float=None, # Of body and head
-    unlabelled_weight:float=None, # Start weight of the unlabelled loss
+    unlabelled_weight:float=None, # Start weight of the unlabelled loss, where the method has one
     strength:float=1., # Rotated digits: of the strong view
-    learner_lr:float=None, # Of the uncertainty-learner; default 1e-4
+    learner_lr:float=None, # Of the uncertainty-learner, where the method has one; default 1e-4
     dropout:float=None, # Of the network; default: the recipe's
     precision:str="no", # no, bf16 or fp16
     accumulate:int=1, # Micro-batches per step
@@ -349,9 +401,9 @@ def hpl_train(
 ):
     "Train one run; the same command goes on where it stopped."
     given = locals()
-    options = Options(**{field.name: given[field.name] for field in fields(Options)})
     spec = ":".join(filter(None, (method, preset or ("paper" if method == "hpl" else ""))))
     def command():
+        options = Options(**{name: given[name] for name in field_names(Options) if name in given})
         job = Job(spec, seed, options, out or run_path("runs", options, spec, seed))
         run = train_job(job, workers=workers, stop_after=stop_after, checkpoint_seconds=checkpoint_seconds,
                         trackers=[name for name in track.split(",") if name])
@@ -393,7 +445,9 @@ def run_jobs(
     parallel:int, # how many at once
     progress:bool=True, # show a bar
 )->list[Run]: # in the order of `jobs`
-    "Train all jobs; a finished one is only read."
+    "Train all jobs; a finished one is only read. Whatever is wrong with one is said before the first."
+    if not parallel >= 1: raise HplError(f"--jobs is {parallel}; give at least 1.")
+    for job in jobs: check_job(job)
     waiting = [job for job in jobs if not (Path(job.folder)/"metrics.json").exists()]
     threads = max(1, (os.cpu_count() or 1)//parallel)
     bar = tqdm(total=len(jobs), initial=len(jobs) - len(waiting), desc="runs", disable=not progress)
@@ -403,6 +457,7 @@ def run_jobs(
         with bar, ProcessPoolExecutor(parallel, get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)) as pool:
             futures = {pool.submit(_train_quietly, job): job for job in waiting}
             for future in as_completed(futures):
+                if future.exception(): pool.shutdown(cancel_futures=True)
                 future.result()
                 bar.set_postfix_str(f"{futures[future].method} {futures[future].seed}"), bar.update()
     return [load_run(job.folder) for job in jobs]
@@ -461,13 +516,24 @@ def hpl_compare(
 ):
     "Methods x label ratios x seeds as a table beside the paper's numbers; what is done is skipped."
     def command():
-        base = replace(Options(dataset=dataset, root=root), **parse_pairs(options.split(), field_names(Options), "--options"))
-        ratios = [float(ratio) for ratio in label_ratios.split(",") if ratio] or [recipe_of(base).label_ratio]
+        names = [name for name in field_names(Options) if name not in ("dataset", "root", "label_ratio")] # these have flags of their own
+        base = replace(Options(dataset=dataset, root=root), **parse_pairs(options.split(), names, "--options"))
+        ratios = parse_list(label_ratios, float, "--label_ratios") or [recipe_of(base).label_ratio]
         bases = [replace(base, label_ratio=ratio) for ratio in ratios]
-        todo = [Job(spec, int(seed), some, run_path(out, some, spec, int(seed)))
-                for some, spec, seed in itertools.product(bases, method_list(methods), seeds.split(","))]
+        todo = [Job(spec, seed, some, run_path(out, some, spec, seed))
+                for some, spec, seed in itertools.product(bases, method_list(methods), parse_list(seeds, int, "--seeds"))]
         write_results(run_jobs(todo, jobs), Path(out)/dataset, f"{dataset}: {len(todo)} runs")
     _or_exit(command)
+
+# %% ../nbs/80_cli.ipynb #80323102
+def parse_list(
+    text:str, # separated by commas
+    kind:Callable[[str], Any], # int or float
+    flag:str, # of the command line, for the message
+)->list[Any]:
+    "Numbers of a list; what is none raises `HplError`."
+    try: return [kind(item) for item in map(str.strip, text.split(",")) if item]
+    except ValueError as error: raise HplError(f"{flag} is {text!r}; give numbers separated by commas.") from error
 
 # %% ../nbs/80_cli.ipynb #372d50e8
 def write_results(
@@ -566,7 +632,6 @@ def hpl_figures(
 
 # %% ../nbs/80_cli.ipynb #946ee3e9
 STRENGTHS = (.25, .5, 1.) # of the strong view
-WITH_DROPOUT = ("simregmatch", "ucvme", "pim", "ups_reg") # compare passes with dropout
 CANDIDATES = { # settings of four candidates, where it is not the weight of the pseudo-labels alone
     "mean_teacher": ("", "decay=0.97", "unlabelled_weight=0.5", "unlabelled_weight=2"),
     "temporal_ensembling": ("", "unlabelled_weight=0.3", "unlabelled_weight=0.3,view=strong", "decay=0.3,ramp_share=1"),
@@ -589,7 +654,7 @@ def search_candidates(
     if "supervised" in spec: return [{"lr": lr, "weight_decay": decay} for lr in (3e-3, 1e-2) for decay in (1e-3, 1e-2)]
     dropout = {"dropout": .05} if spec in WITH_DROPOUT else {}
     weights = [{"unlabelled_weight": weight} for weight in (.3, .6, 1., 2.)]
-    candidates = [{"settings": text} for text in CANDIDATES[spec]] if spec in CANDIDATES else weights
+    candidates = [{"tuned": text} for text in CANDIDATES[spec]] if spec in CANDIDATES else weights
     return [{"lr": 1e-2, "weight_decay": 1e-3} | dropout | candidate for candidate in candidates]
 
 def demo_options(
@@ -646,14 +711,14 @@ def hpl_demo(
     iterations:int=None, # Per epoch; fewer for a quick look
     search:store_true=False, # Tune the methods again (minutes each) and write rotated_digits_search.csv
 ):
-    "Six methods on rotated digits: a table, report.html and predictions.parquet, in under four minutes on two cores."
+    "Six methods (or all) on rotated digits: a table, report.html and predictions.parquet; the six in under four minutes on two cores."
     def command():
         specs = method_list(methods)
         if search: return search_demo(Path(out)/"search", specs, jobs).to_csv(Path(out)/"rotated_digits_search.csv", index=False)
         stored = demo_search()
         changes = {} if iterations is None else {"iterations": iterations}
-        todo = [Job(spec, int(seed), tuned_options(spec, stored, **changes), str(Path(out)/spec.replace(":", "-")/seed.strip()))
-                for seed in seeds.split(",") for spec in specs]
+        todo = [Job(spec, seed, tuned_options(spec, stored, **changes), str(Path(out)/spec.replace(":", "-")/str(seed)))
+                for seed in parse_list(seeds, int, "--seeds") for spec in specs]
         write_results(run_jobs(todo, jobs), Path(out), "Semi-supervised regression on rotated digits")
     _or_exit(command)
 

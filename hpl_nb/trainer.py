@@ -88,6 +88,10 @@ class OptimizerSettings:
     decay_every:int|None=None # epochs after which all learning rates are multiplied by `decay`; release: 10 on images
     decay:float=.1 # that factor
 
+    def __post_init__(self):
+        for name in ("lr_body", "lr_head", "weight_decay_body", "weight_decay_head"):
+            if not getattr(self, name) >= 0: raise HplError(f"{name} is {getattr(self, name)}; give a number of at least 0.")
+
 # %% ../nbs/50_trainer.ipynb #75bf5923
 @dataclass(frozen=True)
 class TrainSettings:
@@ -608,7 +612,7 @@ def place_method(
 
 # %% ../nbs/50_trainer.ipynb #509ed8ff
 def fit(
-    method:Trainable, # what to train; it is changed in place and ends with the selected epoch's weights
+    method:Trainable, # what to train; it is changed in place and ends with the selected epoch's weights, on the device it was on
     data:SemiSupervisedData, # on what
     settings:TrainSettings|None=None, # how; default: the paper's schedule
     *,
@@ -621,6 +625,7 @@ def fit(
     stop_after:int|None=None, # stop, resumable, after so many more steps
 )->Run:
     "Train, select on validation, and measure on the test set once. The same call with the same folder resumes."
+    place = next(method.parameters()).device
     session = open_session(method, data, settings or TrainSettings(), folder, seed, trackers)
     session.show = progress and session.accelerator.is_main_process
     try:
@@ -628,6 +633,7 @@ def fit(
         return Run(session.config, pd.DataFrame(session.progress.log), {}, pd.DataFrame(columns=PREDICTION_COLUMNS), False)
     finally:
         for tracker in session.accelerator.trackers: tracker.finish()
+        method.to(place)
 
 # %% ../nbs/50_trainer.ipynb #8566da03
 def run_steps(

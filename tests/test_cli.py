@@ -8,6 +8,7 @@ import pytest
 
 from hpl_nb import cli
 from hpl_nb.core import PREDICTION_COLUMNS
+from hpl_nb.models import mlp
 
 METHODS = {"Supervised", "PseudoLabel", "JointUncertainty", "HPL (paper)", "HPL (release)", "FullySupervised"}
 
@@ -24,11 +25,12 @@ def test_demo_writes_table_report_and_predictions(tmp_path, capsys):
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("metrics.json")}
     cli.hpl_demo(out=str(tmp_path), seeds="0", jobs=2, iterations=2) # finished runs are only read
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("metrics.json")} and len(before) == 6
+    with pytest.raises(SystemExit, match="iterations=2 there, 3 here"): cli.hpl_demo(out=str(tmp_path), seeds="0", iterations=3)
 
 
 def test_compare_runs_every_method(tmp_path, capsys):
     "Each with its presets, in the table and with predictions; what is done is skipped."
-    arguments = dict(methods="all", seeds="0", out=str(tmp_path), options="epochs=1 iterations=2 dropout=0.05")
+    arguments = dict(methods="all", seeds="0", out=str(tmp_path), options="epochs=1 iterations=2")
     cli.hpl_compare(**arguments)
     results = pd.read_csv(tmp_path/"rotated_digits"/"results.csv")
     names = {make.__name__ for make in cli.METHODS.values()} - {"HPL"} | {"HPL (paper)", "HPL (release)", "RankUp (arc)"}
@@ -66,13 +68,42 @@ def test_compare_puts_the_paper_beside_ours(dataset, paper):
     assert table.loc["HPL (paper)", "paper"] == paper and table.loc["Supervised", "mae"] == "6.10 ± 0.14"
 
 
+@pytest.mark.parametrize("command, arguments, says", [
+    (cli.hpl_train, dict(method="bogus", dataset="utkface", root="nowhere"), "is unknown; choose supervised"),
+    (cli.hpl_train, dict(dropout=1.5), "below 1"), (cli.hpl_train, dict(lr=-1.), "lr_body is -1"),
+    (cli.hpl_train, dict(settings="preset=release"), "write name=value"),
+    (cli.hpl_train, dict(settings="outer_every=often"), "do not fit hpl"),
+    (cli.hpl_train, dict(method="pim", settings="passes=2.5"), "passes is 2.5; give a whole number"),
+    (cli.hpl_train, dict(method="cadr", settings="threshold=95"), "from 0 to 1"),
+    (cli.hpl_compare, dict(options="label_ratio=0.2"), "write name=value"), (cli.hpl_compare, dict(options="epochs=abc"), "whole number"),
+    (cli.hpl_compare, dict(seeds="0,x"), "--seeds is '0,x'"), (cli.hpl_compare, dict(label_ratios="5%"), "--label_ratios is '5%'"),
+    (cli.hpl_compare, dict(jobs=0), "--jobs is 0"),
+    (cli.hpl_compare, dict(methods="supervised,pim", options="dropout=0"), "--dropout 0.05")])
+def test_what_is_wrong_is_said_before_the_first_run(command, arguments, says, tmp_path):
+    with pytest.raises(SystemExit, match=says): command(**arguments, out=str(tmp_path/"out"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_settings_are_part_of_the_name():
+    "So that runs of one method with different settings do not mix in a table; what a search found is not."
+    names = [make_name("mean_teacher", settings="decay=0.9"), make_name("mean_teacher", tuned="decay=0.9"),
+             make_name("rankup:arc", settings="ramp=0"), make_name("hpl:paper", settings="outer=previous")]
+    assert names == ["decay=0.9", "", "arc, ramp=0", "paper, outer=previous"]
+
+
+def make_name(spec, **options):
+    method = cli.make_method(spec, lambda: mlp(2), cli.Options(**options))
+    return method.settings.preset if spec.startswith("hpl") else method.preset
+
+
 @pytest.mark.parametrize("arguments, says", [
     (["hpl_train", "--dataset", "utkface"], "--root is missing"), (["hpl_train", "--dataset", "agedb"], "choose rotated_digits"),
     (["hpl_train", "--dataset", "utkface", "--root", "nowhere"], "nowhere"), (["hpl_train", "--method", "magic"], "is unknown"),
-    (["hpl_train", "--method", "pim"], "--dropout 0.05"),
+    (["hpl_train", "--method", "pim", "--dropout", "0"], "--dropout 0.05"),
     (["hpl_train", "--method", "mean_teacher", "--settings", "alpha=1"], "one of unlabelled_weight, ramp_share"),
     (["hpl_train", "--settings", "outer=later"], "'fresh' or 'previous'"), (["hpl_train", "--label_ratio", "0.001"], "raise label_ratio"),
-    (["hpl_figures", "nowhere"], "no finished run below nowhere"), (["hpl_compare", "--options", "epoch=3"], "write name=value")])
+    (["hpl_figures", "nowhere"], "no finished run below nowhere"), (["hpl_compare", "--options", "epoch=3"], "write name=value"),
+    (["hpl_compare", "--methods", "supervised,mean_teacher", "--options", "settings=decay=2"], "there are none here")])
 def test_bad_arguments_cost_a_sentence(arguments, says, tmp_path):
     command, *rest = arguments
     done = subprocess.run([Path(sys.executable).parent/command, *rest], cwd=tmp_path, capture_output=True, text=True)

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from ..core import HplError
 from ..data.core import SemiSupervisedData
 from ..loss import unlabelled_loss
-from .core import Passes, PseudoLabel, adam, forward_batches, not_negative, sample_record
+from .core import Passes, PseudoLabel, adam, forward_batches, not_negative, sample_record, whole_number
 from ..models import Head, Regressor
 from ..trainer import OptimizerSettings
 
@@ -121,11 +121,12 @@ def check_arguments(
     method:CADR, # under construction
 )->None:
     "Refuse what makes no bins, weights, thresholds or averages."
-    if method.bins < 1: raise HplError(f"bins is {method.bins}; give a whole number of at least 1.")
+    whole_number("bins", method.bins)
     priors = "labelled", "predicted", "uniform"
     if method.prior not in priors: raise HplError(f"prior is {method.prior!r}; choose {' or '.join(map(repr, priors))}.")
     if not method.max_weight >= 1: raise HplError(f"max_weight is {method.max_weight}; give a number of at least 1.")
-    for name in ("threshold", "power"): not_negative(name, getattr(method, name))
+    if not 0 <= method.threshold <= 1: raise HplError(f"threshold is {method.threshold}; give a confidence from 0 to 1, such as 0.95.")
+    not_negative("power", method.power)
     if not 0 <= method.decay < 1: raise HplError(f"decay is {method.decay}; give a number from 0 to below 1.")
 
 # %% ../../nbs/72_methods.cadr.ipynb #e52a5110

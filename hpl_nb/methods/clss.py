@@ -20,7 +20,7 @@ from ..models import Regressor
 
 # %% auto #0
 __all__ = ['label_centres', 'tightness', 'diversity', 'ordinal_entropy', 'ranks', 'fiedler_vector', 'order_ranks', 'RankLoss',
-           'rank_loss', 'CLSS', 'check_positive', 'order_losses']
+           'rank_loss', 'CLSS', 'order_losses']
 
 # %% ../../nbs/68_methods.clss.ipynb #a1752428
 def label_centres(
@@ -138,7 +138,7 @@ class CLSS(Method):
         interpolation:float=2., # lambda, of the derivative of ranks
         reference_batch:int|None=8, # both rank losses are multiplied by this over m; None: plain sums, as in the original
         unlabelled_batch:int|None=None, # m (original: 8); None: that of the streams
-        label_width:float|None=None, # labels are rounded to multiples of it for the ordinal entropy; None: as they are
+        label_width:float|None=None, # normalised labels are rounded to multiples of it for the ordinal entropy; None: as they are
         average_ties:bool=True, # see `ranks`; original: False
     ):
         super().__init__(regressor)
@@ -147,7 +147,9 @@ class CLSS(Method):
         self.prediction_weight = not_negative("prediction_weight", prediction_weight)
         self.interpolation, self.reference_batch, self.unlabelled_batch = interpolation, reference_batch, unlabelled_batch
         self.label_width, self.average_ties = label_width, average_ties
-        check_positive(self, "interpolation", "reference_batch", "label_width")
+        if not interpolation > 0: raise HplError(f"interpolation is {interpolation}; give a number above 0, such as 2.")
+        for name, value in (("reference_batch", reference_batch), ("label_width", label_width)):
+            if value is not None and not value > 0: raise HplError(f"{name} is {value}; give a number above 0, or None.")
 
     def stream_settings(self, settings:StreamSettings)->StreamSettings:
         "With m unlabelled rows, which must be enough to have an order."
@@ -165,21 +167,13 @@ class CLSS(Method):
                 "contrast": self.contrast_weight*contrast} | order_losses(self, unlabelled_features)
 
 # %% ../../nbs/68_methods.clss.ipynb #afdd814c
-def check_positive(
-    method:CLSS, # whose settings are looked at
-    *names:str, # of attributes
-)->None:
-    "Raise `HplError` where a setting is neither None nor a positive number."
-    for name in names:
-        value = getattr(method, name)
-        if value is not None and not value > 0: raise HplError(f"{name} is {value}; give a number above 0.")
-
-# %% ../../nbs/68_methods.clss.ipynb #1c549555
 def order_losses(
     method:CLSS, # with head, weights and lambda
     features:Tensor, # of the unlabelled batch, (m, d)
 )->dict[str, Tensor]: # "unlabelled" and "prediction"
     "The two rank losses, which follow one order."
+    if len(features) < 3:
+        raise HplError(f"CLSS sorts the rows of a batch, and there are {len(features)}; raise unlabelled_batch or lower accumulate.")
     with torch.autocast(features.device.type, enabled=False):
         unit, prediction = normalize(features), method.regressor.head(features).T
         similarity, closeness = (unit @ unit.T)[None], -(prediction[:, :, None] - prediction[:, None]).abs()

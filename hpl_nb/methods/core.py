@@ -10,24 +10,27 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from inspect import signature
+from numbers import Integral
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.utils import parameters_to_vector
 from torch.optim import Adam, Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ..core import HplError
+from ..core import HplError, seed_everything
 from ..data.core import SemiSupervisedData, StreamSettings, fully_labelled
 from ..loss import labelled_loss, unlabelled_loss
 from ..models import Regressor
-from ..trainer import Clock, OptimizerSettings
+from ..trainer import Clock, OptimizerSettings, TrainSettings, fit
 
 # %% auto #0
 __all__ = ['Method', 'arguments', 'adam', 'Supervised', 'FullySupervised', 'Passes', 'forward_batches', 'sample_record',
-           'not_negative', 'PseudoLabel', 'gaussian_ramp', 'linear_ramp', 'average_weights', 'frozen_copy',
-           'joined_rows', 'dropout_on', 'dropout_features', 'require_dropout', 'DropoutPseudoLabel']
+           'not_negative', 'whole_number', 'PseudoLabel', 'weights_after', 'gaussian_ramp', 'linear_ramp',
+           'average_weights', 'frozen_copy', 'joined_rows', 'dropout_on', 'dropout_features', 'require_dropout',
+           'DropoutPseudoLabel']
 
 # %% ../../nbs/60_methods.core.ipynb #7b0e5578
 class Method(nn.Module):
@@ -149,6 +152,15 @@ def not_negative(
     if not value >= 0: raise HplError(f"{name} is {value}; give a number of at least 0.")
     return value
 
+def whole_number(
+    name:str, # of the argument
+    value:int, # its value
+    least:int=1, # the smallest that makes sense
+)->int: # `value`
+    "Refuse a fraction, or a number below `least`."
+    if not (isinstance(value, Integral) and value >= least): raise HplError(f"{name} is {value}; give a whole number of at least {least}.")
+    return value
+
 # %% ../../nbs/60_methods.core.ipynb #753e8079
 class PseudoLabel(Method):
     "The paper's Baseline: every pseudo-label weighs the same."
@@ -176,6 +188,20 @@ class PseudoLabel(Method):
         self.record = sample_record(batch, pseudo_label, p.prediction, weight)
         return {"labelled": labelled_loss(p.labelled_prediction, p.y),
                 "unlabelled": self.unlabelled_weight*unlabelled_loss(p.prediction, pseudo_label, weight)}
+
+# %% ../../nbs/60_methods.core.ipynb #fabb6e9c
+def weights_after(
+    make:Callable[[], Method], # builds the method, after the seed is set
+    data:SemiSupervisedData, # what to train on
+    settings:TrainSettings, # how
+    part:str="regressor", # whose weights: name of a submodule; "": of the whole method
+    seed:int=0, # of everything
+)->Tensor: # all of them in one vector
+    "Train a method and return what it has learned, to be compared with another's."
+    seed_everything(seed)
+    method = make()
+    fit(method, data, settings, seed=seed, progress=False)
+    return parameters_to_vector(method.get_submodule(part).parameters()).detach()
 
 # %% ../../nbs/60_methods.core.ipynb #27b3d95d
 def gaussian_ramp(
@@ -265,8 +291,7 @@ class DropoutPseudoLabel(PseudoLabel):
         least:int=1, # passes without which the method means nothing
     ):
         super().__init__(regressor, unlabelled_weight)
-        if passes < least: raise HplError(f"passes is {passes}; give a whole number of at least {least}.")
-        self.passes = passes
+        self.passes = whole_number("passes", passes, least)
 
     def guess(self, weak:Tensor)->Tensor:
         "Predictions of all passes, (T, m, K)."

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from ..core import HplError
 from ..data.core import SemiSupervisedData
 from ..loss import labelled_loss
-from .core import Method, adam, average_weights, frozen_copy, linear_ramp, not_negative, sample_record
+from .core import Method, adam, average_weights, frozen_copy, linear_ramp, not_negative, sample_record, whole_number
 from ..models import Head, Regressor
 from ..trainer import OptimizerSettings
 
@@ -126,8 +126,7 @@ def check_arguments(
     for name in ("ranking_weight", "unlabelled_weight", "threshold", "alignment_weight", "ramp"): not_negative(name, getattr(method, name))
     if method.labelled_error not in ERRORS:
         raise HplError(f"labelled_error is {method.labelled_error!r}; choose {' or '.join(map(repr, ERRORS))}.")
-    if method.align_every is not None and method.align_every < 1:
-        raise HplError(f"align_every is {method.align_every}; give a whole number of at least 1, or None for once per epoch.")
+    if method.align_every is not None: whole_number("align_every", method.align_every)
     if method.decay is not None and not 0 <= method.decay <= 1:
         raise HplError(f"decay is {method.decay}; give a number from 0 to 1, or None to predict with the trained weights.")
 

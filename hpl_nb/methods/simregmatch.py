@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..core import HplError
 from ..data.core import SemiSupervisedData
 from ..loss import labelled_loss, unlabelled_loss
-from .core import Method, dropout_features, not_negative, require_dropout, sample_record
+from .core import Method, dropout_features, not_negative, require_dropout, sample_record, whole_number
 from ..models import Regressor
 
 # %% auto #0
@@ -94,8 +94,7 @@ def check_arguments(
 )->None:
     "Raise `HplError` where a setting is out of range."
     for name in ("unlabelled_weight", "first_threshold"): not_negative(name, getattr(method, name))
-    share, t, q, passes = method.prediction_share, method.temperature, method.percentile, method.passes
-    if passes < 1: raise HplError(f"passes is {passes}; give a whole number of at least 1, such as 5.")
+    share, t, q, passes = method.prediction_share, method.temperature, method.percentile, whole_number("passes", method.passes)
     if not 0 <= share <= 1: raise HplError(f"prediction_share is {share}; give a number from 0 to 1, such as 0.6.")
     if not t > 0: raise HplError(f"temperature is {t}; give a number above 0, such as 0.1.")
     if q is None: return
@@ -111,7 +110,8 @@ def calibrated(
     "Mean and variance of the predictions, and the mean moved towards the labels of similar samples."
     (v, u), reference = mean_and_variance(method.regressor.head(features)), method.reference
     if reference.y is None: return v, u
-    similar = similarity_labels(features.mean(0), reference.features, reference.y, method.temperature)
+    known, y = reference.features.to(features), reference.y.to(features) # also where the method has moved since
+    similar = similarity_labels(features.mean(0), known, y, method.temperature)
     return method.prediction_share*v + (1 - method.prediction_share)*similar, u
 
 # %% ../../nbs/66_methods.simregmatch.ipynb #987b94ea

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from ..core import HplError, derive_seed
 from ..data.core import SemiSupervisedData
-from .core import Method, adam, frozen_copy, not_negative
+from .core import Method, adam, frozen_copy, not_negative, whole_number
 from ..models import Head, Regressor
 from ..trainer import OptimizerSettings
 
@@ -55,8 +55,7 @@ class SparseGP(nn.Module):
         jitter:float, # added to the diagonal of the kernel's matrix
     ):
         super().__init__()
-        for name, value in (("latent_size", latent_size), ("inducing_points", inducing_points)):
-            if value < 1: raise HplError(f"{name} is {value}; give a whole number of at least 1.")
+        whole_number("latent_size", latent_size), whole_number("inducing_points", inducing_points)
         gpytorch, batch = import_gpytorch(), torch.Size([outputs])
         self.kernel = gpytorch.kernels.ScaleKernel(gpytorch.kernels.RBFKernel(batch_shape=batch), batch_shape=batch)
         self.likelihood = gpytorch.likelihoods.GaussianLikelihood(batch_shape=batch)
@@ -185,8 +184,8 @@ def starting_points(
     M = method.inducing_points
     rows = data.labelled[np.arange(M)*len(data.labelled)//M]
     x = data.weak(data.inputs[rows], np.array([derive_seed("inducing points", i) for i in range(M)]))
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(derive_seed("inducing points", M))
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed("inducing points", M))
         return method.projection(frozen_copy(method.regressor).train().features(x.to(method.labelled_rows.device)))
 
 # %% ../../nbs/64_methods.ssdkl.ipynb #d4a1a4d2

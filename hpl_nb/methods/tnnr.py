@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from ..core import HplError
 from ..data.core import SemiSupervisedData
 from ..loss import labelled_loss
-from .core import Method, adam, joined_rows, not_negative
+from .core import Method, adam, joined_rows, not_negative, whole_number
 from ..models import Head, Regressor
 from ..trainer import OptimizerSettings
 
@@ -97,8 +97,7 @@ class TNNR(Method):
     ):
         super().__init__(regressor)
         self.unlabelled_weight, self.hidden, self.anchors = not_negative("unlabelled_weight", unlabelled_weight), hidden, anchors
-        not_negative("hidden", hidden)
-        if anchors is not None and anchors < 1: raise HplError(f"anchors is {anchors}; give at least 1, or None for all labelled rows.")
+        whole_number("hidden", hidden, 0), anchors is None or whole_number("anchors", anchors)
         self.pair_head = PairHead(regressor.head.in_features, regressor.head.out_features, hidden)
         regressor.head.requires_grad_(False)
         for name in ("anchor_inputs", "anchor_labels"): self.register_buffer(name, None)
@@ -117,6 +116,7 @@ class TNNR(Method):
         features = [self.regressor.features(batch[stream]["weak"]) for stream in ("labelled", "unlabelled")]
         features = torch.cat([joined_rows(self, rows, index) for rows in features])
         differences, n = self.pair_head(features, features), len(y)
+        if n < 2: raise HplError("TNNR learns from pairs, and a batch has one labelled row; raise labelled_batch or lower accumulate.")
         return {"labelled": pair_loss(differences[:n, :n], y),
                 "unlabelled": self.unlabelled_weight*loop_loss(differences, differences[:, n:], differences[n:])}
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from ..core import HplError
 from ..data.core import SemiSupervisedData
 from ..loss import pseudo_label_nll, pseudo_label_weight
-from .core import Method, adam, dropout_features, not_negative, require_dropout, sample_record
+from .core import Method, adam, dropout_features, not_negative, require_dropout, sample_record, whole_number
 from ..models import Head, Regressor
 from ..trainer import OptimizerSettings
 
@@ -109,9 +109,9 @@ class UCVME(TwoNetworks):
         test_passes:int=0, # T of a prediction, with dropout masks that are always the same; 0: dropout off
     ):
         super().__init__(regressor, partner)
-        self.passes, self.unlabelled_weight = passes, not_negative("unlabelled_weight", unlabelled_weight)
-        self.joint_variance, self.student_view, self.test_passes = joint_variance, student_view, not_negative("test_passes", test_passes)
-        if passes < 1: raise HplError(f"passes is {passes}; give a whole number of at least 1.")
+        self.passes, self.test_passes = whole_number("passes", passes), whole_number("test_passes", test_passes, 0)
+        self.unlabelled_weight = not_negative("unlabelled_weight", unlabelled_weight)
+        self.joint_variance, self.student_view = joint_variance, student_view
         if student_view not in ("weak", "strong"): raise HplError(f"student_view is {student_view!r}; choose 'weak' or 'strong'.")
         self.needs = {"labelled": ("weak",), "unlabelled": tuple(dict.fromkeys(("weak", student_view)))}
 

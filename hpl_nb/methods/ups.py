@@ -5,10 +5,8 @@
 # %% ../../nbs/71_methods.ups.ipynb #592fc97f
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ..core import HplError
 from .core import DropoutPseudoLabel, Passes, not_negative
 from ..models import Regressor
 
