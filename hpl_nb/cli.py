@@ -61,7 +61,7 @@ __all__ = ['RECIPES', 'METHODS', 'PRESETS', 'WITH_DROPOUT', 'DEMO_METHODS', 'STR
            'train_job', 'check_job', 'hpl_train', 'run_path', 'describe_run', 'run_jobs', 'results_frame',
            'results_table', 'compact', 'hpl_compare', 'parse_list', 'write_results', 'selected', 'report',
            'hpl_figures', 'search_candidates', 'demo_options', 'search_demo', 'demo_search', 'tuned_options',
-           'hpl_demo', 'paper_costs', 'make_bench', 'bench_times', 'bench_memory', 'hpl_bench', 'bench_modes',
+           'hpl_demo', 'paper_costs', 'make_bench', 'bench_method', 'peak_memory', 'hpl_bench', 'bench_modes',
            'bench_table']
 
 # %% ../nbs/80_cli.ipynb #905e9c1a
@@ -777,37 +777,31 @@ def make_bench(
     return _Bench(method, {stream: {key: value.to(device) for key, value in tensors.items()} for stream, tensors in batches.items()})
 
 # %% ../nbs/80_cli.ipynb #29e55243
-def bench_times(
-    depth:int, # of the ResNet; 0: the small CNN
-    size:int, # side of the pictures
-    batch:int, # of each stream
-    rounds:int, # of five steps each
-    modes:Sequence[str]=tuple(BENCH_MODES), # PseudoLabel among them
-)->pd.DataFrame: # method, milliseconds, ratio to PseudoLabel
-    "Time per iteration, the methods in turn in one process."
-    benches = {mode: make_bench(mode, depth, size, batch) for mode in modes}
-    times = {mode: np.empty((rounds, 5)) for mode in benches}
-    for bench in benches.values(): bench.step(0)
-    for turn in tqdm([*itertools.product(range(rounds), range(5))], desc="steps"):
-        for mode, bench in benches.items(): times[mode][turn] = bench.step(turn[1])
-    def typical(values): return np.median(values, axis=0).mean()
-    return pd.DataFrame([{"method": mode, "ms": 1e3*typical(seconds), "ratio": typical(seconds/times["PseudoLabel"])}
-                         for mode, seconds in times.items()])
-
-# %% ../nbs/80_cli.ipynb #2c4f38bc
-def bench_memory(
+def bench_method(
     mode:str, # of `BENCH_MODES`
     depth:int, # of the ResNet; 0: the small CNN
     size:int, # side of the pictures
     batch:int, # of each stream
-)->float: # MB
-    "Peak memory of five steps: of the GPU's tensors, or of a process that does nothing else."
+    rounds:int, # of five steps each
+)->dict[str, Any]: # method, ms, ratio to PseudoLabel, MB
+    "Peak memory of a method that is alone in this process; then its time per iteration, in turns with PseudoLabel."
     bench = make_bench(mode, depth, size, batch)
     for number in range(6): bench.step(number % 5)
+    memory = peak_memory()
+    other, times = make_bench("PseudoLabel", depth, size, batch), np.empty((2, rounds, 5))
+    other.step(0)
+    for turn in itertools.product(range(rounds), range(5)):
+        for i, each in enumerate((bench, other)): times[i][turn] = each.step(turn[1])
+    def typical(values): return float(np.median(values, axis=0).mean())
+    return {"method": mode, "ms": 1e3*typical(times[0]), "ratio": typical(times[0]/times[1]), "MB": memory}
+
+def peak_memory(
+)->float: # MB
+    "Most memory that was in use: by the GPU's tensors, or by this process."
     if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()/2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform == "darwin" else 2**10)
 
-# %% ../nbs/80_cli.ipynb #54b807fc
+# %% ../nbs/80_cli.ipynb #2c4f38bc
 @call_parse
 def hpl_bench(
     depth:int=50, # Of the ResNet; 0: the small CNN
@@ -820,20 +814,18 @@ def hpl_bench(
 ):
     "Time and peak memory per iteration of each method, as ratios to PseudoLabel, beside the paper's (Table 5)."
     def command():
-        torch.set_num_threads(threads)
-        modes = bench_modes(methods)
-        memory = {}
-        for mode in modes: # first: a new process starts its count at what this one has used
+        rows = []
+        for mode in tqdm(bench_modes(methods), desc="methods"):
             with ProcessPoolExecutor(1, get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)) as pool:
-                memory[mode] = pool.submit(bench_memory, mode, depth, size, batch).result()
-        table = bench_table(bench_times(depth, size, batch, rounds, modes), memory)
+                rows.append(pool.submit(bench_method, mode, depth, size, batch, rounds).result())
+        table = bench_table(pd.DataFrame(rows))
         if out: table.round(3).to_csv(out, index=False)
         formats = {"ms": "{:.1f}", "MB": "{:.0f}", "extra_MB": "{:+.1f}"}
         print(table.to_string(index=False, na_rep="", float_format="{:.2f}".format, formatters={n: f.format for n, f in formats.items()}))
         print("ratio: time per iteration over PseudoLabel's. paper: the same in Table 5; extra_MB: memory above PseudoLabel's.")
     _or_exit(command)
 
-# %% ../nbs/80_cli.ipynb #f95ecbce
+# %% ../nbs/80_cli.ipynb #54b807fc
 def bench_modes(
     methods:str, # names of `BENCH_MODES`, separated by semicolons; empty: all
 )->list[str]: # PseudoLabel first among those named
@@ -844,10 +836,10 @@ def bench_modes(
     return list(dict.fromkeys(["PseudoLabel", *names])) if names else [*BENCH_MODES]
 
 def bench_table(
-    times:pd.DataFrame, # from `bench_times`
-    memory:Mapping[str, float], # MB of each method
+    rows:pd.DataFrame, # of `bench_method`, PseudoLabel among them
 )->pd.DataFrame:
-    "Time, ratio, the paper's ratio, and memory."
-    paper, used = paper_costs(), times["method"].map(memory)
-    return times.assign(paper=times["method"].map(paper["ratio"]), MB=used, extra_MB=used - memory["PseudoLabel"],
-                        paper_extra_MB=times["method"].map(paper["MB"] - paper.loc["PseudoLabel", "MB"]))
+    "Time, ratio, the paper's ratio, and memory above PseudoLabel's, ours and the paper's."
+    paper, used = paper_costs(), rows.set_index("method")["MB"]
+    extra = rows["method"].map(used - used["PseudoLabel"])
+    return rows.assign(paper=rows["method"].map(paper["ratio"]), extra_MB=extra,
+                       paper_extra_MB=rows["method"].map(paper["MB"] - paper.loc["PseudoLabel", "MB"]))
