@@ -647,6 +647,7 @@ CANDIDATES = { # settings of four candidates, where it is not the weight of the 
     "ups_reg": ("", "threshold=0.05", "threshold=0.2", "unlabelled_weight=0.3"),
     "cadr": ("", "threshold=0.8", "prior=predicted,bins=5", "unlabelled_weight=0.3")}
 
+# %% ../nbs/80_cli.ipynb #eaa37e42
 def search_candidates(
     spec:str, # method
 )->list[dict[str, Any]]: # options of each candidate

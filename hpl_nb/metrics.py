@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.stats import ttest_1samp
 
 from .core import HplError
 
@@ -328,6 +327,7 @@ def paired_test(
 # %% ../nbs/20_metrics.ipynb #3bf80554
 def _difference(d):
     "What the differences of one method say; no p-value below two seeds."
+    from scipy.stats import ttest_1samp # here, because importing it takes longer than all else in this module
     p_value = ttest_1samp(d, 0.).pvalue if len(d) > 1 and d.std() > 0 else np.nan
     return {"n": len(d), "difference_mean": d.mean(), "difference_sd": d.std(), "wins": int((d < 0).sum()), "p_value": float(p_value)}
 

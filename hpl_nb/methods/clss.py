@@ -20,7 +20,7 @@ from ..models import Regressor
 
 # %% auto #0
 __all__ = ['label_centres', 'tightness', 'diversity', 'ordinal_entropy', 'ranks', 'fiedler_vector', 'order_ranks', 'RankLoss',
-           'rank_loss', 'CLSS', 'order_losses']
+           'rank_loss', 'CLSS', 'check_arguments', 'order_losses']
 
 # %% ../../nbs/68_methods.clss.ipynb #a1752428
 def label_centres(
@@ -142,14 +142,10 @@ class CLSS(Method):
         average_ties:bool=True, # see `ranks`; original: False
     ):
         super().__init__(regressor)
-        self.contrast_weight = not_negative("contrast_weight", contrast_weight)
-        self.unlabelled_weight = not_negative("unlabelled_weight", unlabelled_weight)
-        self.prediction_weight = not_negative("prediction_weight", prediction_weight)
+        self.contrast_weight, self.unlabelled_weight, self.prediction_weight = contrast_weight, unlabelled_weight, prediction_weight
         self.interpolation, self.reference_batch, self.unlabelled_batch = interpolation, reference_batch, unlabelled_batch
         self.label_width, self.average_ties = label_width, average_ties
-        if not interpolation > 0: raise HplError(f"interpolation is {interpolation}; give a number above 0, such as 2.")
-        for name, value in (("reference_batch", reference_batch), ("label_width", label_width)):
-            if value is not None and not value > 0: raise HplError(f"{name} is {value}; give a number above 0, or None.")
+        check_arguments(self)
 
     def stream_settings(self, settings:StreamSettings)->StreamSettings:
         "With m unlabelled rows, which must be enough to have an order."
@@ -165,6 +161,17 @@ class CLSS(Method):
         contrast = ordinal_entropy(joined_rows(self, features, index), self.gather(labelled["y"]), self.label_width)
         return {"labelled": labelled_loss(self.regressor.head(features), labelled["y"]),
                 "contrast": self.contrast_weight*contrast} | order_losses(self, unlabelled_features)
+
+# %% ../../nbs/68_methods.clss.ipynb #deafcb7f
+def check_arguments(
+    method:CLSS, # just built
+)->None:
+    "Raise `HplError` where a setting is out of range."
+    for name in ("contrast_weight", "unlabelled_weight", "prediction_weight"): not_negative(name, getattr(method, name))
+    if not method.interpolation > 0: raise HplError(f"interpolation is {method.interpolation}; give a number above 0, such as 2.")
+    for name in ("reference_batch", "label_width"):
+        value = getattr(method, name)
+        if value is not None and not value > 0: raise HplError(f"{name} is {value}; give a number above 0, or None.")
 
 # %% ../../nbs/68_methods.clss.ipynb #afdd814c
 def order_losses(

@@ -37,16 +37,16 @@ class Method(nn.Module):
     "Base class of all methods; implements `hpl_nb.trainer.Trainable`."
     needs:ClassVar[Mapping[str, Sequence[str]]] = {"labelled": ("weak",)} # streams and the views of each
     preset:str = "" # name of a variant, for tables
+    optimizers:dict[str, Optimizer] # made by the trainer through `make_optimizers`
+    record:dict[str, Tensor] # per-sample values of the last step, for monitoring
     clock:Clock = Clock() # where training is; set by the trainer before each step
+    processes:int = 1 # training together; set by the trainer
 
     def __init__(self,
         regressor:Regressor, # the network to train
     ):
         super().__init__()
-        self.regressor = regressor
-        self.optimizers:dict[str, Optimizer] = {} # made by the trainer through `make_optimizers`
-        self.record:dict[str, Tensor] = {} # per-sample values of the last step, for monitoring
-        self.processes:int = 1 # training together; set by the trainer
+        self.regressor, self.optimizers, self.record = regressor, {}, {}
         self.reduce:Callable[[Tensor], Tensor] = lambda tensor: tensor # their average; set by the trainer
         self.gather:Callable[[Tensor], Tensor] = lambda tensor: tensor # their rows joined; set by the trainer
 

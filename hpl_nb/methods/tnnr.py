@@ -21,7 +21,8 @@ from ..models import Head, Regressor
 from ..trainer import OptimizerSettings
 
 # %% auto #0
-__all__ = ['PairHead', 'pair_loss', 'loop_loss', 'evenly_spaced', 'labelled_anchors', 'TNNR', 'anchor_estimates']
+__all__ = ['PairHead', 'pair_loss', 'loop_loss', 'evenly_spaced', 'labelled_anchors', 'TNNR', 'pair_and_loop_losses',
+           'anchor_estimates']
 
 # %% ../../nbs/65_methods.tnnr.ipynb #52ab1b66
 class PairHead(nn.Module):
@@ -112,18 +113,26 @@ class TNNR(Method):
 
     def training_step(self, batch:Mapping[str, Mapping[str, Tensor]])->dict[str, Tensor]:
         "Differences of labelled pairs, and loops with at least one unlabelled corner."
-        y, index = self.gather(batch["labelled"]["y"]), batch["unlabelled"]["index"]
         features = [self.regressor.features(batch[stream]["weak"]) for stream in ("labelled", "unlabelled")]
-        features = torch.cat([joined_rows(self, rows, index) for rows in features])
-        differences, n = self.pair_head(features, features), len(y)
-        if n < 2: raise HplError("TNNR learns from pairs, and a batch has one labelled row; raise labelled_batch or lower accumulate.")
-        return {"labelled": pair_loss(differences[:n, :n], y),
-                "unlabelled": self.unlabelled_weight*loop_loss(differences, differences[:, n:], differences[n:])}
+        features = torch.cat([joined_rows(self, rows, batch["unlabelled"]["index"]) for rows in features])
+        return pair_and_loop_losses(self, features, self.gather(batch["labelled"]["y"]))
 
     def predict(self, x:Tensor)->Tensor: return anchor_estimates(self, x).mean(1)
 
     def inspect(self, weak:Tensor, strong:Tensor)->dict[str, Tensor]:
         return {"pseudo_label": self.predict(weak), "strong_prediction": self.predict(strong)}
+
+# %% ../../nbs/65_methods.tnnr.ipynb #f139ad4f
+def pair_and_loop_losses(
+    method:TNNR, # its pair head and Lambda
+    features:Tensor, # of n labelled and then the unlabelled rows
+    y:Tensor, # labels of the n, (n, K)
+)->dict[str, Tensor]: # "labelled" and "unlabelled"
+    "Both losses from one matrix of differences."
+    differences, n = method.pair_head(features, features), len(y)
+    if n < 2: raise HplError("TNNR learns from pairs, and a batch has one labelled row; raise labelled_batch or lower accumulate.")
+    loops = loop_loss(differences, differences[:, n:], differences[n:])
+    return {"labelled": pair_loss(differences[:n, :n], y), "unlabelled": method.unlabelled_weight*loops}
 
 # %% ../../nbs/65_methods.tnnr.ipynb #a8b1cbe8
 def anchor_estimates(
