@@ -1,6 +1,10 @@
 "What only a GPU can show; `pytest -m cuda` runs these."
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
+from small_runs import METHODS, SETTINGS, digits, make
 
 from hpl_nb.core import seed_everything
 from hpl_nb.data.rotated_digits import rotated_digits
@@ -23,7 +27,17 @@ def train(settings, folder=None, **changes):
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 def test_trains_on_the_gpu(preset, precision):
     method, run = train(preset, precision=precision)
-    assert next(method.parameters()).is_cuda and run.metrics["test_mae"] < 30 and method.regressor.head.weight.dtype == torch.float32
+    assert torch.cuda.max_memory_allocated() > 0 and next(method.parameters()).device.type == "cpu" # back where it was
+    assert run.metrics["test_mae"] < 30 and method.regressor.head.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_on_the_gpu(name, tmp_path):
+    "In bf16, stopped in the middle of an epoch and resumed, to finite predictions."
+    settings = replace(SETTINGS, precision="bf16")
+    fit(make(name), digits(), settings, folder=tmp_path, progress=False, stop_after=8)
+    run = fit(make(name), digits(), settings, folder=tmp_path, progress=False)
+    assert run.finished and np.isfinite(run.predictions["y_pred"]).all() and torch.cuda.max_memory_allocated() > 0
 
 
 def test_resumes_on_the_gpu(tmp_path):

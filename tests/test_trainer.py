@@ -435,6 +435,19 @@ class TestPrecision:
         again, _ = train(data=data, settings=settings, regressor=build) # and back, in one process
         assert seen == {torch.float32} and not differences(full.predictions, again.predictions)
 
+    @pytest.mark.parametrize("name", METHODS)
+    def test_bf16_of_every_method(self, name, tmp_path):
+        "What is learned and recorded stays float32; the numbers are others; stopped and resumed, they are the same."
+        settings = replace(SMALL, precision="bf16")
+        run, method = train(name, settings=settings)
+        train(name, settings=settings, folder=tmp_path, stop_after=7)
+        resumed, again = train(name, settings=settings, folder=tmp_path)
+        assert not differences(run.predictions, resumed.predictions)
+        assert not differences(dict(method.state_dict()), dict(again.state_dict()))
+        learned = [*method.parameters(), *(value for value in method.record.values() if value.is_floating_point())]
+        assert {value.dtype for value in learned} == {torch.float32} and np.isfinite(run.predictions["y_pred"]).all()
+        assert differences(run.predictions, train(name)[0].predictions)
+
 
 def test_micro_batches_of_a_supervised_step():
     "Two halves of a batch give the step of the whole, for every loss that is a mean over samples."
