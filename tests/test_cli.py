@@ -68,6 +68,24 @@ def test_compare_puts_the_paper_beside_ours(dataset, paper):
     assert table.loc["HPL (paper)", "paper"] == paper and table.loc["Supervised", "mae"] == "6.10 ± 0.14"
 
 
+def test_bench_puts_the_paper_beside_ours(tmp_path, capsys):
+    cli.hpl_bench(depth=0, size=16, batch=4, rounds=1, methods="UCVME", out=str(tmp_path/"bench.csv"))
+    table = pd.read_csv(tmp_path/"bench.csv").set_index("method")
+    assert [*table.index] == ["PseudoLabel", "UCVME"] and table["paper"].tolist() == [1., 3.099]
+    assert (table[["ms", "ratio", "MB"]] > 0).all(axis=None) and table.loc["PseudoLabel", "extra_MB"] == 0
+    assert table.loc["UCVME", "ratio"] > 1.5 and "UCVME" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mode", cli.BENCH_MODES)
+def test_every_mode_of_the_bench_steps(mode):
+    "And trains: the weights move. Each method, and each preset, has a mode."
+    bench = cli.make_bench(mode, 0, 16, 4)
+    before = [p.clone() for p in bench.method.regressor.body.parameters()]
+    assert all(bench.step(number) > 0 for number in range(2))
+    assert any((p != q).any() for p, q in zip(bench.method.regressor.body.parameters(), before))
+    assert {*cli.method_names()} - {"fully_supervised"} == {spec for spec, _ in cli.BENCH_MODES.values()}
+
+
 @pytest.mark.parametrize("command, arguments, says", [
     (cli.hpl_train, dict(method="bogus", dataset="utkface", root="nowhere"), "is unknown; choose supervised"),
     (cli.hpl_train, dict(dropout=1.5), "below 1"), (cli.hpl_train, dict(lr=-1.), "lr_body is -1"),
