@@ -11,8 +11,9 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,12 +22,39 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['PREDICTION_COLUMNS', 'HplError', 'derive_seed', 'seed_everything', 'random_states', 'set_random_states',
-           'LabelNormalizer', 'atomic_write', 'RunFolder', 'claim_run']
+__all__ = ['PREDICTION_COLUMNS', 'HplError', 'not_negative', 'whole_number', 'one_of', 'derive_seed', 'seed_everything',
+           'random_states', 'set_random_states', 'LabelNormalizer', 'atomic_write', 'RunFolder', 'claim_run']
 
 # %% ../nbs/00_core.ipynb #d3d92fe2
 class HplError(ValueError):
     "Bad input or a failed write; the message names the file, row or argument and the fix."
+
+# %% ../nbs/00_core.ipynb #bbafa746
+def not_negative(
+    name:str, # of the argument
+    value:float, # its value
+)->float: # `value`
+    "Refuse a negative number, or NaN."
+    if not value >= 0: raise HplError(f"{name} is {value}; give a number of at least 0.")
+    return value
+
+def whole_number(
+    name:str, # of the argument
+    value:int, # its value
+    least:int=1, # the smallest that makes sense
+)->int: # `value`
+    "Refuse a fraction, or a number below `least`."
+    if not (isinstance(value, Integral) and value >= least): raise HplError(f"{name} is {value}; give a whole number of at least {least}.")
+    return value
+
+def one_of(
+    name:str, # of the argument
+    value:str, # its value
+    allowed:Iterable[str], # what it may be
+)->str: # `value`
+    "Refuse what is not among the allowed values."
+    if value not in allowed: raise HplError(f"{name} is {value!r}; choose {' or '.join(map(repr, allowed))}.")
+    return value
 
 # %% ../nbs/00_core.ipynb #87b6e7c3
 def derive_seed(

@@ -28,7 +28,8 @@ from tqdm.auto import tqdm
 
 from . import __version__
 from .core import (
-    PREDICTION_COLUMNS, HplError, RunFolder, atomic_write, claim_run, derive_seed, random_states, seed_everything, set_random_states)
+    PREDICTION_COLUMNS, HplError, RunFolder, atomic_write, claim_run, derive_seed, not_negative, random_states, seed_everything,
+    set_random_states, whole_number)
 from .data.core import SemiSupervisedData, Streams, StreamSettings, batch_rows
 from .metrics import mean_absolute_error, mean_squared_error, r2_score, variance_summary
 from .models import Regressor
@@ -90,7 +91,7 @@ class OptimizerSettings:
 
     def __post_init__(self):
         for name in ("lr_body", "lr_head", "weight_decay_body", "weight_decay_head"):
-            if not getattr(self, name) >= 0: raise HplError(f"{name} is {getattr(self, name)}; give a number of at least 0.")
+            not_negative(name, getattr(self, name))
 
 # %% ../nbs/50_trainer.ipynb #75bf5923
 @dataclass(frozen=True)
@@ -108,8 +109,7 @@ class TrainSettings:
 
     def __post_init__(self):
         for name in ("epochs", "accumulate", "iterations_per_epoch", "patience"):
-            value = getattr(self, name)
-            if value is not None and value < 1: raise HplError(f"{name} is {value}; give a whole number of at least 1.")
+            if (value := getattr(self, name)) is not None: whole_number(name, value)
         if self.record_every < 0: raise HplError(f"record_every is {self.record_every}; give 0 (never) or a number of epochs.")
         for name, allowed in (("precision", ("no", "bf16", "fp16")), ("epoch_of", ("unlabelled", "labelled"))):
             if (value := getattr(self, name)) not in allowed:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..core import HplError, LabelNormalizer, derive_seed
+from ..core import HplError, LabelNormalizer, derive_seed, whole_number
 
 # %% auto #0
 __all__ = ['View', 'PerSample', 'BatchView', 'plain_view', 'SemiSupervisedData', 'check_rows', 'fully_labelled', 'split_rows',
@@ -227,8 +227,7 @@ class StreamSettings:
 
     def __post_init__(self):
         for name in ("labelled_batch", "unlabelled_batch", "outer_batch", "labelled_copies"):
-            value = getattr(self, name)
-            if value is not None and value < 1: raise HplError(f"{name} is {value}; give a whole number of at least 1.")
+            if (value := getattr(self, name)) is not None: whole_number(name, value)
 
     @property
     def outer(self)->int: return self.outer_batch or self.labelled_batch

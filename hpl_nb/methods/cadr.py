@@ -5,7 +5,6 @@
 # %% ../../nbs/72_methods.cadr.ipynb #334fec2a
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -13,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..core import HplError
+from ..core import HplError, not_negative, one_of, whole_number
 from ..data.core import SemiSupervisedData
-from ..loss import unlabelled_loss
-from .core import Passes, PseudoLabel, adam, forward_batches, not_negative, sample_record, whole_number
+from .core import Passes, PseudoLabel, adam
 from ..models import Head, Regressor
 from ..trainer import OptimizerSettings
 
@@ -102,13 +100,7 @@ class CADR(PseudoLabel):
 
     def weigh(self, passes:Passes)->tuple[Tensor, Tensor]: return imputation(self, passes.pseudo_label)
 
-    def training_step(self, batch:Mapping[str, Mapping[str, Tensor]])->dict[str, Tensor]:
-        "Weighted losses of regressor and classifier on the labelled rows, and the unlabelled loss."
-        p = forward_batches(self.regressor, batch, self.guess)
-        with torch.no_grad(): pseudo_label, weight = self.weigh(p)
-        self.record = sample_record(batch, pseudo_label, p.prediction, weight)
-        return labelled_losses(self, p) | {"unlabelled": self.unlabelled_weight*unlabelled_loss(p.prediction, pseudo_label, weight)}
-
+    def labelled_losses(self, passes:Passes)->dict[str, Tensor]: return labelled_losses(self, passes)
     def make_optimizers(self, settings:OptimizerSettings)->dict[str, Optimizer]:
         return {"regressor": adam(self.regressor, settings, beside_head=[self.classes])}
 
@@ -122,8 +114,7 @@ def check_arguments(
 )->None:
     "Refuse what makes no bins, weights, thresholds or averages."
     whole_number("bins", method.bins)
-    priors = "labelled", "predicted", "uniform"
-    if method.prior not in priors: raise HplError(f"prior is {method.prior!r}; choose {' or '.join(map(repr, priors))}.")
+    one_of("prior", method.prior, ("labelled", "predicted", "uniform"))
     if not method.max_weight >= 1: raise HplError(f"max_weight is {method.max_weight}; give a number of at least 1.")
     if not 0 <= method.threshold <= 1: raise HplError(f"threshold is {method.threshold}; give a confidence from 0 to 1, such as 0.95.")
     not_negative("power", method.power)

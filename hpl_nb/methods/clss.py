@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..core import HplError
+from ..core import HplError, not_negative
 from ..data.core import StreamSettings
 from ..loss import labelled_loss
-from .core import Method, joined_rows, not_negative
+from .core import Method, joined_rows
 from ..models import Regressor
 
 # %% auto #0

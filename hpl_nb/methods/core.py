@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from inspect import signature
-from numbers import Integral
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from torch.nn.utils import parameters_to_vector
 from torch.optim import Adam, Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ..core import HplError, seed_everything
+from ..core import HplError, not_negative, seed_everything, whole_number
 from ..data.core import SemiSupervisedData, StreamSettings, fully_labelled
 from ..loss import labelled_loss, unlabelled_loss
 from ..models import Regressor
@@ -28,9 +27,8 @@ from ..trainer import Clock, OptimizerSettings, TrainSettings, fit
 
 # %% auto #0
 __all__ = ['Method', 'arguments', 'adam', 'Supervised', 'FullySupervised', 'Passes', 'forward_batches', 'sample_record',
-           'not_negative', 'whole_number', 'PseudoLabel', 'weights_after', 'gaussian_ramp', 'linear_ramp',
-           'average_weights', 'frozen_copy', 'joined_rows', 'dropout_on', 'dropout_features', 'require_dropout',
-           'DropoutPseudoLabel']
+           'PseudoLabel', 'weights_after', 'gaussian_ramp', 'linear_ramp', 'average_weights', 'frozen_copy',
+           'joined_rows', 'dropout_on', 'dropout_features', 'require_dropout', 'DropoutPseudoLabel']
 
 # %% ../../nbs/60_methods.core.ipynb #7b0e5578
 class Method(nn.Module):
@@ -144,24 +142,6 @@ def sample_record(
     return {name: values.detach() for name, values in record.items()}
 
 # %% ../../nbs/60_methods.core.ipynb #aa4b4d56
-def not_negative(
-    name:str, # of the argument
-    value:float, # its value
-)->float: # `value`
-    "Refuse a negative number, or NaN."
-    if not value >= 0: raise HplError(f"{name} is {value}; give a number of at least 0.")
-    return value
-
-def whole_number(
-    name:str, # of the argument
-    value:int, # its value
-    least:int=1, # the smallest that makes sense
-)->int: # `value`
-    "Refuse a fraction, or a number below `least`."
-    if not (isinstance(value, Integral) and value >= least): raise HplError(f"{name} is {value}; give a whole number of at least {least}.")
-    return value
-
-# %% ../../nbs/60_methods.core.ipynb #753e8079
 class PseudoLabel(Method):
     "The paper's Baseline: every pseudo-label weighs the same."
     needs = {"labelled": ("weak",), "unlabelled": ("weak", "strong")}
@@ -181,13 +161,16 @@ class PseudoLabel(Method):
         "The pseudo-labels and their weights, (m, K) each; called without gradient."
         return passes.pseudo_label, torch.ones_like(passes.pseudo_label)
 
+    def labelled_losses(self, passes:Passes)->dict[str, Tensor]:
+        "Named losses of the labelled batch."
+        return {"labelled": labelled_loss(passes.labelled_prediction, passes.y)}
+
     def training_step(self, batch:Mapping[str, Mapping[str, Tensor]])->dict[str, Tensor]:
-        "Labelled loss, and lambda times the weighted unlabelled one."
+        "Labelled losses, and lambda times the weighted unlabelled one."
         p = forward_batches(self.regressor, batch, self.guess)
         with torch.no_grad(): pseudo_label, weight = self.weigh(p)
         self.record = sample_record(batch, pseudo_label, p.prediction, weight)
-        return {"labelled": labelled_loss(p.labelled_prediction, p.y),
-                "unlabelled": self.unlabelled_weight*unlabelled_loss(p.prediction, pseudo_label, weight)}
+        return self.labelled_losses(p) | {"unlabelled": self.unlabelled_weight*unlabelled_loss(p.prediction, pseudo_label, weight)}
 
 # %% ../../nbs/60_methods.core.ipynb #fabb6e9c
 def weights_after(

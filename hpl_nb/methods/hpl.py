@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.optim import Adam, Optimizer
 
-from ..core import HplError
+from ..core import HplError, not_negative
 from ..data.core import StreamSettings
 from ..hypergrad import Hypergradient, VirtualStep, optimizer_step, sgd_step, slope_hypergradient
 from ..loss import Reduction, labelled_loss, pseudo_label_weight, unlabelled_loss
-from .core import Method, Passes, forward_batches, not_negative, sample_record
+from .core import Method, Passes, forward_batches, sample_record
 from ..models import Regressor
 from ..trainer import OptimizerSettings
 from ..uncertainty import UncertaintyLearner, learner_input

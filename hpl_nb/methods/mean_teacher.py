@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..core import HplError
-from .core import Passes, PseudoLabel, average_weights, frozen_copy, gaussian_ramp, not_negative
+from ..core import HplError, not_negative, one_of
+from .core import Passes, PseudoLabel, average_weights, frozen_copy, gaussian_ramp
 from ..models import Regressor
 
 # %% auto #0
@@ -29,8 +29,8 @@ class MeanTeacher(PseudoLabel):
     ):
         super().__init__(regressor, unlabelled_weight)
         if not 0 <= decay <= 1: raise HplError(f"decay is {decay}; give 0 (the student itself) to 1 (its mean since the start).")
-        if evaluate not in ("teacher", "student"): raise HplError(f"evaluate is {evaluate!r}; choose 'teacher' or 'student'.")
-        self.ramp_share, self.decay, self.evaluate = not_negative("ramp_share", ramp_share), decay, evaluate
+        self.ramp_share, self.decay = not_negative("ramp_share", ramp_share), decay
+        self.evaluate = one_of("evaluate", evaluate, ("teacher", "student"))
         self.teacher = frozen_copy(regressor)
 
     def guess(self, weak:Tensor)->Tensor: return self.teacher(weak)

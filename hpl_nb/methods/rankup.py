@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..core import HplError
+from ..core import HplError, not_negative, one_of, whole_number
 from ..data.core import SemiSupervisedData
 from ..loss import labelled_loss
-from .core import Method, adam, average_weights, frozen_copy, linear_ramp, not_negative, sample_record, whole_number
+from .core import Method, adam, average_weights, frozen_copy, linear_ramp, sample_record
 from ..models import Head, Regressor
 from ..trainer import OptimizerSettings
 
@@ -124,8 +124,7 @@ def check_arguments(
 )->None:
     "Refuse what cannot be trained with."
     for name in ("ranking_weight", "unlabelled_weight", "threshold", "alignment_weight", "ramp"): not_negative(name, getattr(method, name))
-    if method.labelled_error not in ERRORS:
-        raise HplError(f"labelled_error is {method.labelled_error!r}; choose {' or '.join(map(repr, ERRORS))}.")
+    one_of("labelled_error", method.labelled_error, ERRORS)
     if method.align_every is not None: whole_number("align_every", method.align_every)
     if method.decay is not None and not 0 <= method.decay <= 1:
         raise HplError(f"decay is {method.decay}; give a number from 0 to 1, or None to predict with the trained weights.")

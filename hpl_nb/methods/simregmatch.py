@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import HplError
+from ..core import HplError, not_negative, whole_number
 from ..data.core import SemiSupervisedData
 from ..loss import labelled_loss, unlabelled_loss
-from .core import Method, dropout_features, not_negative, require_dropout, sample_record, whole_number
+from .core import Method, dropout_features, require_dropout, sample_record
 from ..models import Regressor
 
 # %% auto #0

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import Optimizer
 
-from ..core import HplError, derive_seed
+from ..core import HplError, derive_seed, not_negative, whole_number
 from ..data.core import SemiSupervisedData
-from .core import Method, adam, frozen_copy, not_negative, whole_number
+from .core import Method, adam, frozen_copy
 from ..models import Head, Regressor
 from ..trainer import OptimizerSettings
 

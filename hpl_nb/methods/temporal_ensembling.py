@@ -11,10 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..core import HplError
+from ..core import HplError, not_negative, one_of
 from ..data.core import SemiSupervisedData
 from ..loss import labelled_loss, unlabelled_loss
-from .core import Method, gaussian_ramp, not_negative, sample_record
+from .core import Method, gaussian_ramp, sample_record
 from ..models import Regressor
 
 # %% auto #0
@@ -68,9 +68,9 @@ class TemporalEnsembling(Method):
     ):
         super().__init__(regressor)
         if not 0 <= decay < 1: raise HplError(f"decay is {decay}; give a number from 0 (the last epoch alone) to below 1.")
-        if view not in ("weak", "strong"): raise HplError(f"view is {view!r}; choose 'weak' or 'strong'.")
         self.unlabelled_weight = not_negative("unlabelled_weight", unlabelled_weight)
-        self.ramp_share, self.decay, self.view = not_negative("ramp_share", ramp_share), decay, view
+        self.ramp_share, self.decay = not_negative("ramp_share", ramp_share), decay
+        self.view = one_of("view", view, ("weak", "strong"))
         self.needs = {"labelled": ("weak",), "unlabelled": (view,)}
 
     def prepare(self, data:SemiSupervisedData)->SemiSupervisedData:

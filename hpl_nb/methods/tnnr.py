@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.optim import Optimizer
 
-from ..core import HplError
+from ..core import HplError, not_negative, whole_number
 from ..data.core import SemiSupervisedData
 from ..loss import labelled_loss
-from .core import Method, adam, joined_rows, not_negative, whole_number
+from .core import Method, adam, joined_rows
 from ..models import Head, Regressor
 from ..trainer import OptimizerSettings
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..core import HplError
+from ..core import HplError, not_negative, one_of, whole_number
 from ..data.core import SemiSupervisedData
 from ..loss import pseudo_label_nll, pseudo_label_weight
-from .core import Method, adam, dropout_features, not_negative, require_dropout, sample_record, whole_number
+from .core import Method, adam, dropout_features, require_dropout, sample_record
 from ..models import Head, Regressor
 from ..trainer import OptimizerSettings
 
@@ -111,8 +111,7 @@ class UCVME(TwoNetworks):
         super().__init__(regressor, partner)
         self.passes, self.test_passes = whole_number("passes", passes), whole_number("test_passes", test_passes, 0)
         self.unlabelled_weight = not_negative("unlabelled_weight", unlabelled_weight)
-        self.joint_variance, self.student_view = joint_variance, student_view
-        if student_view not in ("weak", "strong"): raise HplError(f"student_view is {student_view!r}; choose 'weak' or 'strong'.")
+        self.joint_variance, self.student_view = joint_variance, one_of("student_view", student_view, ("weak", "strong"))
         self.needs = {"labelled": ("weak",), "unlabelled": tuple(dict.fromkeys(("weak", student_view)))}
 
     def training_step(self, batch:Mapping[str, Mapping[str, Tensor]])->dict[str, Tensor]:

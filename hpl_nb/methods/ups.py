@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .core import DropoutPseudoLabel, Passes, not_negative
+from ..core import not_negative
+from .core import DropoutPseudoLabel, Passes
 from ..models import Regressor
 
 # %% auto #0
