@@ -40,8 +40,8 @@ __all__ = ['Clock', 'Trainable', 'OptimizerSettings', 'TrainSettings', 'epoch_le
            'map_rows', 'predict_rows', 'predictions_table', 'inspect_rows', 'log_row', 'variance_row', 'check_finite',
            'end_epoch', 'average_buffers', 'process_state', 'checkpoint_content', 'save_checkpoint', 'save_best',
            'save_snapshot', 'read_checkpoint', 'load_state', 'check_origin', 'resume', 'make_accelerator', 'run_config',
-           'check_settings', 'open_session', 'place_method', 'fit', 'run_steps', 'is_due', 'has_ended', 'batches',
-           'finish', 'selected_metrics']
+           'check_settings', 'open_session', 'place_method', 'fit', 'run_steps', 'any_process', 'is_due', 'has_ended',
+           'batches', 'finish', 'selected_metrics']
 
 # %% ../nbs/50_trainer.ipynb #4dfea6d9
 class Clock(NamedTuple):
@@ -623,13 +623,14 @@ def fit(
     trackers:Sequence[str]=(), # accelerate's trackers, such as ("tensorboard",)
     checkpoint_seconds:float=120., # between checkpoints within an epoch; the end of an epoch always writes one
     stop_after:int|None=None, # stop, resumable, after so many more steps
+    watch:Callable[[Session], bool]|None=None, # called after every step, on every process; a true answer stops, resumable
 )->Run:
     "Train, select on validation, and measure on the test set once. The same call with the same folder resumes."
     place = next(method.parameters()).device
     session = open_session(method, data, settings or TrainSettings(), folder, seed, trackers)
     session.show = progress and session.accelerator.is_main_process
     try:
-        if run_steps(session, workers, checkpoint_seconds, stop_after): return finish(session)
+        if run_steps(session, workers, checkpoint_seconds, stop_after, watch): return finish(session)
         return Run(session.config, pd.DataFrame(session.progress.log), {}, pd.DataFrame(columns=PREDICTION_COLUMNS), False)
     finally:
         for tracker in session.accelerator.trackers: tracker.finish()
@@ -641,6 +642,7 @@ def run_steps(
     workers:int, # processes that prepare batches
     checkpoint_seconds:float, # between checkpoints within an epoch
     stop_after:int|None, # stop after so many more steps
+    watch:Callable[[Session], bool]|None, # called after every step; a true answer stops
 )->bool: # True when training has ended, False when it was stopped
     "Algorithm 1, lines 4-12, from wherever the run is."
     state, total, saved = session.progress, len(session.streams), time.perf_counter()
@@ -657,20 +659,26 @@ def run_steps(
             if ended or is_due(session, saved, checkpoint_seconds):
                 save_checkpoint(session)
                 saved = time.perf_counter()
-            if not going: break
+            if not going or watch and any_process(session, watch(session)): break
     if going: save_checkpoint(session)
     return not going
 
 # %% ../nbs/50_trainer.ipynb #72208531
+def any_process(
+    session:Session, # the run
+    answer:bool, # of this process
+)->bool: # the same on all processes
+    "Whether any process says yes: checkpoints are written, and runs are stopped, by all together."
+    if session.accelerator.num_processes == 1: return answer
+    return session.accelerator.reduce(torch.tensor(float(answer), device=session.accelerator.device), "sum").item() > 0
+
 def is_due(
     session:Session, # the run
     saved:float, # when the last checkpoint was written
     seconds:float, # between checkpoints
-)->bool: # the same on all processes: they write a checkpoint together
+)->bool: # the same on all processes
     "Whether it is time for a checkpoint, by the clock of any process."
-    late = time.perf_counter() - saved >= seconds
-    if session.accelerator.num_processes == 1: return late
-    return session.accelerator.reduce(torch.tensor(float(late), device=session.accelerator.device), "sum").item() > 0
+    return any_process(session, time.perf_counter() - saved >= seconds)
 
 # %% ../nbs/50_trainer.ipynb #7703d941
 def has_ended(

@@ -83,12 +83,13 @@ def gradients(optimizer):
 def resumed(name, rank, folder):
     """With batch norm and dropout: final state and log of a run in one piece, and of one that stopped in the middle of an epoch, twice.
 
-    By the first process's clock a checkpoint is due after each step, by the second's never: they write it together."""
-    ends = []
-    for place, stops in (("whole", ()), ("stopped", (3, 4))):
-        for stop in (*stops, None):
+    By the first process's clock a checkpoint is due after each step, by the second's never: they write it together. The second stop
+    is asked for by the second process alone."""
+    ends, stops = [], ({"stop_after": 3}, {"watch": lambda session: rank == 1 and session.progress.step == 7})
+    for place, stops in (("whole", ()), ("stopped", stops)):
+        for stop in (*stops, {}):
             method = make(name)
-            run = fit(method, digits(), SETTINGS, folder=folder/place, progress=False, checkpoint_seconds=1e9*rank, stop_after=stop)
+            run = fit(method, digits(), SETTINGS, folder=folder/place, progress=False, checkpoint_seconds=1e9*rank, **stop)
         ends.append([dict(method.state_dict()), run.predictions, run.log.drop(columns="seconds"), run.metrics["val_mse"]])
     return ends
 
