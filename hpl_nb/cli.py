@@ -59,10 +59,10 @@ __all__ = ['RECIPES', 'METHODS', 'PRESETS', 'WITH_DROPOUT', 'DEMO_METHODS', 'STR
            'train_settings', 'method_names', 'make_method', 'with_changes', 'method_list', 'start_weight',
            'method_settings', 'given_settings', 'parse_pairs', 'parse_value', 'field_names', 'hpl_settings', 'Job',
            'train_job', 'check_job', 'hpl_train', 'run_path', 'describe_run', 'run_jobs', 'results_frame',
-           'results_table', 'compact', 'hpl_compare', 'parse_list', 'write_results', 'selected', 'report',
-           'hpl_figures', 'search_candidates', 'demo_options', 'search_demo', 'demo_search', 'tuned_options',
-           'hpl_demo', 'paper_costs', 'make_bench', 'bench_method', 'peak_memory', 'hpl_bench', 'bench_modes',
-           'bench_table']
+           'results_table', 'compact', 'hpl_compare', 'parse_list', 'write_results', 'selected', 'pseudo_labels',
+           'one_of_each', 'joined_logs', 'report', 'finished_runs', 'hpl_figures', 'search_candidates', 'demo_options',
+           'search_demo', 'demo_search', 'tuned_options', 'hpl_demo', 'paper_costs', 'make_bench', 'bench_method',
+           'peak_memory', 'hpl_bench', 'bench_modes', 'bench_table']
 
 # %% ../nbs/80_cli.ipynb #905e9c1a
 @dataclass(frozen=True)
@@ -558,6 +558,29 @@ def selected(
     "The rows that the metrics were computed from."
     return run.predictions[run.predictions["epoch"] == run.metrics["epoch"]]
 
+def pseudo_labels(
+    runs:Sequence[Run], # finished
+    every_epoch:bool=False, # of all epochs that were kept, not only of the selected one
+)->pd.DataFrame: # predictions table
+    "The unlabelled rows whose true label is known after all."
+    table = pd.concat([run.predictions if every_epoch else selected(run) for run in runs], ignore_index=True)
+    return table[(table["split"] == "unlabelled") & table["y_true"].notna()].reset_index(drop=True)
+
+def one_of_each(
+    runs:Sequence[Run], # finished
+)->list[Run]:
+    "The first run of each method."
+    first = {}
+    for run in runs: first.setdefault(run.config["method"], run)
+    return [*first.values()]
+
+def joined_logs(
+    runs:Sequence[Run], # finished
+)->pd.DataFrame: # one row per run and epoch
+    "Their logs, each row with its run and method."
+    return pd.concat([run.log.assign(run=run.config["run"], method=run.config["method"]) for run in runs], ignore_index=True)
+
+# %% ../nbs/80_cli.ipynb #eadf5b3a
 def report(
     runs:Sequence[Run], # finished, of one data set
     path:Path, # of the HTML file
@@ -565,18 +588,15 @@ def report(
 )->Path:
     "Tables and figures of many runs."
     results, unit = results_frame(runs), runs[0].config["unit"]
-    names = list(dict.fromkeys(results["method"]))
-    first = {}
-    for run in runs: first.setdefault(run.config["method"], run)
-    unlabelled = {name: selected(run)[lambda p: p["split"] == "unlabelled"] for name, run in first.items()}
-    unlabelled = {name: rows for name, rows in unlabelled.items() if len(rows) and rows["y_true"].notna().any()}
+    first, names = one_of_each(runs), list(dict.fromkeys(results["method"]))
+    unlabelled = dict(iter(pseudo_labels(first).groupby("method", sort=False)))
     chart = figures.results_chart(metrics.summarise(results), results, "mae", unit, names)
     sections = [("Results", "Test metrics of the epoch that validation selected, mean ± standard deviation over seeds; "
                  "pseudo_label_mae is the error of the pseudo-labels on the unlabelled rows, log_variance the mean z in training.",
                  compact(results_table(results))),
                 ("Test error", "Each seed, and mean ± standard deviation.", chart),
                 *_pseudo_label_sections(unlabelled, unit, names), *_variance_sections(unlabelled, unit, names),
-                *_curve_sections(list(first.values()), unit, names)]
+                *_curve_sections(first, unit, names)]
     return figures.save_report(path, title, sections)
 
 # %% ../nbs/80_cli.ipynb #dcee830f
@@ -611,13 +631,20 @@ def _variance_sections(unlabelled, unit, names):
 
 def _curve_sections(runs, unit, names):
     "Log-variance and validation error over the epochs."
-    logs = pd.concat([run.log.assign(run=run.config["run"], method=run.config["method"]) for run in runs], ignore_index=True)
+    logs = joined_logs(runs)
     sections = [("Validation error", "One seed of each method.", figures.learning_curves(logs, "val_mae", unit, names))]
     if "log_variance_mean" not in logs: return sections
     curves = figures.log_variance_curves(logs, names)
     return [*sections, ("Log-variance over training", "Mean and spread of z in the training batches, normalised units.", curves)]
 
 # %% ../nbs/80_cli.ipynb #5983f0a0
+def finished_runs(
+    folders:Sequence[str|Path], # run folders, or folders that hold some
+)->list[Run]:
+    "All finished runs below, in the order of their paths."
+    found = {path.parent for folder in folders for path in Path(folder).rglob("metrics.json")}
+    return [load_run(folder) for folder in sorted(found)]
+
 @call_parse
 def hpl_figures(
     runs:Param("Run folders, or folders that hold some", str, nargs="+"),
@@ -625,9 +652,9 @@ def hpl_figures(
 ):
     "The paper's figures of finished runs, in one self-contained file."
     def command():
-        folders = sorted({path.parent for run in runs for path in [*Path(run).rglob("metrics.json")]})
-        if not folders: raise HplError(f"no finished run below {', '.join(map(str, runs))}; train one with hpl_train.")
-        print(f"Report of {len(folders)} run(s): {report([load_run(folder) for folder in folders], Path(out), 'Runs')}")
+        found = finished_runs(runs)
+        if not found: raise HplError(f"no finished run below {', '.join(map(str, runs))}; train one with hpl_train.")
+        print(f"Report of {len(found)} run(s): {report(found, Path(out), 'Runs')}")
     _or_exit(command)
 
 # %% ../nbs/80_cli.ipynb #946ee3e9

@@ -10,6 +10,7 @@ import hashlib
 import html
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -24,8 +25,9 @@ from .core import HplError, atomic_write
 from .metrics import group_labels, known_rows, require_columns, split_runs
 
 # %% auto #0
-__all__ = ['Style', 'method_styles', 'Shown', 'show', 'pseudo_label_boxplots', 'group_error_lines', 'variance_scatter',
-           'reliability_diagram', 'learning_curves', 'log_variance_curves', 'results_chart', 'save_report']
+__all__ = ['Style', 'method_styles', 'finish', 'Shown', 'show', 'pseudo_label_boxplots', 'group_error_lines', 'variance_scatter',
+           'variance_grid', 'pseudo_label_movie', 'reliability_diagram', 'learning_curves', 'log_variance_curves',
+           'results_chart', 'save_report']
 
 # %% ../nbs/21_figures.ipynb #227f6a74
 class Style(NamedTuple):
@@ -65,17 +67,22 @@ def _single_epoch(predictions, columns):
 # %% ../nbs/21_figures.ipynb #aea8e849
 _GRID = "rgba(128,128,128,.25)"
 _AXIS = dict(gridcolor=_GRID, zeroline=False, linecolor="#808080", ticks="outside", tickcolor="#808080",
-             automargin=True, title=dict(standoff=8))
+             automargin=True, title=dict(standoff=8, font=dict(size=13)))
 _TEMPLATE = go.layout.Template(layout=dict(
     paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", colorway=_COLOURS, xaxis=_AXIS, yaxis=_AXIS,
     font=dict(color="#767676", size=13, family="system-ui, sans-serif"), showlegend=True, hovermode="closest",
     legend=dict(orientation="h", x=0, y=1, yanchor="bottom"), dragmode=False, autosize=True,
     margin=dict(l=8, r=8, t=64, b=8), modebar=dict(bgcolor="rgba(0,0,0,0)", color="#808080", activecolor="#0072B2")))
 
-def _finish(figure, title, height=420):
-    "The common look."
-    heading = dict(text=title, x=0, xref="paper", y=1, yref="container", yanchor="top", pad=dict(t=8))
-    return figure.update_layout(template=_TEMPLATE, height=height, title=heading)
+def finish(
+    figure:go.Figure, # any
+    title:str, # above it
+    height:int=420, # pixels; the width is what there is
+)->go.Figure: # the same figure
+    "Give a figure the common look."
+    heading = dict(text=title, x=0, xref="container", y=1, yref="container", yanchor="top", pad=dict(t=8, l=8), font_size=16)
+    legend = dict(yref="container", y=1 - 36 / height, yanchor="top") # below the title, however many lines it takes
+    return figure.update_layout(template=_TEMPLATE, height=height, title=heading, legend=legend)
 
 # %% ../nbs/21_figures.ipynb #318fbd82
 def _with_unit(name, unit, power=1):
@@ -105,44 +112,76 @@ def _thin(rows, most):
     return rows if len(rows) <= most else rows.iloc[np.linspace(0, len(rows) - 1, most).astype(int)]
 
 # %% ../nbs/21_figures.ipynb #15ca220e
-_CONFIG = '{"responsive":true,"displaylogo":false,"modeBarButtons":[["zoom2d","resetScale2d","toImage"]]}'
-_CSS = """.hpl-figure{margin:1.5rem 0;min-width:0}
-.hpl-figure .main-svg text:not(.hoverlayer *){fill:currentColor!important}"""
+def _plain(text):
+    "Text of a figure without its markup, on one line."
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", text or "")).split())
 
-def _plot(figure, name, ready):
-    "A figure as HTML: drawn into the element `name` when the promise `ready` is kept."
-    data = figure.to_json().replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-    title = html.escape(figure.layout.title.text or "untitled")
-    return (f'<div id="{name}"><p>Figure: {title}. It is drawn by a script, which has not run here.</p></div>\n'
-            f'<script>{ready}.then(() => {{const figure = {data}, place = document.getElementById("{name}"); '
-            f'place.replaceChildren(); Plotly.newPlot(place, figure.data, figure.layout, {_CONFIG})}})</script>')
+def _axis_words(figure, letter, name):
+    "The titles of all axes of one direction."
+    axes = {"x": figure.select_xaxes, "y": figure.select_yaxes}[letter]()
+    titles = list(filter(None, dict.fromkeys(_plain(axis.title.text) for axis in axes)))
+    return f"{name}: {', '.join(titles)}." if titles else ""
 
-def _loader():
-    "A promise for plotly.js, asked of its public address once for each page and checked against the installed copy."
-    digest = base64.b64encode(hashlib.sha256(get_plotlyjs().encode()).digest()).decode()
-    settings = (f'{{src: "https://cdn.plot.ly/plotly-{get_plotlyjs_version()}.min.js", integrity: "sha256-{digest}", '
-                'crossOrigin: "anonymous", onload: done}')
-    return ('(window.hplPlotly ??= new Promise(done => {if (window.Plotly) return done(); '
-            f'document.head.append(Object.assign(document.createElement("script"), {settings}))}}))')
+def _in_words(figure):
+    "Title, axes, and names and number of the series."
+    names = list(dict.fromkeys(_plain(trace.name) for trace in figure.data if trace.name))
+    count = f"{len(names)} series: {', '.join(names)}." if names else f"{len(figure.data)} series."
+    title = _plain(figure.layout.title.text) or "untitled"
+    frames = f"{len(figure.frames)} frames." if figure.frames else ""
+    axes = [_axis_words(figure, "x", "Across"), _axis_words(figure, "y", "Up")]
+    return " ".join(filter(None, [title.rstrip(".") + ".", *axes, count, frames]))
 
 # %% ../nbs/21_figures.ipynb #3a66db2f
+_CONFIG = '{"responsive":true,"displaylogo":false,"modeBarButtons":[["zoom2d","resetScale2d","toImage"]]}'
+_CSS = """.hpl-figure{margin:1.5rem 0;min-width:0}
+.hpl-figure .main-svg text:not(.hoverlayer *){fill:currentColor!important}
+.hpl-figure .main-svg{background:none!important}
+.hpl-figure :is(.bglayer,.legend) .bg{fill-opacity:0!important}
+.hpl-figure :is(.gridlayer,.zerolinelayer) path{stroke:#808080!important;stroke-opacity:.25!important}
+.hpl-figure .updatemenu-item-rect{fill:#808080!important;fill-opacity:.2!important}"""
+
+def _plot(figure, name, ready, alt):
+    "A figure and its frames as HTML: drawn into the element `name` when the promise `ready` is kept."
+    data = figure.to_json().replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+    return (f'<div id="{name}"><p>Figure: {html.escape(alt)} It is drawn by a script, which has not run here.</p></div>\n'
+            f'<script>{ready}.then(() => {{const figure = {data}, place = document.getElementById("{name}"); '
+            f'place.replaceChildren(); Plotly.newPlot(place, {{...figure, config: {_CONFIG}}})}})</script>')
+
+def _loader(address):
+    "A promise for plotly.js, asked for once a page: of `address`, or of its public one if it is the installed copy."
+    digest = base64.b64encode(hashlib.sha256(get_plotlyjs().encode()).digest()).decode()
+    public = (f'src: "https://cdn.plot.ly/plotly-{get_plotlyjs_version()}.min.js", integrity: "sha256-{digest}", '
+              'crossOrigin: "anonymous"')
+    source = f"src: {json.dumps(address)}" if address else public
+    return ('(window.hplPlotly ??= new Promise(done => {if (window.Plotly) return done(); '
+            f'document.head.append(Object.assign(document.createElement("script"), {{{source}, onload: done}}))}}))')
+
+# %% ../nbs/21_figures.ipynb #25220a9f
 class Shown:
     "A figure as the last line of a notebook cell; the same figure always gives the same output."
-    def __init__(self, figure:go.Figure): self.figure = figure
+    def __init__(self, figure:go.Figure, alt:str=""): self.figure, self.alt = figure, alt or _in_words(figure)
 
-    def __repr__(self)->str: return f"Figure: {self.figure.layout.title.text or 'untitled'}"
+    def __repr__(self)->str: return f"Figure: {self.alt}"
+
+    def page(
+        self,
+        address:str="", # of plotly.js, from the page; default: its public one
+    )->str: # HTML
+        "The figure as a piece of a page."
+        name = f"figure-{hashlib.sha256(self.figure.to_json().encode()).hexdigest()[:12]}"
+        return (f'<style>{_CSS}</style><figure class="hpl-figure" aria-label="{html.escape(self.alt)}">'
+                f'{_plot(self.figure, name, _loader(address), self.alt)}</figure>')
 
     def _repr_mimebundle_(self, include=None, exclude=None)->dict:
-        data = self.figure.to_json()
-        name = f"figure-{hashlib.sha256(data.encode()).hexdigest()[:12]}"
-        page = f'<style>{_CSS}</style><div class="hpl-figure">{_plot(self.figure, name, _loader())}</div>'
-        return {"application/vnd.plotly.v1+json": json.loads(data), "text/html": page, "text/plain": repr(self)}
+        data = json.loads(self.figure.to_json())
+        return {"application/vnd.plotly.v1+json": data, "text/html": self.page(), "text/plain": repr(self)}
 
 def show(
     figure:go.Figure, # any plotly figure
+    alt:str="", # what it shows, for those who do not see it; default: its title, axes and series
 )->Shown: # displays itself in a notebook and on its published page
     "Show a figure in a notebook, with outputs that do not change from run to run."
-    return Shown(figure)
+    return Shown(figure, alt)
 
 # %% ../nbs/21_figures.ipynb #aa40230b
 def _box(values):
@@ -200,7 +239,7 @@ def pseudo_label_boxplots(
     figure.update_yaxes(title_text="Samples", row=1, col=1)
     figure.update_yaxes(title_text=_with_unit(value.replace("_", "-").capitalize(), unit), row=2, col=1)
     figure.update_xaxes(title_text=_with_unit("True label", unit), row=2, col=1)
-    return _finish(figure, "Pseudo-labels by true label", 520)
+    return finish(figure, "Pseudo-labels by true label", 520)
 
 # %% ../nbs/21_figures.ipynb #e3f2cba0
 _METRICS = dict(mse=("MSE", 2), mae=("MAE", 1), r2=("R²", 0), bias=("Mean error", 1), sd=("Standard deviation", 1),
@@ -228,9 +267,14 @@ def group_error_lines(
                                **legend))
     figure.update_xaxes(title_text=_with_unit("True label", unit))
     figure.update_yaxes(title_text=_metric_title(metric, unit))
-    return _finish(figure, f"{_metric_title(metric, '')} by true label")
+    return finish(figure, f"{_metric_title(metric, '')} by true label")
 
 # %% ../nbs/21_figures.ipynb #71653379
+def _variance_rows(predictions):
+    "The rows of a predictions table that have a pseudo-label and a learned variance."
+    _single_epoch(predictions, ["pseudo_label", "log_variance"])
+    return known_rows(predictions.dropna(subset="pseudo_label"), "log_variance")
+
 def _at_label(rows, at, width):
     "Rows whose label is within half a `width` of `at`; all where `at` is None."
     if at is None: return rows
@@ -239,37 +283,59 @@ def _at_label(rows, at, width):
                                   f"{rows['y_true'].min():g} to {rows['y_true'].max():g}")
     return near
 
+
+
+# %% ../nbs/21_figures.ipynb #4b61587a
+def _short(values):
+    "Numbers to four digits, which is finer than a screen; they take half the space."
+    values = np.asarray(values, dtype=float)
+    return np.array([float(f"{value:.4g}") for value in values.flat]).reshape(values.shape)
+
+def _small(draw, most, limit=97_000):
+    "The figure of at most so many points; of fewer where its output in a notebook would grow over 100 KB."
+    while True:
+        figure = draw(most)
+        size = len(json.dumps(show(figure)._repr_mimebundle_()))
+        if size <= limit or most <= 10: return figure
+        most = max(10, int(most * .98 * limit / size))
+
 def _variance_points(rows, legend, style, run, max_points):
     "The samples of one run as points: absolute error of the pseudo-label, variance."
     shown = _thin(rows, max_points)
     hover = ("%{customdata[0]}<br>label %{customdata[1]:.4g}, pseudo-label %{customdata[2]:.4g}<br>"
              "error %{x:.3g}, variance %{y:.3g}")
-    labels = list(zip(_sample_names(shown), shown["y_true"], shown["pseudo_label"]))
-    points = _line((shown["pseudo_label"] - shown["y_true"]).abs(), np.exp(shown["log_variance"]), style, hover, run,
-                   "markers", customdata=labels, **legend)
+    error, variance = (shown["pseudo_label"] - shown["y_true"]).abs(), np.exp(shown["log_variance"])
+    labels = list(zip(_sample_names(shown), _short(shown["y_true"]).tolist(), _short(shown["pseudo_label"]).tolist()))
+    points = _line(_short(error), _short(variance), style, hover, run, "markers", customdata=labels, **legend)
     return points.update(marker=dict(size=6, opacity=.7))
 
-# %% ../nbs/21_figures.ipynb #4b61587a
+# %% ../nbs/21_figures.ipynb #632a3d6d
+def _slider(steps, prefix, suffix=""):
+    "A slider in the common look."
+    return dict(steps=steps, currentvalue=dict(prefix=prefix, suffix=suffix), pad=dict(t=56, b=8), bgcolor=_GRID,
+                activebgcolor="#0072B2", bordercolor="#808080", tickcolor="#808080")
+
 def _label_slider(figure, ats, owners, unit):
     "A slider that shows the traces of one label at a time."
     for trace, owner in zip(figure.data, owners): trace.visible = owner == ats[0]
     steps = [dict(label=f"{at:g}", method="restyle", args=[dict(visible=[owner == at for owner in owners])])
              for at in ats]
-    value = dict(prefix="True label ", suffix=f" {html.escape(unit)}")
-    figure.update_layout(sliders=[dict(
-        steps=steps, currentvalue=value, pad=dict(t=56, b=8), bgcolor=_GRID, activebgcolor="#0072B2",
-        bordercolor="#808080", tickcolor="#808080")])
+    figure.update_layout(sliders=[_slider(steps, "True label ", f" {html.escape(unit)}")])
 
 def _points_by_label(rows, ats, width, methods, max_points):
-    "A figure of the points, and the label that each trace belongs to."
-    figure, owners, methods = go.Figure(), [], methods or rows["method"].unique()
+    "Pairs of a label and the points of each run there."
+    methods = methods or rows["method"].unique()
     for at in ats:
         for legend, style, key, run in _runs(_at_label(rows, at, width), methods):
-            figure.add_trace(_variance_points(run, legend, style, key["run"], max_points))
-            owners.append(at)
-    return figure, owners
+            yield at, _variance_points(run, legend, style, key["run"], max_points)
 
-# %% ../nbs/21_figures.ipynb #632a3d6d
+def _variance_axes(figure, rows, across, unit):
+    "Titles of all axes, and a logarithmic one where the variances spread over more than a factor of thirty."
+    figure.update_xaxes(title_text=_with_unit(across, unit), rangemode="tozero")
+    figure.update_yaxes(title_text=_with_unit("Variance σ²", unit, 2))
+    if np.ptp(rows["log_variance"]) > math.log(30): figure.update_yaxes(**_log_axis(np.exp(rows["log_variance"])))
+
+# %% ../nbs/21_figures.ipynb #1caa4643
 def variance_scatter(
     predictions:pd.DataFrame, # predictions table, one epoch of each run
     at:float|Sequence[float]|None=None, # true label to show (Fig. 4), several for a slider (Fig. 5), None for all
@@ -279,17 +345,168 @@ def variance_scatter(
     max_points:int=2000, # of each run and label; an even selection of more
 )->go.Figure: # one point per sample
     "Fig. 4 and 5: the learned variance against the absolute error of the pseudo-label."
-    _single_epoch(predictions, ["pseudo_label", "log_variance"])
-    rows = known_rows(predictions.dropna(subset="pseudo_label"), "log_variance")
+    rows = _variance_rows(predictions)
     ats = [at] if at is None or np.ndim(at) == 0 else list(at)
-    figure, owners = _points_by_label(rows, ats, width, methods, max_points)
+    owners, traces = zip(*_points_by_label(rows, ats, width, methods, max_points))
+    figure = go.Figure(traces)
     if len(ats) > 1: _label_slider(figure, ats, owners, unit)
-    wide = np.ptp(rows["log_variance"]) > math.log(30)
-    figure.update_xaxes(title_text=_with_unit("Absolute error of the pseudo-label", unit), rangemode="tozero")
-    figure.update_yaxes(title_text=_with_unit("Variance σ²", unit, 2))
-    if wide: figure.update_yaxes(**_log_axis(np.exp(rows["log_variance"])))
+    _variance_axes(figure, rows, "Absolute error of the pseudo-label", unit)
     which = f", label {ats[0]:g}" if len(ats) == 1 and ats[0] is not None else ""
-    return _finish(figure, f"Learned variance and error{which}", 420 if len(ats) == 1 else 500)
+    return finish(figure, f"Learned variance and error{which}", 420 if len(ats) == 1 else 500)
+
+# %% ../nbs/21_figures.ipynb #bfce8309
+def _label_panels(ats, unit):
+    "An empty figure with a titled panel for each label, in two columns; numbers stand at the outer axes only."
+    rows, columns = math.ceil(len(ats) / 2), min(len(ats), 2)
+    titles = [f"{at:g} {html.escape(unit)}".strip() for at in ats]
+    panels = [[{} if row * columns + column < len(ats) else None for column in range(columns)] for row in range(rows)]
+    figure = make_subplots(rows=rows, cols=columns, specs=panels, shared_xaxes="all", shared_yaxes="all",
+                           subplot_titles=titles, horizontal_spacing=.04, vertical_spacing=.2 / rows)
+    if len(ats) % columns: figure.update_xaxes(showticklabels=True, row=rows - 1, col=2)
+    part = 1 - .12 / rows # of the height; above are the titles of the first row
+    figure.for_each_yaxis(lambda axis: axis.update(domain=[part * end for end in axis.domain]))
+    return figure.for_each_annotation(lambda note: note.update(y=part * note.y, font=dict(size=13)))
+
+def _outer_titles(figure):
+    "Remove the axis titles between panels; the last panel of each column keeps its own."
+    figure.for_each_yaxis(lambda axis: axis.title.update(text=None) if axis.showticklabels is False else None)
+    for axis in list(figure.select_xaxes())[:-2]: axis.title.text = None
+
+
+def _draw_grid(rows, ats, width, unit, methods, most):
+    "The panels and their points; the legend names each method once."
+    figure, named, height = _label_panels(ats, unit), set(), math.ceil(len(ats) / 2)
+    for at, points in _points_by_label(rows, ats, width, methods, most):
+        panel = ats.index(at)
+        figure.add_trace(points.update(showlegend=points.name not in named), row=panel // 2 + 1, col=panel % 2 + 1)
+        named.add(points.name)
+    _variance_axes(figure, rows, "Absolute error", unit)
+    _outer_titles(figure)
+    return finish(figure, "Learned variance and error, label by label", 140 + 220 * height)
+
+# %% ../nbs/21_figures.ipynb #31cc1bff
+def variance_grid(
+    predictions:pd.DataFrame, # predictions table, one epoch of each run
+    ats:Sequence[float], # true labels to show, each in a panel
+    width:float=1., # samples within half of it of a label are shown
+    unit:str="", # of the labels, such as years
+    methods:Sequence[str]|None=None, # all methods of a report, for the same colours everywhere
+    max_points:int=400, # of each run and label, an even selection; fewer where the output would grow over 100 KB
+)->go.Figure: # one panel per label, one point per sample
+    "Fig. 5: the learned variance against the absolute error of the pseudo-label, label by label."
+    if not len(ats): raise HplError("ats is empty: give the true labels to show, such as [20, 30, 40]")
+    rows, ats = _variance_rows(predictions), list(ats)
+    shown = max(len(_at_label(rows, at, width)) for at in ats)
+    return _small(lambda most: _draw_grid(rows, ats, width, unit, methods, most), min(max_points, shown))
+
+# %% ../nbs/21_figures.ipynb #a20a8f5c
+def _movie_rows(predictions):
+    "The rows of one run at several epochs, and what their samples are called."
+    require_columns(predictions, ["run", "method", "epoch", "index", "y_true", "pseudo_label"])
+    rows = known_rows(predictions, "pseudo_label")
+    if rows["run"].nunique() > 1: raise HplError(f"the table has {rows['run'].nunique()} runs: keep one, such as "
+                                                 f"predictions[predictions['run'] == {rows['run'].iloc[0]!r}]")
+    if rows["epoch"].nunique() < 2: raise HplError("the table has one epoch of the run: train with record_every=1, which "
+                                                   "keeps the predictions of each epoch")
+    samples = [key for key in ("split", "index", "output") if key in rows]
+    twice = rows.duplicated(["epoch", *samples])
+    if twice.any(): raise HplError(f"index {rows['index'][twice].iloc[0]} is in an epoch twice: keep the rows of one training")
+    return rows.astype(dict.fromkeys(samples, object)), samples
+
+class _Movie(NamedTuple):
+    "Samples that every epoch knows, and arrays of epochs by samples."
+    samples:pd.DataFrame
+    epochs:list
+    pseudo_label:np.ndarray
+    log_variance:np.ndarray|None
+
+# %% ../nbs/21_figures.ipynb #fa6dd5e3
+def _movie(predictions, most_epochs=30):
+    "What a movie shows, from the predictions table of one run."
+    rows, keys = _movie_rows(predictions)
+    epochs = _thin(pd.DataFrame(dict(epoch=sorted(rows["epoch"].unique()))), most_epochs)["epoch"].tolist()
+    rows = rows[rows["epoch"].isin(epochs)]
+    known = rows.pivot(index=keys, columns="epoch", values="pseudo_label").dropna()
+    if known.empty: raise HplError("no sample is in every epoch of the table: keep epochs of the same split")
+    samples = rows.drop_duplicates(keys).set_index(keys).loc[known.index].reset_index()
+    rows = rows.reindex(columns=[*keys, "epoch", "log_variance"])
+    variance = rows.pivot(index=keys, columns="epoch", values="log_variance").loc[known.index].to_numpy().T
+    return _Movie(samples, epochs, known.to_numpy().T, None if np.isnan(variance).any() else variance)
+
+def _thin_movie(movie, most):
+    "The movie of at most so many samples."
+    kept = _thin(movie.samples, most)
+    arrays = (None if values is None else values[:, kept.index] for values in movie[2:])
+    return _Movie(kept, movie.epochs, *arrays)
+
+# %% ../nbs/21_figures.ipynb #d5c08676
+def _colour_levels(log_variance):
+    "Log-variances as whole numbers from 0 to 255, and those of round variances with their names."
+    low, high = log_variance.min(), max(log_variance.max(), log_variance.min() + 1e-6)
+    level = lambda values: np.round((values - low) / (high - low) * 255)
+    axis = _log_axis(np.exp(np.array([low, high])))
+    places = level(np.log(axis["tickvals"]))
+    ticks = [(place, text) for place, text in zip(places.tolist(), axis["ticktext"]) if 0 <= place <= 255]
+    if len(ticks) < 2: ticks = [(0, f"{np.exp(low):.3g}"), (255, f"{np.exp(high):.3g}")]
+    return level(log_variance).astype(np.uint8), ticks[::math.ceil(len(ticks) / 8)]
+
+def _colours(log_variance, unit):
+    "The colours of every epoch, and the settings of the marker that go with them."
+    levels, ticks = _colour_levels(log_variance)
+    places, texts = map(list, zip(*ticks))
+    bar = dict(title=dict(text=_with_unit("σ²", unit, 2)), tickvals=places, ticktext=texts, thickness=12,
+               outlinewidth=0, xpad=4)
+    return levels, dict(cmin=0, cmax=255, colorscale="Cividis", colorbar=bar, line=dict(width=.5, color="#808080"))
+
+# %% ../nbs/21_figures.ipynb #7ea11652
+def _epoch_controls(figure, epochs):
+    "A slider over the epochs, and buttons to play and to pause."
+    still = dict(mode="immediate", frame=dict(duration=0, redraw=False), transition=dict(duration=0))
+    play = dict(still, frame=dict(duration=400, redraw=False), fromcurrent=True)
+    steps = [dict(label=str(epoch), method="animate", args=[[str(epoch)], still]) for epoch in epochs]
+    buttons = [dict(label=label, method="animate", args=[which, how])
+               for label, which, how in (("Play", None, play), ("Pause", [None], still))]
+    menu = dict(type="buttons", direction="right", buttons=buttons, showactive=False, x=0, xanchor="left", y=1,
+                yanchor="bottom", pad=dict(b=8), bgcolor=_GRID, bordercolor="#808080")
+    figure.update_layout(sliders=[_slider(steps, "Epoch ")], updatemenus=[menu])
+
+def _movie_axes(figure, movie, unit):
+    "Axes that hold every frame, and the diagonal on which a pseudo-label is right."
+    labels = movie.samples["y_true"]
+    ends = [float(labels.min()), float(labels.max())]
+    spread = lambda values: [float(value) for value in _short([values.min() - .05 * np.ptp(values), values.max() + .05 * np.ptp(values)])]
+    figure.add_shape(type="line", x0=ends[0], y0=ends[0], x1=ends[1], y1=ends[1], line=dict(color="#808080", dash="dash"))
+    figure.update_xaxes(title_text=_with_unit("True label", unit), range=spread(labels.to_numpy()))
+    figure.update_yaxes(title_text=_with_unit("Pseudo-label", unit), range=spread(np.append(movie.pseudo_label, ends)))
+
+# %% ../nbs/21_figures.ipynb #cce7c962
+def _draw_movie(movie, unit):
+    "A movie as a figure: the first epoch, and a frame for each with heights and colours."
+    first = movie.samples.iloc[0]
+    heights, marker = _short(movie.pseudo_label).astype(np.float32), {}
+    style = method_styles([first["method"]])[first["method"]]
+    points = _line(_short(movie.samples["y_true"]), heights[0], style, "%{customdata}<br>label %{x:.4g}, pseudo-label %{y:.4g}",
+                   first["run"], "markers", customdata=_sample_names(movie.samples), showlegend=False, name=html.escape(first["method"]))
+    points.update(y=heights[0], marker=dict(size=7))
+    frames = [dict(y=height) for height in heights]
+    if movie.log_variance is not None:
+        colours, marker = _colours(movie.log_variance, unit)
+        points.update(marker=dict(marker, color=colours[0]))
+        frames = [dict(frame, marker=dict(color=colour)) for frame, colour in zip(frames, colours)]
+    figure = go.Figure(points, frames=[go.Frame(name=str(epoch), data=[frame], traces=[0]) for epoch, frame in zip(movie.epochs, frames)])
+    _movie_axes(figure, movie, unit)
+    _epoch_controls(figure, movie.epochs)
+    return finish(figure, f"Pseudo-labels of {html.escape(first['method'])} by epoch", 520).update_layout(margin_t=96)
+
+# %% ../nbs/21_figures.ipynb #235e860d
+def pseudo_label_movie(
+    predictions:pd.DataFrame, # predictions table of one run at several epochs
+    unit:str="", # of the labels, such as years
+    max_points:int=400, # samples to draw; fewer where the output would grow over 100 KB
+)->go.Figure: # one frame per epoch, with a slider and buttons to play and to pause
+    "How the pseudo-labels and the learned variances of one run move over the epochs."
+    movie = _movie(predictions)
+    return _small(lambda most: _draw_movie(_thin_movie(movie, most), unit), min(max_points, len(movie.samples)))
 
 # %% ../nbs/21_figures.ipynb #fd5f0378
 def reliability_diagram(
@@ -311,7 +528,7 @@ def reliability_diagram(
                        line=dict(color="#808080", dash="dash"), name="calibrated", hoverinfo="skip")
     figure.update_xaxes(title_text=_with_unit("Mean variance", unit, 2), **_log_axis(positive))
     figure.update_yaxes(title_text=_with_unit("Mean squared error", unit, 2), **_log_axis(positive))
-    return _finish(figure, "Calibration of the learned variance", 460)
+    return finish(figure, "Calibration of the learned variance", 460)
 
 # %% ../nbs/21_figures.ipynb #d64eb357
 def _runs_by_epoch(log, methods):
@@ -332,7 +549,7 @@ def learning_curves(
         figure.add_trace(_line(rows["x"], rows[metric], style, "epoch %{x}: %{y:.4g}", key["run"], **legend))
     figure.update_xaxes(title_text="Epoch")
     figure.update_yaxes(title_text=_metric_title(metric, unit))
-    return _finish(figure, f"{_metric_title(metric, '')} over training")
+    return finish(figure, f"{_metric_title(metric, '')} over training")
 
 # %% ../nbs/21_figures.ipynb #206d9a49
 def _band(x, low, high, style, legend):
@@ -359,7 +576,7 @@ def log_variance_curves(
     figure.update_yaxes(title_text="Log-variance z, ± sd", row=1, col=1)
     figure.update_yaxes(title_text="Mean weight exp(−z)", rangemode="tozero", row=2, col=1)
     figure.update_xaxes(title_text="Epoch", row=2, col=1)
-    return _finish(figure, "Log-variance over training", 520)
+    return finish(figure, "Log-variance over training", 520)
 
 # %% ../nbs/21_figures.ipynb #2336aff0
 def _mean_and_sd(mean, sd, label, style):
@@ -397,7 +614,7 @@ def results_chart(
         figure.add_trace(_mean_and_sd(row[f"{metric}_mean"], row[f"{metric}_sd"], label, style))
     figure.update_yaxes(autorange="reversed", type="category")
     figure.update_xaxes(title_text=_metric_title(metric, unit))
-    return _finish(figure, f"{_metric_title(metric, '')}, mean ± sd over seeds", 150 + 44 * len(summary))
+    return finish(figure, f"{_metric_title(metric, '')}, mean ± sd over seeds", 150 + 44 * len(summary))
 
 # %% ../nbs/21_figures.ipynb #df897819
 _REPORT_CSS = _CSS + """
@@ -427,7 +644,7 @@ def _section(number, heading, text, content):
     if isinstance(content, pd.DataFrame): return body + _table(content)
     if isinstance(content, go.Figure):
         tied = f'role="group" aria-labelledby="heading-{number}" aria-describedby="text-{number}"'
-        plot = _plot(content, f"figure-{number}", "Promise.resolve()")
+        plot = _plot(content, f"figure-{number}", "Promise.resolve()", _in_words(content))
         return f'{body}<figure class="hpl-figure" {tied}>{plot}</figure>'
     raise HplError(f"section {heading!r} holds a {type(content).__name__}: give a plotly Figure, a DataFrame or None")
 

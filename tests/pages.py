@@ -1,9 +1,10 @@
 """README.md and the site's pages, made from the notebooks without Quarto.
 
     python tests/pages.py           # notebooks -> _proc, ready for `quarto render _proc`
-    python tests/pages.py --write   # nbs/index.ipynb -> README.md, settings.ini -> nbs/nbdev.yml
+    python tests/pages.py --write   # no stored widgets; nbs/index.ipynb -> README.md, settings.ini -> nbs/nbdev.yml
     python tests/pages.py --check   # is README.md what nbs/index.ipynb gives?
 """
+import ast
 import json
 import os
 import re
@@ -14,6 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PLOTLY = "application/vnd.plotly.v1+json"
+WIDGET = "application/vnd.jupyter.widget-view+json"
+LIBRARY = "plotly.min.js" # the site's only copy; _quarto.yml names it too
 ASSETS = "nbs/index_files" # pictures among the outputs of index.ipynb
 
 
@@ -85,34 +88,132 @@ def readme_problems(root=ROOT):
 
 
 def site(root=ROOT):
-    "nbs -> _proc: figures as HTML (Quarto does not know plotly's own format), then nbdev's processing."
+    "nbs -> _proc: figures as HTML that uses the site's own copy of plotly.js, then nbdev's processing."
     from nbdev.quarto import refresh_quarto_yml
     from nbdev.serve import proc_nbs
+    from plotly.offline import get_plotlyjs
     refresh_quarto_yml()
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)/"nbs"
         shutil.copytree(root/"nbs", copy, ignore=shutil.ignore_patterns(".*", "*.py"))
-        for notebook in copy.rglob("*.ipynb"): show_figures(notebook)
+        for notebook in copy.rglob("*.ipynb"): change(notebook, without_widgets, name_pictures, show_figures(notebook, copy))
+        (copy/LIBRARY).write_text(get_plotlyjs(), encoding="utf-8")
         proc_nbs(str(copy), n_workers=0, force=True)
-    return sorted((root/"_proc").rglob("*.ipynb"))
+    found = sorted((root/"_proc").rglob("*.ipynb"))
+    for notebook in found: change(notebook, without_widgets, with_sources(root/"nbs"/notebook.relative_to(root/"_proc"), root))
+    return found
 
 
-def show_figures(notebook):
-    "Each plotly figure among a notebook's outputs that has no HTML of its own becomes the HTML that shows it."
-    from plotly.io import to_html
-    nb = json.loads(notebook.read_text(encoding="utf-8"))
-    for output in (output for cell in nb["cells"] for output in cell.get("outputs", []) if PLOTLY in output.get("data", {})):
-        figure = output["data"].pop(PLOTLY)
-        if "text/html" in output["data"]: continue
-        figure = {key: figure[key] for key in ("data", "layout", "frames") if key in figure}
-        html = to_html(figure, full_html=False, include_plotlyjs="cdn", validate=False)
-        output["data"]["text/html"] = html.splitlines(True)
-    notebook.write_text(json.dumps(nb, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+def change(notebook, *edits):
+    "Edit a notebook's JSON; a file that stays the same is not written."
+    text = notebook.read_text(encoding="utf-8")
+    nb = json.loads(text)
+    for edit in edits: edit(nb)
+    if nb != json.loads(text): notebook.write_text(json.dumps(nb, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def show_figures(notebook, folder):
+    "An edit: each plotly figure among the outputs becomes HTML for a page in the notebook's place below `folder`."
+    import plotly.graph_objects as go
+
+    from hpl_nb.figures import show
+    address = "../" * len(notebook.parent.relative_to(folder).parts) + LIBRARY
+
+    def edit(nb):
+        for data in (output.get("data", {}) for cell in nb["cells"] for output in cell.get("outputs", [])):
+            if PLOTLY not in data: continue
+            figure = {key: value for key, value in data.pop(PLOTLY).items() if key in ("data", "layout", "frames")}
+            words = "".join(data.get("text/plain", ""))
+            alt = words.removeprefix("Figure: ") if words.startswith("Figure: ") else ""
+            data["text/html"] = show(go.Figure(figure, skip_invalid=True), alt).page(address).splitlines(True)
+    return edit
+
+
+def picture_words(output):
+    "What each picture of an output shows, in words: IPython's `alt`, or the name that an SVG gives itself."
+    for kind, data in output.get("data", {}).items():
+        if not kind.startswith("image/"): continue
+        named = re.search(r'aria-label="([^"]+)"', "".join(data)) if kind == "image/svg+xml" else None
+        yield output.get("metadata", {}).get(kind, {}).get("alt") or (named[1] if named else "")
+
+
+def name_pictures(nb):
+    "An edit: the words of a picture where Quarto looks for them."
+    for cell in nb["cells"]:
+        words = " ".join(words for output in cell.get("outputs", []) for words in picture_words(output))
+        if words: cell["source"] = [f"#| fig-alt: {json.dumps(words, ensure_ascii=False)}\n", *"".join(cell["source"]).splitlines(True)]
+
+
+def modules_of(notebook, root=ROOT):
+    "The files of the modules that a notebook exports."
+    names = re.findall(r"#\| *default_exp +([\w.]+)", notebook.read_text(encoding="utf-8"))
+    return [root/"hpl_nb"/(name.replace(".", "/") + ".py") for name in names]
+
+
+def definitions(file):
+    "{exported name: its first line in the module, and its source there}"
+    text = file.read_text(encoding="utf-8")
+    found, exported = {}, []
+    for node in ast.parse(text).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", node)]
+        for name in (part for target in targets for part in getattr(target, "elts", [target])):
+            found[getattr(name, "id", getattr(name, "name", None))] = node.lineno, ast.get_source_segment(text, node)
+        if isinstance(node, ast.Assign) and "__all__" in found and not exported: exported = ast.literal_eval(node.value)
+    return {name: found[name] for name in exported}
+
+
+def with_sources(notebook, root):
+    "An edit of a notebook's page: nbdev documents functions and classes; here every exported name gets its place and its source."
+    from nbdev.config import get_config
+    config = get_config()
+
+    def edit(nb):
+        documented = {name: cell["outputs"][0]["data"] for cell in nb["cells"] if cell.get("outputs")
+                      for name in re.findall(r"^show_doc\((\w+)\)", "".join(cell["source"]), flags=re.M)}
+        values = []
+        for file in modules_of(notebook, root):
+            for name, (line, source) in definitions(file).items():
+                address = f"{config.git_url}/blob/{config.branch}/{file.relative_to(root).as_posix()}#L{line}"
+                link = f'[source]({address}){{target="_blank" style="float:right; font-size:smaller"}}'
+                if name in documented: add_source(documented[name], link)
+                else: values.append(f"{link}\n\n### {name}\n\n```python\n{shortened(source)}\n```")
+        if values: nb["cells"].append(markdown_cell("## Constants\n\n" + "\n\n".join(values)))
+    return edit
+
+
+def add_source(data, link):
+    "Put the link into a page's documentation of a name: nbdev has none, or that of a namesake in another module."
+    text = re.sub(r"^\[source\]\(.*\n", "", "".join(data["text/markdown"]), flags=re.M)
+    data["text/markdown"] = text.replace("---\n", f"---\n\n{link}\n", 1).splitlines(True)
+
+
+def shortened(source, most=12):
+    "The first lines of a source text."
+    lines = source.splitlines()
+    return "\n".join(lines if len(lines) <= most else [*lines[:most], "    ..."])
+
+
+def markdown_cell(text): return {"cell_type": "markdown", "id": "constants", "metadata": {}, "source": text.splitlines(True)}
+
+
+def without_widgets(nb):
+    "An edit: no views of widgets, which no page can show, and nothing that is left of one."
+    for cell in nb["cells"]:
+        views = [output for output in cell.get("outputs", []) if output.get("data", {}).pop(WIDGET, None) is not None]
+        if views: cell["outputs"] = [output for output in cell["outputs"] if output not in views or set(output["data"]) - {"text/plain"}]
+    nb["metadata"].pop("widgets", None)
+
+
+def strip_widgets(root=ROOT):
+    "Notebooks without stored views of widgets, as files."
+    for notebook in (root/"nbs").rglob("*.ipynb"): change(notebook, without_widgets)
 
 
 if __name__ == "__main__":
     os.chdir(ROOT) # nbdev looks for settings.ini from here upwards
     sys.path.insert(0, str(ROOT))
-    if "--write" in sys.argv: write()
+    if "--write" in sys.argv:
+        strip_widgets()
+        write()
     elif "--check" in sys.argv: sys.exit("\n".join(readme_problems()) or None)
     else: print(*(page.relative_to(ROOT) for page in site()), sep="\n")

@@ -38,7 +38,7 @@ def all_figures(table, **more):
     logs, runs = pd.concat([log(), log(1), log(method="b")]), metrics.evaluate(table)
     return dict(
         boxes=figures.pseudo_label_boxplots(table, **more), scatter=figures.variance_scatter(table, **more),
-        slider=figures.variance_scatter(table, at=[25, 30], **more),
+        slider=figures.variance_scatter(table, at=[25, 30], **more), grid=figures.variance_grid(table, [25, 30, 35], **more),
         groups=figures.group_error_lines(metrics.group_errors(table, "pseudo_label"), **more),
         reliability=figures.reliability_diagram(metrics.reliability(table), **more),
         curves=figures.learning_curves(logs, **more), variance=figures.log_variance_curves(logs, methods=more.get("methods")),
@@ -88,8 +88,8 @@ def test_scatter_shows_the_rows_and_names_them(both):
     names = [f"<b>{i}</b>.jpg" for i in both["index"]]
     first = figures.variance_scatter(both.assign(sample_name=names), at=30, width=4).data[0]
     rows = both[(both.method == "a") & both.y_true.between(28, 32)]
-    assert list(first.x) == pytest.approx((rows.pseudo_label - rows.y_true).abs().tolist())
-    assert list(first.y) == pytest.approx(np.exp(rows.log_variance).tolist())
+    assert list(first.x) == pytest.approx((rows.pseudo_label - rows.y_true).abs().tolist(), rel=1e-3)
+    assert list(first.y) == pytest.approx(np.exp(rows.log_variance).tolist(), rel=1e-3)
     assert first.customdata[0][0] == f"&lt;b&gt;{rows['index'].iloc[0]}&lt;/b&gt;.jpg"
     assert figures.variance_scatter(both).layout.yaxis.type == "log"
     assert figures.variance_scatter(both.assign(log_variance=1.)).layout.yaxis.type is None
@@ -99,6 +99,81 @@ def test_scatter_slider_shows_one_label_at_a_time(both):
     figure = figures.variance_scatter(both, at=[25, 30, 35])
     assert [trace.visible for trace in figure.data] == [True, True] + 4 * [False]
     assert list(figure.layout.sliders[0].steps[1].args[0]["visible"]) == [False, False, True, True, False, False]
+
+
+@pytest.mark.parametrize("panels", [1, 2, 3, 6])
+def test_grid_has_a_panel_for_each_label_on_the_same_axes(both, panels):
+    ats = [22, 25, 28, 30, 32, 35][:panels]
+    figure, slider = figures.variance_grid(both, ats, unit="years"), figures.variance_scatter(both, at=ats)
+    assert [note.text for note in figure.layout.annotations] == [f"{at} years" for at in ats]
+    assert [list(trace.x) for trace in figure.data] == [list(trace.x) for trace in slider.data]
+    assert len({trace.xaxis for trace in figure.data}) == panels and sum(trace.showlegend for trace in figure.data) == 2
+    assert sum(axis.matches is None for axis in figure.select_xaxes()) == sum(axis.matches is None for axis in figure.select_yaxes()) == 1
+    named = [axis for axis in figure.select_xaxes() if axis.title.text]
+    assert len(named) == min(panels, 2) and all(axis.showticklabels is not False for axis in named)
+    assert len(figures.variance_grid(both, ats, max_points=3).data[0].x) == 3
+    many = pd.concat([predictions(20_000), predictions(20_000, method="b")])
+    small = figures.variance_grid(many, ats)
+    assert len(json.dumps(figures.show(small)._repr_mimebundle_())) < 100_000 and len(small.data[0].x) >= min(400, 400 / panels)
+
+
+def moving(epochs, n=100, method="a", **more):
+    tables = (predictions(n, method=method, epoch=epoch) for epoch in epochs)
+    return pd.concat([table.assign(pseudo_label=table.pseudo_label + table.epoch, **more) for table in tables], ignore_index=True)
+
+
+def test_movie_shows_the_same_samples_in_every_epoch():
+    table = moving(range(1, 8))
+    known = table.drop(index=table.index[(table.epoch == 3) & (table["index"] == 5)])
+    figure = figures.pseudo_label_movie(known.sample(frac=1, random_state=0), unit="years")
+    assert [frame.name for frame in figure.frames] == list("1234567") and len(figure.data[0].x) == 99
+    assert "sample 5" not in figure.data[0].customdata and "sample 6" in figure.data[0].customdata
+    for frame in figure.frames:
+        rows = table[(table.epoch == int(frame.name)) & (table["index"] != 5)]
+        points, = frame.data
+        assert list(points.y) == pytest.approx(rows.pseudo_label.tolist(), rel=1e-3) and points.x is None
+        low, high = table.log_variance[table["index"] != 5].agg(["min", "max"])
+        assert points.marker.color / 255 * (high - low) + low == pytest.approx(rows.log_variance, abs=(high - low) / 500)
+    low, high = figure.layout.yaxis.range
+    assert low < min(known.pseudo_label.min(), 20) and high > max(known.pseudo_label.max(), 39)
+
+
+def test_movie_colour_bar_names_variances():
+    bar = figures.pseudo_label_movie(moving([1, 2]), unit="years").data[0].marker.colorbar
+    z = moving([1, 2]).log_variance
+    places = [(np.log(float(text)) - z.min()) / (z.max() - z.min()) * 255 for text in bar.ticktext]
+    assert bar.title.text == "σ² (years²)" and list(bar.tickvals) == pytest.approx(places, abs=.6)
+    for constant in (0., -700.): figures.pseudo_label_movie(moving([1, 2], log_variance=constant))
+
+
+@pytest.mark.parametrize("epochs", [2, 20, 100])
+def test_movie_is_small(epochs):
+    table = moving(range(epochs), 2000).assign(sample_name=lambda rows: "faces/" + rows["index"].astype(str) + ".jpg.chip.jpg")
+    figure = figures.pseudo_label_movie(table)
+    assert len(figure.frames) == min(epochs, 30) and figure.frames[-1].name == str(epochs - 1)
+    assert 100 <= len(figure.data[0].x) <= 400 and len(json.dumps(figures.show(figure)._repr_mimebundle_())) < 100_000
+
+
+def test_movie_without_a_variance_and_of_wrong_tables():
+    for table in (moving([1, 2]).drop(columns="log_variance"), moving([1, 2], log_variance=np.nan)):
+        figure = figures.pseudo_label_movie(table)
+        assert figure.data[0].marker.color == "#0072B2" and figure.frames[0].data[0].marker.color is None
+    with pytest.raises(HplError, match="record_every"): figures.pseudo_label_movie(moving([1]))
+    with pytest.raises(HplError, match="2 runs"): figures.pseudo_label_movie(pd.concat([moving([1, 2]), moving([1, 2], method="b")]))
+    with pytest.raises(HplError, match="twice"): figures.pseudo_label_movie(pd.concat([moving([1, 2]), moving([2, 3])]))
+    other_samples = moving([2]).assign(index=lambda rows: rows["index"] + 500)
+    with pytest.raises(HplError, match="every epoch"): figures.pseudo_label_movie(pd.concat([moving([1]), other_samples]))
+    with pytest.raises(HplError, match="ats is empty"): figures.variance_grid(predictions(), [])
+
+
+def test_every_figure_says_what_it_shows(both):
+    for name, figure in dict(all_figures(both), movie=figures.pseudo_label_movie(moving([1, 2, 3]))).items():
+        shown = figures.show(figure)._repr_mimebundle_()
+        words = re.search(r'<figure class="hpl-figure" aria-label="([^"]+)">', shown["text/html"])[1]
+        assert words in shown["text/html"].split("<p>")[1] and len(words) > 40 and " series" in words, name
+    assert "3 frames." in words and shown["text/plain"].startswith("Figure: Pseudo-labels of a")
+    given = figures.show(figure, alt='<"A" & B>')._repr_mimebundle_()["text/html"]
+    assert given.count("&lt;&quot;A&quot; &amp; B&gt;") == 2 and '<"A"' not in given
 
 
 def test_results_show_every_seed_and_no_spread_of_one():
@@ -152,7 +227,7 @@ def test_report_needs_nothing_else(report):
     assert head.count("plotly.js v") == 1 and 'name="viewport"' in head and "prefers-color-scheme:dark" in head
     assert "default-src 'none'" in head and not re.search(r'(src|href)="', body) and "cdn.plot.ly" not in body
     assert "Title &lt;1&gt;" in body and "Second &lt;/script&gt; &lt;b&gt;." in body and "x" * 80 + "&lt;i&gt;" in body
-    assert body.count("aria-labelledby") == body.count("<figure") == 8
+    assert body.count("aria-labelledby") == body.count("<figure") == 9
     assert len(set(re.findall(r' id="([^"]+)"', body))) == len(re.findall(r' id="([^"]+)"', body))
 
 
@@ -168,7 +243,7 @@ def test_report_is_drawn_without_a_network(report, tmp_path):
                "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path/'profile'}",
                "--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=8000", "--dump-dom", report.as_uri()]
     page = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
-    assert page.count('class="plot-container') == 8 and "has not run here.</p>" not in page
+    assert page.count('class="plot-container') == 9 and "has not run here.</p>" not in page
 
 
 def test_figures_are_not_imported_with_the_package():

@@ -43,6 +43,7 @@ def test_title_and_claim(notebook):
     "nbdev takes the first cell as title and description of the page, and drops whatever else is in it."
     first = next(cells(notebook))[1]
     lines = [line for line in first["source"].splitlines() if line.strip()]
+    if notebook.parent.name == "experiments" and lines[2:] == ["- skip_exec: true"]: lines.pop() # test_experiments.py runs it small
     assert first["cell_type"] == "markdown" and len(lines) == 2 and lines[0].startswith("# ") and lines[1].startswith("> "), \
         "the first cell must be `# title` and `> one-sentence claim`, each on one line; the introduction is the next cell"
 
@@ -70,8 +71,40 @@ def test_lessons_show_their_evidence(notebook):
     "A lesson cell that ends in a value has an output: the notebook was run, and stored as it ran."
     missing = [number for number, cell in cells(notebook, "code") if ends_in_value(cell) and not cell["outputs"]]
     assert not missing, f"cells {missing} end in a value but have no output; run the notebook and store its outputs"
-    counts = [cell["execution_count"] for _, cell in cells(notebook, "code") if cell.get("execution_count")]
-    assert counts == sorted(counts), "cells were run out of order; restart and run all"
+
+
+@each
+def test_outputs_are_of_one_run_in_order(notebook):
+    "nbdev_clean forgets the counts of all cells; a notebook that has counts has them for all its outputs, and increasing."
+    counts = {number: cell.get("execution_count") for number, cell in cells(notebook, "code")}
+    known = list(filter(None, counts.values()))
+    assert known == sorted(set(known)), "cells were run out of order; restart and run all"
+    unknown = [number for number, cell in cells(notebook, "code") if cell["outputs"] and not counts[number]]
+    assert not known or not unknown, f"cells {unknown} have outputs of another run; restart and run all"
+    inside = [number for number, cell in cells(notebook, "code") for output in cell["outputs"]
+              if output.get("execution_count") not in (None, counts[number])]
+    assert not inside, f"the outputs of cells {inside} are of another run; restart and run all"
+
+
+@each
+def test_no_widgets_are_stored(notebook):
+    "A view of a widget shows nothing without its kernel; a picture in the text does, and a sentence on how to get it live."
+    stored = [number for number, cell in cells(notebook, "code") for output in cell["outputs"] if pages.WIDGET in output.get("data", {})]
+    assert not stored, f"cells {stored} hold widgets; run `python tests/check.py --fix`"
+
+
+@each
+def test_pictures_and_figures_say_what_they_show(notebook):
+    for number, cell in cells(notebook):
+        pictures = re.findall(r"!\[([^\]]*)\]\(", cell["source"] if cell["cell_type"] == "markdown" else "")
+        pictures += [words for output in cell.get("outputs", []) for words in pages.picture_words(output)]
+        assert all(map(str.strip, pictures)), f"cell {number} has a picture without words: give it an alternative text"
+        for data in (output.get("data", {}) for output in cell.get("outputs", [])):
+            html = "".join(data.get("text/html", ""))
+            assert not re.search(r"<img(?![^>]*\balt=)", html), f"cell {number} has an image without `alt`"
+            if pages.PLOTLY not in data: continue
+            words = re.search(r'<figure class="hpl-figure" aria-label="([^"]+)">', html)
+            assert words and "".join(data["text/plain"]).startswith("Figure: "), f"cell {number} has a figure without words: use `show`"
 
 
 def ends_in_value(cell):

@@ -38,11 +38,11 @@ def picture(seed=0, size=(40, 40)):
 
 
 def make_folder(root, pictures="UTKFace", rows=30, ages=None):
-    "A folder in UTKFace's layout: 20 training, 5 validation and 5 test rows."
+    "A folder in UTKFace's layout: 5 validation and 5 test rows, the others for training."
     (root/pictures).mkdir(parents=True, exist_ok=True)
     names = [f"{row}.jpg" for row in range(rows)]
     for row, name in enumerate(names): picture(row).save(root/pictures/name)
-    table = pd.DataFrame(dict(FileName=names, age=ages or list(range(21, 21 + rows)), SPLIT=["TRAIN"]*20 + ["VAL"]*5 + ["TEST"]*5))
+    table = pd.DataFrame(dict(FileName=names, age=ages or list(range(21, 21 + rows)), SPLIT=["TRAIN"]*(rows - 10) + ["VAL"]*5 + ["TEST"]*5))
     table.to_csv(root/"utkface.csv", index=False)
     return root
 
