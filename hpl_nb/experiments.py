@@ -20,7 +20,7 @@ from .trainer import Run, load_run
 
 # %% auto #0
 __all__ = ['jobs_of', 'thin_predictions', 'store_run', 'stored_runs', 'is_finished', 'how_made', 'given_options', 'where_wrong',
-           'does_it_know', 'did_it_help']
+           'does_it_know', 'within_groups', 'did_it_help']
 
 # %% ../nbs/81_experiments.ipynb #bfcbca29
 def jobs_of(
@@ -132,14 +132,28 @@ def where_wrong(
 # %% ../nbs/81_experiments.ipynb #66ef777b
 def does_it_know(
     predictions:pd.DataFrame, # pseudo-labels of one method, one epoch of each run
+    width:float=1., # of a group of labels
 )->str: # Markdown
     "Whether the learned variance is larger where the pseudo-label is wrong, and whether its size is right."
     order, size = metrics.variance_summary(predictions)["spearman_error"], metrics.reliability_summary(predictions)["ratio"]
     verdict = "Yes" if order.min() > .5 else "Somewhat" if order.min() > .2 else "Hardly" if order.min() > .1 else "No"
     if order.max() < -.1: verdict = "No, it is rather the other way round"
     seeds = f"{order.min():.2f}" if len(order) == 1 else f"{order.min():.2f} to {order.max():.2f} over {len(order)} seeds"
+    same = within_groups(predictions, width)
     return (f"**Does $\\sigma^2$ know it?** {verdict}: its rank correlation with the true error is {seeds}, where 1 would be perfect and 0 "
-            f"is chance. The mean squared error is {size.mean():.2g} times the mean $\\sigma^2$.")
+            f"is chance. Among rows of about the same label it is {same.mean():.2f} in the mean, and below zero in {(same < 0).sum()} of "
+            f"{len(same)} groups. The mean squared error is {size.mean():.2g} times the mean $\\sigma^2$.")
+
+def within_groups(
+    predictions:pd.DataFrame, # pseudo-labels of one method, one epoch of each run
+    width:float, # of a group of labels
+)->pd.Series: # by group, mean over the runs
+    "Rank correlation of the log-variance with the true error among rows of about the same label."
+    rows = predictions.assign(group=metrics.group_labels(predictions["y_true"], width)[0])
+    rows = rows[rows.groupby(["run", "group"])["run"].transform("size") >= 10]
+    error = (rows["pseudo_label"] - rows["y_true"]).abs()
+    parts = rows.assign(error=error).groupby(["group", "run"])[["log_variance", "error"]]
+    return parts.apply(lambda part: metrics.spearman(part["log_variance"], part["error"])).groupby("group").mean()
 
 # %% ../nbs/81_experiments.ipynb #78e63166
 def did_it_help(

@@ -22,7 +22,6 @@ from PIL import Image
 from torch import Tensor
 
 from . import figures
-from .core import HplError
 from .data.core import SemiSupervisedData
 from .metrics import known_rows, mean_absolute_error, require_columns, spearman
 
@@ -207,9 +206,9 @@ def _make_figures(self:Explorer)->None:
     self.boxes.update_layout(dragmode="select", selectdirection="h", height=460, showlegend=False)
     hover = ("row %{customdata[0]}<br>label %{customdata[1]:.4g}, pseudo-label %{customdata[2]:.4g}<br>"
              "error %{x:.3g}, %{y:.3g}<extra></extra>")
-    points, marked = (go.Scattergl(mode="markers", marker=dict(size=size, opacity=opacity, color=colour, symbol=symbol), hovertemplate=hover,
-                                   unselected=dict(marker=dict(opacity=opacity)), customdata=np.zeros((0, 3)))
-                      for size, opacity, colour, symbol in ((6, .5, "#0072B2", "circle"), (9, 1, "#D55E00", "diamond")))
+    looks = dict(size=6, opacity=.5, color="#0072B2", symbol="circle"), dict(size=9, opacity=1, color="#D55E00", symbol="diamond")
+    points, marked = (go.Scattergl(mode="markers", marker=look, unselected_marker_opacity=look["opacity"], hovertemplate=hover)
+                      for look in looks)
     across = f"Absolute error of the pseudo-label{f' ({self.unit})' if self.unit else ''}"
     same = {name: self.boxes.layout[name] for name in ("template", "title", "dragmode", "height", "showlegend")}
     self.scatter = as_widget(go.Figure([points, marked], layout=dict(same, xaxis_title_text=across)))
@@ -229,7 +228,8 @@ def fit_axes(self:Explorer)->None:
     ends = np.log10([positive.min()*.8, positive.max()*1.25]) if logarithmic else [min(0, heights.min()), heights.max()*1.05]
     with self.scatter.batch_update():
         self.scatter.layout.xaxis.range = [0, right*1.05]
-        self.scatter.layout.yaxis.update(type="log" if logarithmic else "linear", range=list(ends), title_text=self.height.value.capitalize())
+        kind, title = "log" if logarithmic else "linear", self.height.value.capitalize()
+        self.scatter.layout.yaxis.update(type=kind, range=list(ends), title_text=title)
 
 @patch
 def rows(self:Explorer)->pd.DataFrame:
@@ -326,6 +326,7 @@ def _switched(self:Explorer, _=None)->None:
     self.drawing = True
     self._rescaled()
 
+# %% ../nbs/22_explorer.ipynb #22225115
 @patch
 def _picked(self:Explorer, points:go.Scattergl, picked:Any, _:Any)->None:
     "Points that were dragged over or clicked are the chosen samples."
@@ -350,8 +351,8 @@ def _cleared(self:Explorer, _=None)->None:
 def panel(self:Explorer)->widgets.Widget:
     "All controls and views as one widget."
     row = widgets.Layout(flex_flow="row wrap", align_items="center")
-    controls = [self.run, self.height, widgets.HBox([self.epoch, self.play], layout=row), widgets.HBox([self.labels, self.reset], layout=row)]
-    return widgets.VBox([*controls, self.words, *side_by_side([self.scatter, self.boxes]), self.cards])
+    rows = [widgets.HBox(pair, layout=row) for pair in ([self.epoch, self.play], [self.labels, self.reset])]
+    return widgets.VBox([self.run, self.height, *rows, self.words, *side_by_side([self.scatter, self.boxes]), self.cards])
 
 @patch
 def _repr_mimebundle_(self:Explorer, include=None, exclude=None)->dict[str, Any]:

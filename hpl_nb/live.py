@@ -46,7 +46,8 @@ class Curves:
         sums = {name: float(total) for name, total in progress.losses.items()}
         before, steps = (self.seen[2], into - self.seen[1]) if self.seen[0] == epoch else ({}, into)
         if steps > 0:
-            for name, total in sums.items(): self._add(self.losses.setdefault(name, ([], [])), progress.step, (total - before.get(name, 0.))/steps)
+            for name, total in sums.items():
+                self._add(self.losses.setdefault(name, ([], [])), progress.step, (total - before.get(name, 0.))/steps)
             for values in progress.records.get("log_variance", [])[-1:]: self._add(self.variance, progress.step, float(values.mean()))
         self.seen = epoch, into, sums
 
@@ -110,12 +111,14 @@ def draw(self:LiveView, session:Session)->None:
     validation = [row for row in log if "val_mae" in row]
     set_curves(self.losses, self.curves.losses, colours)
     set_curves(self.variance, {"log-variance": self.curves.variance})
-    set_curves(self.validation, {"validation": ([row["step"] for row in validation], [row["val_mae"] for row in validation])}, mode="lines+markers")
+    errors = [row["step"] for row in validation], [row["val_mae"] for row in validation]
+    set_curves(self.validation, {"validation": errors}, mode="lines+markers")
     best = f"; best validation MAE {min(row['val_mae'] for row in validation):.4g}" if validation else ""
     epochs = len(session.streams)//session.per_epoch
     self.words.value = (f"<p>Epoch {min(len(log) + 1, epochs)} of {epochs}, step {session.progress.step:,} of {len(session.streams):,}"
                         f"{best}</p>")
 
+# %% ../nbs/52_live.ipynb #1bbdd12b
 def set_curves(
     figure:go.FigureWidget, # to be drawn in
     curves:Mapping[str, tuple[Sequence[float], Sequence[float]]], # x and y of each
@@ -162,7 +165,8 @@ async def fit_live(
     with interrupt_stops(view): run = await asyncio.to_thread(train)
     kept = "the same call goes on from there" if arguments.get("folder") else "it had no folder, so a new call begins anew"
     ends = {True: f"Finished: {describe(run, data.unit)}.", False: f"Stopped; {kept}."}
-    view.words.value, view.button.disabled, view.button.description = f"<p>{ends[run.finished]}</p>", True, "Finished" if run.finished else "Stopped"
+    view.words.value, view.button.disabled = f"<p>{ends[run.finished]}</p>", True
+    view.button.description = "Finished" if run.finished else "Stopped"
     return run
 
 # %% ../nbs/52_live.ipynb #df462806
