@@ -150,7 +150,7 @@ def side_by_side(
 
 # %% ../nbs/22_explorer.ipynb #a346e163
 class Explorer:
-    "Linked views of a predictions table: choose run, epoch and labels, drag over points, and see the samples."
+    "Linked views of a predictions table: choose method, run, epoch and labels, drag over points, and see the samples."
     def __init__(self,
         predictions:pd.DataFrame, # predictions table, with several epochs if trained with `record_every`
         data:SemiSupervisedData|None=None, # the data set, to show its samples
@@ -161,7 +161,8 @@ class Explorer:
         self.runs, self.most = explorable(predictions, output), most
         self.unit = unit or (data.unit if data is not None else "")
         self.view = sample_views(data) if data is not None else "sample {}".format
-        self.methods = list(dict.fromkeys(predictions["method"].astype(str)))
+        self.methods: dict[str, list[str]] = {} # runs of each method
+        for run, epochs in self.runs.items(): self.methods.setdefault(str(next(iter(epochs.values()))["method"].iloc[0]), []).append(run)
         self.chosen, self.drawing = np.array([], dtype=int), True
         self._make_controls()
         self._make_figures()
@@ -176,7 +177,8 @@ class Explorer:
 def _make_controls(self:Explorer)->None:
     "Widgets for the choice, and those for words and samples."
     wide, unit = dict(layout=widgets.Layout(width="min(34rem, 95%)"), style=dict(description_width="6rem")), self.unit or "label units"
-    self.run = widgets.Dropdown(options=list(self.runs), description="Run", **wide)
+    self.method = widgets.Dropdown(options=list(self.methods), description="Method", **wide)
+    self.run = widgets.Dropdown(options=self.methods[self.method.value], description="Run", **wide)
     self.height = widgets.Dropdown(options=self._heights(), description="Vertical", **wide)
     self.epoch = widgets.SelectionSlider(options=self._epochs(), value=self._epochs()[-1], description="Epoch", **wide)
     self.play = widgets.Play(min=0, max=len(self._epochs()) - 1, value=len(self._epochs()) - 1, interval=600, description="Epochs")
@@ -202,7 +204,7 @@ def _label_range(self:Explorer)->dict[str, Any]:
 @patch
 def _make_figures(self:Explorer)->None:
     "The two plots, empty of rows that are not chosen."
-    self.boxes = as_widget(figures.pseudo_label_boxplots(self.rows(), unit=self.unit, methods=self.methods))
+    self.boxes = as_widget(figures.pseudo_label_boxplots(self.rows(), unit=self.unit, methods=list(self.methods)))
     self.boxes.update_layout(dragmode="select", selectdirection="h", height=460, showlegend=False)
     hover = ("row %{customdata[0]}<br>label %{customdata[1]:.4g}, pseudo-label %{customdata[2]:.4g}<br>"
              "error %{x:.3g}, %{y:.3g}<extra></extra>")
@@ -265,7 +267,7 @@ def _describe(self:Explorer, rows:pd.DataFrame, error:np.ndarray, height:np.ndar
 @patch
 def _draw_boxes(self:Explorer, rows:pd.DataFrame)->None:
     "Histogram and box plots of the rows, into the figure that is there."
-    new = figures.pseudo_label_boxplots(rows, unit=self.unit, methods=self.methods) if len(rows) else None
+    new = figures.pseudo_label_boxplots(rows, unit=self.unit, methods=list(self.methods)) if len(rows) else None
     with self.boxes.batch_update():
         for i, trace in enumerate(self.boxes.data):
             trace.visible = new is not None
@@ -292,6 +294,7 @@ def _connect(self:Explorer)->None:
     for control in (self.epoch, self.labels): control.observe(self._moved, "value")
     self.height.observe(self._rescaled, "value")
     self.run.observe(self._switched, "value")
+    self.method.observe(self._other_method, "value")
     self.reset.on_click(self._cleared)
     points, bars = self.scatter.data[0], self.boxes.data[0]
     for listen in (points.on_selection, points.on_click): listen(self._picked)
@@ -340,6 +343,9 @@ def _brushed(self:Explorer, centres:Sequence[float])->None:
     self.labels.value = max(min(centres) - half, self.labels.min), min(max(centres) + half, self.labels.max)
 
 @patch
+def _other_method(self:Explorer, _=None)->None: self.run.options = self.methods[self.method.value]
+
+@patch
 def _cleared(self:Explorer, _=None)->None:
     "All labels, no sample."
     self.chosen = np.array([], dtype=int)
@@ -352,7 +358,7 @@ def panel(self:Explorer)->widgets.Widget:
     "All controls and views as one widget."
     row = widgets.Layout(flex_flow="row wrap", align_items="center")
     rows = [widgets.HBox(pair, layout=row) for pair in ([self.epoch, self.play], [self.labels, self.reset])]
-    return widgets.VBox([self.run, self.height, *rows, self.words, *side_by_side([self.scatter, self.boxes]), self.cards])
+    return widgets.VBox([self.method, self.run, self.height, *rows, self.words, *side_by_side([self.scatter, self.boxes]), self.cards])
 
 @patch
 def _repr_mimebundle_(self:Explorer, include=None, exclude=None)->dict[str, Any]:

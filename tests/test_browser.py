@@ -98,9 +98,9 @@ def explorer(lab, browser):
     with notebook(browser, lab[0]("22_explorer")) as (page, errors):
         page.wait_for_selector(".js-plotly-plot .nsewdrag", timeout=40_000, state="attached")
         idle(page)
-        page.locator('.widget-dropdown select').first.select_option(label="digits/HPL/0")
-        wait_for(lambda: page.locator(".widget-dropdown select").nth(1).locator("option").count() == 2)
-        page.locator(".widget-dropdown select").nth(1).select_option(index=0)
+        choice(page, "Method").select_option(label="HPL")
+        wait_for(lambda: choice(page, "Vertical").locator("option").count() == 2)
+        choice(page, "Vertical").select_option(index=0)
         page.get_by_role("button", name="All labels").click()
         press(page, "Epoch", "End")
         page.locator(".js-plotly-plot").first.scroll_into_view_if_needed()
@@ -137,6 +137,9 @@ def drag(page, plot, left, top, right, bottom):
     page.mouse.move(*at((left + right)/2, (top + bottom)/2), steps=4)
     page.mouse.move(*at(right, bottom), steps=4)
     page.mouse.up()
+
+
+def choice(page, name): return page.locator(f".widget-dropdown:has-text('{name}') select").first
 
 
 def press(page, name, key):
@@ -196,13 +199,16 @@ def test_play_goes_through_the_epochs(explorer):
     assert not ours(errors)
 
 
-def test_another_run_without_a_variance(explorer):
+def test_another_run_and_a_method_without_a_variance(explorer):
     page, errors = explorer
-    page.locator(".widget-dropdown select").first.select_option(label="digits/PseudoLabel/0")
-    wait_for(lambda: "disagreement" in words(page))
-    wait_for(lambda: page.locator(".widget-dropdown select").nth(1).locator("option").count() == 1)
-    page.locator(".widget-dropdown select").first.select_option(label="digits/HPL/0")
-    wait_for(lambda: page.locator(".widget-dropdown select").nth(1).locator("option").count() == 2)
+    before = values(page, 0, "x")
+    choice(page, "Run").select_option(label="digits/HPL/1")
+    wait_for(lambda: values(page, 0, "x") != before)
+    choice(page, "Method").select_option(label="PseudoLabel")
+    wait_for(lambda: "disagreement" in words(page) and choice(page, "Vertical").locator("option").count() == 1)
+    assert choice(page, "Run").locator("option").all_inner_texts() == ["digits/PseudoLabel/0"]
+    choice(page, "Method").select_option(label="HPL")
+    wait_for(lambda: choice(page, "Vertical").locator("option").count() == 2)
     assert not ours(errors)
 
 

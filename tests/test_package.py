@@ -114,10 +114,3 @@ def test_wheel_carries_everything(tmp_path):
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT/"hpl_nb").rglob("*.py")}
     assert tables | sources | {"hpl_nb/py.typed"} <= names
     assert not [path for path in names if "results" in path]
-
-
-def test_the_readmes_lines_run(root):
-    "The code under *Your own data*, as it stands there."
-    code = re.search(r"```python\n(.*?)```", (root/"README.md").read_text(encoding="utf-8"), flags=re.S)[1]
-    printed = python(code)
-    assert "pseudo_label" in printed and float(printed.split()[0]) > 0
