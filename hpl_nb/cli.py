@@ -58,11 +58,11 @@ __all__ = ['RECIPES', 'METHODS', 'PRESETS', 'WITH_DROPOUT', 'DEMO_METHODS', 'STR
            'Recipe', 'load_images', 'load_sentences', 'sentence_network', 'image_network', 'digit_network', 'recipe_of',
            'train_settings', 'method_names', 'make_method', 'with_changes', 'method_list', 'start_weight',
            'method_settings', 'given_settings', 'parse_pairs', 'parse_value', 'field_names', 'hpl_settings', 'Job',
-           'train_job', 'check_job', 'hpl_train', 'run_path', 'describe_run', 'run_jobs', 'results_frame',
-           'results_table', 'compact', 'hpl_compare', 'parse_list', 'write_results', 'selected', 'pseudo_labels',
-           'one_of_each', 'joined_logs', 'report', 'finished_runs', 'hpl_figures', 'search_candidates', 'demo_options',
-           'search_demo', 'demo_search', 'tuned_options', 'hpl_demo', 'paper_costs', 'make_bench', 'bench_method',
-           'peak_memory', 'hpl_bench', 'bench_modes', 'bench_table']
+           'train_job', 'check_job', 'hpl_train', 'run_path', 'describe_run', 'run_jobs', 'is_finished',
+           'results_frame', 'results_table', 'compact', 'hpl_compare', 'parse_list', 'write_results', 'selected',
+           'pseudo_labels', 'one_of_each', 'joined_logs', 'report', 'finished_runs', 'hpl_figures', 'search_candidates',
+           'demo_options', 'search_demo', 'demo_search', 'tuned_options', 'hpl_demo', 'paper_costs', 'make_bench',
+           'bench_method', 'peak_memory', 'hpl_bench', 'bench_modes', 'bench_table']
 
 # %% ../nbs/80_cli.ipynb #905e9c1a
 @dataclass(frozen=True)
@@ -448,7 +448,7 @@ def run_jobs(
     "Train all jobs; a finished one is only read. Whatever is wrong with one is said before the first."
     if not parallel >= 1: raise HplError(f"--jobs is {parallel}; give at least 1.")
     for job in jobs: check_job(job)
-    waiting = [job for job in jobs if not (Path(job.folder)/"metrics.json").exists()]
+    waiting = [job for job in jobs if not is_finished(job)]
     threads = max(1, (os.cpu_count() or 1)//parallel)
     bar = tqdm(total=len(jobs), initial=len(jobs) - len(waiting), desc="runs", disable=not progress)
     if parallel == 1:
@@ -461,6 +461,12 @@ def run_jobs(
                 future.result()
                 bar.set_postfix_str(f"{futures[future].method} {futures[future].seed}"), bar.update()
     return [load_run(job.folder) for job in jobs]
+
+def is_finished(
+    job:Job, # any
+)->bool:
+    "Whether its folder holds a finished run."
+    return (Path(job.folder)/"metrics.json").exists()
 
 def _train_quietly(job): train_job(job, progress=False)
 

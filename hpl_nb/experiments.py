@@ -14,13 +14,13 @@ import numpy as np
 import pandas as pd
 
 from . import metrics
-from .cli import Job, Options, method_list, parse_list, recipe_of, run_path, selected
+from .cli import Job, Options, is_finished, method_list, parse_list, recipe_of, run_path, selected
 from .core import HplError, RunFolder, atomic_write
 from .trainer import Run, load_run
 
 # %% auto #0
-__all__ = ['jobs_of', 'thin_predictions', 'store_run', 'stored_runs', 'is_finished', 'how_made', 'given_options', 'where_wrong',
-           'does_it_know', 'within_groups', 'did_it_help']
+__all__ = ['jobs_of', 'thin_predictions', 'store_run', 'stored_runs', 'how_made', 'given_options', 'where_wrong', 'does_it_know',
+           'within_groups', 'did_it_help']
 
 # %% ../nbs/81_experiments.ipynb #bfcbca29
 def jobs_of(
@@ -77,12 +77,6 @@ def stored_runs(
     if there: return there
     methods = ", ".join(dict.fromkeys(job.method for job in jobs))
     raise HplError(f"there is no stored run of {methods}: set `root` to the folder of the data, and train.")
-
-def is_finished(
-    job:Job, # any
-)->bool:
-    "Whether its folder holds a finished run."
-    return (Path(job.folder)/"metrics.json").exists()
 
 # %% ../nbs/81_experiments.ipynb #6eb97ff1
 def how_made(

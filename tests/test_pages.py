@@ -7,8 +7,8 @@ import check
 import pages
 import pytest
 from browser import DESK, PHONE, ROOT, chromium, needs_browser, open_page, screenshot
+from test_notebooks import NOTEBOOKS
 
-NOTEBOOKS = [path for path in sorted((ROOT/"nbs").rglob("*.ipynb")) if not any(part[0] in "._" for part in path.relative_to(ROOT).parts)]
 PICTURED = ("21_figures", "42_hypergrad", "experiments/rotated_digits", "experiments/results")
 HEAD = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="stylesheet" href="{up}styles.css"><style>:root{{color-scheme:light dark}}
