@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Head', 'Body', 'Regressor', 'count_parameters', 'mlp', 'small_cnn', 'ResNetBody', 'add_spectral_norm', 'resnet',
-           'BiLSTMBody', 'encode_sentences', 'bilstm']
+           'BiLSTMBody', 'backwards', 'encode_group', 'encode_sentences', 'bilstm']
 
 # %% ../nbs/30_models.ipynb #d7a8a3d6
 import pickle
@@ -17,7 +17,6 @@ import torchvision
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from .core import HplError
 
@@ -270,7 +269,8 @@ class BiLSTMBody(nn.Module):
         super().__init__()
         self.num_features = 8*hidden
         self.register_buffer("vectors", vectors.detach().clone().float(), persistent=False)
-        self.lstm = nn.LSTM(vectors.shape[1], hidden, layers, batch_first=True, bidirectional=True)
+        sizes = [vectors.shape[1], *[2*hidden]*(layers - 1)]
+        self.layers = nn.ModuleList(nn.ModuleList(nn.LSTM(size, hidden, batch_first=True) for _ in range(2)) for size in sizes)
         self.dropout = nn.Dropout(dropout)
         self.fingerprint = (*vectors.shape, zlib.crc32(self.vectors.cpu().numpy().tobytes()))
 
@@ -285,18 +285,39 @@ class BiLSTMBody(nn.Module):
             raise HplError("the checkpoint was trained with other word vectors: pass those of its file and seed")
 
 # %% ../nbs/30_models.ipynb #055317c8
+def backwards(
+    x:Tensor, # shape (B, L, E)
+    lengths:Tensor, # words of each sentence, shape (B,)
+)->Tensor: # shape (B, L, E)
+    "Each sentence's words from last to first; padding stays where it is."
+    place = torch.arange(x.shape[1], device=x.device)
+    source = torch.where(place < lengths[:, None], lengths[:, None] - 1 - place, place)
+    return x.gather(1, source[:, :, None].expand_as(x))
+
+# %% ../nbs/30_models.ipynb #3499b06f
+def encode_group(
+    body:BiLSTMBody, # word vectors, dropout and LSTMs
+    token_ids:Tensor, # shape (B, L), 0 = padding on the right
+    lengths:Tensor, # words of each sentence, at least 1, shape (B,)
+)->Tensor: # sentence vectors, shape (B, 2 hidden)
+    "Largest output over the words of each sentence."
+    outputs = body.dropout(nn.functional.embedding(token_ids, body.vectors))
+    for to_right, to_left in body.layers:
+        outputs = torch.cat([to_right(outputs)[0], backwards(to_left(backwards(outputs, lengths))[0], lengths)], dim=2)
+    is_padding = torch.arange(token_ids.shape[1], device=lengths.device) >= lengths[:, None]
+    return body.dropout(outputs).masked_fill(is_padding[:, :, None], float("-inf")).max(dim=1).values
+
+# %% ../nbs/30_models.ipynb #73e139c7
 def encode_sentences(
-    body:BiLSTMBody, # word vectors, dropout and LSTM
+    body:BiLSTMBody, # word vectors, dropout and LSTMs
     token_ids:Tensor, # shape (B, L), 0 = padding on the right
 )->Tensor: # sentence vectors, shape (B, 2 hidden)
-    "Largest LSTM output over the words of each sentence; an empty sentence counts as one padding word."
-    lengths = (token_ids != 0).sum(1).clamp(min=1).cpu()
-    embedded = body.dropout(nn.functional.embedding(token_ids, body.vectors))
-    packed = pack_padded_sequence(embedded, lengths, batch_first=True, enforce_sorted=False)
-    outputs, _ = pad_packed_sequence(body.lstm(packed)[0], batch_first=True)
-    is_padding = torch.arange(outputs.shape[1]) >= lengths[:, None]
-    outputs = body.dropout(outputs).masked_fill(is_padding.to(outputs.device)[:, :, None], float("-inf"))
-    return outputs.max(dim=1).values
+    "Vectors of sentences in any order; an empty sentence counts as one padding word."
+    lengths = (token_ids != 0).sum(1).clamp(min=1)
+    if token_ids.is_cuda: return encode_group(body, token_ids, lengths)
+    order = lengths.argsort(stable=True)
+    encoded = [encode_group(body, token_ids[rows, :lengths[rows[-1]]], lengths[rows]) for rows in order.chunk(3)]
+    return torch.cat(encoded)[order.argsort()]
 
 # %% ../nbs/30_models.ipynb #7575b3c5
 def bilstm(

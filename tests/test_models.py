@@ -207,6 +207,15 @@ def test_spectral_norm_of_a_resnet():
     assert not hasattr(model.head, "parametrizations")
 
 
+def plain_lstm(body):
+    "torch's own bidirectional LSTM with the body's weights."
+    first = body.layers[0][0]
+    lstm = nn.LSTM(first.input_size, first.hidden_size, len(body.layers), batch_first=True, bidirectional=True)
+    lstm.load_state_dict({name.replace("_l0", f"_l{i}{suffix}"): value for i, pair in enumerate(body.layers)
+                          for part, suffix in zip(pair, ("", "_reverse")) for name, value in part.state_dict().items()})
+    return lstm
+
+
 class TestBiLSTM:
     def test_padding_changes_nothing(self):
         model = models.bilstm(torch.randn(30, 6), hidden=8).eval()
@@ -221,9 +230,30 @@ class TestBiLSTM:
     def test_matches_a_plain_lstm_per_sentence(self):
         model = models.bilstm(torch.randn(30, 6), hidden=8).eval()
         body, first, second = model.body, torch.tensor([3, 4, 5]), torch.tensor([6, 7])
-        u, v = (body.lstm(body.vectors[ids][None])[0].max(dim=1).values[0] for ids in (first, second))
+        lstm = plain_lstm(body)
+        u, v = (lstm(body.vectors[ids][None])[0].max(dim=1).values[0] for ids in (first, second))
         pair = torch.stack([first, nn.functional.pad(second, (0, 1))])[None]
         assert_close(model.features(pair)[0], torch.cat([u, v, (u - v).abs(), u*v]))
+
+    def test_gradients_are_those_of_packed_sequences(self):
+        body = models.bilstm(torch.randn(30, 6), hidden=8).double().body
+        body.vectors = body.vectors.double()
+        body.eval()
+        ids = torch.randint(1, 30, (17, 12))
+        lengths = torch.randint(1, 13, (17,))
+        ids[torch.arange(12) >= lengths[:, None]] = 0
+        lstm, packed = plain_lstm(body).double(), nn.utils.rnn.pack_padded_sequence
+        out = lstm(packed(body.vectors[ids], lengths, batch_first=True, enforce_sorted=False))[0]
+        expected = nn.utils.rnn.pad_packed_sequence(out, batch_first=True, padding_value=float("-inf"))[0].max(dim=1).values
+        weights = torch.randn_like(expected)
+        ours = models.encode_sentences(body, ids)
+        assert_close(ours, expected)
+        (expected*weights).sum().backward()
+        (ours*weights).sum().backward()
+        for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+            for layer, pair in enumerate(body.layers):
+                for part, suffix in zip(pair, ("", "_reverse")):
+                    assert_close(getattr(part, f"{name}_l0").grad, getattr(lstm, f"{name}_l{layer}{suffix}").grad)
 
     def test_empty_sentence_is_finite(self):
         model = models.bilstm(torch.randn(30, 6), hidden=8)
@@ -242,7 +272,9 @@ class TestBiLSTM:
     def test_sizes_of_the_release(self):
         model = models.bilstm(torch.zeros(10, 300))
         assert model.body.num_features == 8192
-        assert (model.body.lstm.num_layers, model.body.lstm.hidden_size, model.body.dropout.p) == (2, 1024, .2)
+        assert (len(model.body.layers), model.body.layers[1][0].hidden_size, model.body.dropout.p) == (2, 1024, .2)
+        parameters = sum(p.numel() for p in nn.LSTM(300, 1024, 2, bidirectional=True).parameters())
+        assert models.count_parameters(model) == {"body": parameters, "head": 8193}
 
     def test_other_vectors_are_refused(self):
         vectors = torch.randn(30, 6)
