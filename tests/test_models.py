@@ -119,7 +119,7 @@ def test_resnet_is_torchvisions(depth):
     ours = models.resnet(depth, dropout=0.0)
     ours.body.trunk.load_state_dict({k: v for k, v in theirs.state_dict().items() if not k.startswith("fc.")})
     theirs.fc = nn.Identity()
-    x = torch.randn(2, 3, 48, 48)
+    x = torch.randn(2, 3, 48, 48).contiguous(memory_format=torch.channels_last)
     for mode in (True, False): assert_close(ours.train(mode).features(x), theirs.train(mode)(x), rtol=0, atol=0)
 
 
