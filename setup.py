@@ -16,7 +16,8 @@ setup(
     packages=find_packages(include=["hpl_nb", "hpl_nb.*"]), include_package_data=False,
     package_data={"hpl_nb": ["py.typed", "resources/*.csv", "resources/*.json"]}, # resources is a link to data/
     python_requires=f">={s['min_python']}", install_requires=s["requirements"].split(),
-    extras_require={"dev": s["dev_requirements"].split(), "gp": s["gp_requirements"].split()}, zip_safe=False,
+    extras_require={"dev": s["dev_requirements"].split(), "gp": s["gp_requirements"].split(),
+                    "ray": s["ray_requirements"].split()}, zip_safe=False,
     entry_points={"console_scripts": [line.strip() for line in s["console_scripts"].splitlines() if line.strip()],
                   "nbdev": [f"{s['lib_path']}={s['lib_path']}._modidx:d"]},
     classifiers=["Programming Language :: Python :: 3", "Intended Audience :: Science/Research", "Typing :: Typed",

@@ -165,6 +165,8 @@ class RunFolder:
     def metrics(self)->Path: return self.path/"metrics.json"
     @property
     def predictions(self)->Path: return self.path/"predictions.parquet"
+    @property
+    def stored(self)->Path: return self.path.with_name(f"{self.path.name}.json")
 
     def read_json(self, name:str)->dict|None:
         "Content of a JSON file of the folder, or None where there is none."

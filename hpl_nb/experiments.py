@@ -14,13 +14,12 @@ import numpy as np
 import pandas as pd
 
 from . import metrics
-from .cli import Job, Options, is_finished, method_list, parse_list, recipe_of, run_path, selected
-from .core import HplError, RunFolder, atomic_write
+from .cli import Job, Options, is_finished, method_list, parse_list, recipe_of, run_path
+from .core import HplError
 from .trainer import Run, load_run
 
 # %% auto #0
-__all__ = ['jobs_of', 'thin_predictions', 'store_run', 'stored_runs', 'how_made', 'given_options', 'where_wrong', 'does_it_know',
-           'within_groups', 'did_it_help']
+__all__ = ['jobs_of', 'stored_runs', 'how_made', 'given_options', 'where_wrong', 'does_it_know', 'within_groups', 'did_it_help']
 
 # %% ../nbs/81_experiments.ipynb #bfcbca29
 def jobs_of(
@@ -35,38 +34,6 @@ def jobs_of(
         each = options(spec) if callable(options) else options
         todo += [Job(spec, seed, each, run_path(out, each, spec, seed)) for seed in parse_list(str(seeds), int, "seeds")]
     return todo
-
-# %% ../nbs/81_experiments.ipynb #798a1ca9
-def thin_predictions(
-    run:Run, # finished
-    most:int=1000, # rows of each epoch that was not selected
-)->pd.DataFrame: # predictions table
-    "Unlabelled and test rows of the selected epoch, and the same few unlabelled rows of the others."
-    rows = run.predictions
-    chosen = selected(run)
-    chosen = chosen[chosen["split"].isin(["unlabelled", "test"])]
-    unlabelled = chosen.loc[chosen["split"] == "unlabelled", "index"].unique()
-    few = unlabelled[np.linspace(0, len(unlabelled) - 1, min(most, len(unlabelled))).astype(int)]
-    others = rows[(rows["epoch"] != run.metrics["epoch"]) & (rows["split"] == "unlabelled") & rows["index"].isin(few)]
-    table = pd.concat([chosen, others]).sort_values(["epoch", "index", "output"], ignore_index=True)
-    numbers = ["y_true", "y_pred", "pseudo_label", "strong_prediction", "log_variance"]
-    return table.assign(**{name: table[name].map("{:.6g}".format).astype("float32") for name in numbers})
-
-# %% ../nbs/81_experiments.ipynb #e38615ea
-def store_run(
-    source:str|Path, # a finished run's folder
-    folder:str|Path, # where the copy goes
-)->Path:
-    "A run in under a megabyte, without checkpoints and without paths of this machine."
-    run, source, folder = load_run(source), RunFolder(source), RunFolder(folder)
-    options = source.read_json("options.json")
-    options |= {"root": "", **{name: Path(options[name]).name for name in ("weights", "vectors")}}
-    for name, content in (("config.json", run.config), ("metrics.json", run.metrics), ("options.json", options)):
-        folder.write_json(name, content)
-    atomic_write(folder.log, lambda file: file.write(run.log.to_csv(index=False).encode()))
-    table = thin_predictions(run)
-    atomic_write(folder.predictions, lambda file: table.to_parquet(file, index=False, compression="zstd"))
-    return folder.path
 
 # %% ../nbs/81_experiments.ipynb #b27246ee
 def stored_runs(
@@ -87,8 +54,9 @@ def how_made(
     if not there: return f"**No runs here** of {', '.join(dict.fromkeys(job.method for job in jobs))}."
     lines = {}
     for job in there:
-        metrics, options = (RunFolder(job.folder).read_json(name) for name in ("metrics.json", "options.json"))
-        way = f"{metrics['epochs']} epochs, {metrics['steps']:,} steps: `hpl_train {given_options(options)}`"
+        run = load_run(job.folder)
+        where = f" on {run.environment['hardware']}" if run.environment else ""
+        way = f"{run.metrics['epochs']} epochs, {run.metrics['steps']:,} steps{where}: `hpl_train {given_options(run.options)}`"
         lines.setdefault(way, {}).setdefault(job.method, []).append(str(job.seed))
     text = "\n".join(f"- {_who(methods)}: {way}" for way, methods in lines.items())
     one = len({job.seed for job in there}) == 1

@@ -6,12 +6,15 @@
 from __future__ import annotations
 
 import json
+import platform
 import re
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -31,17 +34,18 @@ from .core import (
     PREDICTION_COLUMNS, HplError, RunFolder, atomic_write, claim_run, derive_seed, not_negative, random_states, seed_everything,
     set_random_states, whole_number)
 from .data.core import SemiSupervisedData, Streams, StreamSettings, batch_rows
+from .data.pixels import DeviceView, Pixels
 from .metrics import mean_absolute_error, mean_squared_error, r2_score, variance_summary
 from .models import Regressor
 
 # %% auto #0
-__all__ = ['Clock', 'Trainable', 'OptimizerSettings', 'TrainSettings', 'epoch_length', 'Run', 'load_run', 'Progress', 'Session',
-           'train_step', 'micro_batches', 'scale_gradients', 'average_gradients', 'keep_record', 'evaluating',
-           'map_rows', 'predict_rows', 'predictions_table', 'inspect_rows', 'log_row', 'variance_row', 'check_finite',
-           'end_epoch', 'average_buffers', 'process_state', 'checkpoint_content', 'save_checkpoint', 'save_best',
-           'save_snapshot', 'read_checkpoint', 'load_state', 'check_origin', 'resume', 'make_accelerator', 'run_config',
-           'check_settings', 'open_session', 'place_method', 'fit', 'run_steps', 'any_process', 'is_due', 'has_ended',
-           'batches', 'finish', 'selected_metrics']
+__all__ = ['Clock', 'Trainable', 'OptimizerSettings', 'TrainSettings', 'epoch_length', 'Run', 'load_run', 'stored_run',
+           'Progress', 'Session', 'train_step', 'micro_batches', 'scale_gradients', 'average_gradients', 'keep_record',
+           'evaluating', 'map_rows', 'predict_rows', 'predictions_table', 'inspect_rows', 'log_row', 'variance_row',
+           'check_finite', 'end_epoch', 'average_buffers', 'process_state', 'checkpoint_content', 'save_checkpoint',
+           'save_best', 'save_snapshot', 'read_checkpoint', 'load_state', 'check_origin', 'resume', 'make_accelerator',
+           'run_config', 'check_settings', 'open_session', 'place_method', 'fit', 'run_steps', 'any_process', 'is_due',
+           'has_ended', 'batches', 'is_on_gpu', 'one_ahead', 'hardware', 'environment', 'finish', 'selected_metrics']
 
 # %% ../nbs/50_trainer.ipynb #4dfea6d9
 class Clock(NamedTuple):
@@ -133,19 +137,35 @@ class Run:
     config:dict[str, Any] # everything that decided its numbers
     log:pd.DataFrame # one row per epoch
     metrics:dict[str, Any] # of the selected epoch
-    predictions:pd.DataFrame # `PREDICTION_COLUMNS`
+    predictions:pd.DataFrame # `PREDICTION_COLUMNS`; empty where a stored run has none
     finished:bool # False: stopped before its end, resumable
+    environment:dict[str, str]=field(default_factory=dict) # hardware in words, and versions
+    options:dict[str, Any]=field(default_factory=dict) # of the command that made it
 
 # %% ../nbs/50_trainer.ipynb #6d34d4e3
 def load_run(
-    folder:str|Path, # a run folder
+    folder:str|Path, # a run folder, or that of a stored run, which is `folder`.json
 )->Run:
-    "Read a run folder; a missing or unfinished one raises `HplError`."
+    "Read a finished run; a missing or unfinished one raises `HplError`."
     folder = RunFolder(folder)
+    if folder.stored.exists(): return stored_run(folder)
     config, metrics = folder.read_json("config.json"), folder.read_json("metrics.json")
     if config is None: raise HplError(f"{folder.path} holds no run (no config.json); train one there with hpl_train --out.")
     if metrics is None: raise HplError(f"the run in {folder.path} is not finished; continue it with the command that began it.")
-    return Run(config, pd.read_csv(folder.log), metrics, pd.read_parquet(folder.predictions), True)
+    environment, options = (folder.read_json(name) or {} for name in ("environment.json", "options.json"))
+    return Run(config, pd.read_csv(folder.log), metrics, pd.read_parquet(folder.predictions), True, environment, options)
+
+# %% ../nbs/50_trainer.ipynb #d8d7d5a8
+def stored_run(
+    folder:RunFolder, # whose `stored` file exists
+)->Run:
+    "Read a stored run."
+    content, parquet = RunFolder(folder.path.parent).read_json(folder.stored.name), folder.stored.with_suffix(".parquet")
+    parts = ("config", "log", "metrics", "environment", "options")
+    if missing := [name for name in parts if name not in content]:
+        raise HplError(f"{folder.stored} has no {', '.join(missing)}: it is no stored run. Restore it, or delete it and store the run again.")
+    table = pd.read_parquet(parquet) if parquet.exists() else pd.DataFrame(columns=PREDICTION_COLUMNS)
+    return Run(content["config"], pd.DataFrame(content["log"]), content["metrics"], table, True, content["environment"], content["options"])
 
 # %% ../nbs/50_trainer.ipynb #9680aa10
 @dataclass
@@ -627,6 +647,8 @@ def fit(
 )->Run:
     "Train, select on validation, and measure on the test set once. The same call with the same folder resumes."
     place = next(method.parameters()).device
+    if workers and is_on_gpu(data):
+        raise HplError(f"workers is {workers}, but the inputs are on the GPU, where no other process makes batches; use workers=0.")
     session = open_session(method, data, settings or TrainSettings(), folder, seed, trackers)
     session.show = progress and session.accelerator.is_main_process
     try:
@@ -699,11 +721,50 @@ def batches(
     "The batches of steps `first` to `last`; the loader draws from no global generator."
     device = session.accelerator.device
     loader = DataLoader(session.streams, batch_size=None, sampler=range(first, last), num_workers=workers,
-                        pin_memory=device.type == "cuda", generator=torch.Generator())
-    for batch in loader:
+                        pin_memory=device.type == "cuda" and not is_on_gpu(session.data), generator=torch.Generator())
+    views = session.data.weak, session.data.strong, session.data.plain
+    quick = is_on_gpu(session.data) and all(isinstance(view, DeviceView) for view in views) # these draw from no global generator either
+    for batch in one_ahead(loader) if quick else loader:
         yield {stream: {k: v.to(device, non_blocking=True) for k, v in tensors.items()} for stream, tensors in batch.items()}
 
+def is_on_gpu(
+    data:SemiSupervisedData, # any
+)->bool:
+    "Whether the inputs are there already: then nothing is pinned, and no other process makes batches."
+    return isinstance(data.inputs, Pixels) and data.inputs.device.type != "cpu"
+
+# %% ../nbs/50_trainer.ipynb #2f863b3a
+def one_ahead(
+    items:Iterable[Any], # none of them None; making one draws from no global generator
+)->Iterator[Any]: # the same
+    "Each item is made by a thread while the one before is in use."
+    iterator = iter(items)
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, iterator, None)
+        while (item := following.result()) is not None:
+            following = thread.submit(next, iterator, None)
+            yield item
+
 # %% ../nbs/50_trainer.ipynb #bd912c68
+def hardware(
+    accelerator:Accelerator, # knows device and processes
+)->str: # such as "1 x NVIDIA H200" or "AMD EPYC, 1 thread"
+    "What trains, in words."
+    count, device = accelerator.num_processes, accelerator.device
+    if device.type == "cuda": return f"{count} x {torch.cuda.get_device_name(device)}"
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    threads = count*torch.get_num_threads()
+    return f"{names[0] if names else platform.machine()}, {threads} thread{'s'*(threads > 1)}"
+
+def environment(
+    accelerator:Accelerator, # knows device and processes
+)->dict[str, str]: # plain text
+    "Hardware and versions."
+    versions = {name: version(name) for name in ("torch", "torchvision", "numpy", "accelerate")}
+    return {"hardware": hardware(accelerator), "hpl_nb": __version__, "python": platform.python_version(), **versions}
+
+# %% ../nbs/50_trainer.ipynb #dcef7cfa
 def finish(
     session:Session, # a run that has ended
 )->Run:
@@ -720,8 +781,9 @@ def finish(
     metrics = selected_metrics(session, selected)
     if session.folder and session.accelerator.is_main_process:
         atomic_write(session.folder.predictions, lambda file: predictions.to_parquet(file, index=False))
+        session.folder.write_json("environment.json", environment(session.accelerator))
         session.folder.write_json("metrics.json", metrics)
-    return Run(session.config, pd.DataFrame(session.progress.log), metrics, predictions, True)
+    return Run(session.config, pd.DataFrame(session.progress.log), metrics, predictions, True, environment(session.accelerator))
 
 def _snapshots(session):
     return sorted((session.folder.path/"predictions").glob("epoch-*.parquet")) if session.folder else []

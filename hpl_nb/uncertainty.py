@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .core import HplError
 
 # %% auto #0
-__all__ = ['learner_input', 'UncertaintyLearner']
+__all__ = ['learner_input', 'scaled_features', 'disagreement', 'UncertaintyLearner']
 
 # %% ../nbs/41_uncertainty.ipynb #ea560e91
 def learner_input(
@@ -19,30 +20,47 @@ def learner_input(
     pseudo_label:Tensor, # on the weak view, shape (m, K); always detached
     residual:bool=False, # (r - pseudo_label, r) of the release (D8) instead of (r, pseudo_label)
     detach:bool=True, # stop the gradient from z to the prediction (D9)
-)->Tensor: # shape (m, 2K)
+    further:Tensor|None=None, # what else is known of each sample, shape (m, e); always detached
+)->Tensor: # shape (m, 2K + e)
     "What the uncertainty-learner reads about each sample."
     prediction, pseudo_label = prediction.detach() if detach else prediction, pseudo_label.detach()
     pair = (prediction - pseudo_label, prediction) if residual else (prediction, pseudo_label)
-    return torch.cat(pair, dim=1)
+    return torch.cat(pair if further is None else (*pair, further.detach()), dim=1)
+
+# %% ../nbs/41_uncertainty.ipynb #aa2b2787
+def scaled_features(
+    features:Tensor, # of the body, shape (m, d)
+)->Tensor: # shape (m, d): mean 0 and variance 1 in each row; no gradient
+    "Features on a scale that g can read, whatever the network."
+    return F.layer_norm(features.detach(), features.shape[1:])
+
+# %% ../nbs/41_uncertainty.ipynb #eedcf98f
+def disagreement(
+    predictions:Tensor, # of each sample, shape (P, m, K)
+    least:float=1e-3, # what is added to their standard deviation, normalised units
+)->Tensor: # shape (m, K), no gradient
+    "Order of magnitude (log10) of the spread of several predictions."
+    return torch.log10(predictions.detach().std(0, correction=0) + least)
 
 # %% ../nbs/41_uncertainty.ipynb #6f29383f
 class UncertaintyLearner(nn.Module):
-    "g of eq. 4: an MLP with one hidden layer from (m, 2K) to the log-variances (m, K)."
+    "g of eq. 4: an MLP with one hidden layer from (m, 2K), or (m, 2K + e), to the log-variances (m, K)."
     def __init__(self,
         outputs:int=1, # K
         hidden:int=128, # width of the hidden layer
         bound:float|None=None, # largest |z|; None: no bound
         initial_scale:float=1., # factor on the Xavier-normal weights
+        further:int=0, # e, numbers that it reads beyond the pair
     ):
         super().__init__()
         if bound is not None and not bound > 0: raise HplError(f"bound is {bound}; give a positive number, or None for no bound.")
         self.bound = bound
-        self.layers = nn.Sequential(nn.Linear(2*outputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
-        for layer in (self.layers[0], self.layers[2]):
-            nn.init.xavier_normal_(layer.weight, gain=initial_scale)
-            nn.init.zeros_(layer.bias)
+        self.layers = nn.Sequential(nn.Linear(2*outputs + further, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+        nn.init.zeros_(self.layers[0].weight) # of what is beyond the pair
+        for weight in (self.layers[0].weight.data[:, :2*outputs], self.layers[2].weight): nn.init.xavier_normal_(weight, gain=initial_scale)
+        for layer in (self.layers[0], self.layers[2]): nn.init.zeros_(layer.bias)
 
     def forward(self, pair:Tensor)->Tensor:
-        "Log-variance z of shape (m, K) for inputs of shape (m, 2K), in float32 also under autocast."
+        "Log-variance z of shape (m, K) for inputs of shape (m, 2K + e), in float32 also under autocast."
         with torch.autocast(pair.device.type, enabled=False): z = self.layers(pair.to(self.layers[0].weight.dtype))
         return z if self.bound is None else self.bound*torch.tanh(z/self.bound)

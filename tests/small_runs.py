@@ -33,7 +33,9 @@ METHODS = {"Supervised": Supervised, "PseudoLabel": PseudoLabel, "MeanTeacher": 
            "SSDKL": partial(SSDKL, inducing_points=8, gp_lr=.05), "SimRegMatch": SimRegMatch, "PIM": PIM,
            "UPSReg": UPSReg, "CADR": CADR, "JointUncertainty": JointUncertainty,
            "HPL paper": partial(HPL, settings=PAPER), "HPL release": partial(HPL, settings=RELEASE),
-           "HPL previous": partial(HPL, settings=replace(PAPER, preset="previous", outer="previous"))}
+           "HPL previous": partial(HPL, settings=replace(PAPER, preset="previous", outer="previous")),
+           "HPL extended": partial(HPL, settings=replace(PAPER, preset="extended", normalize_weights=True, passes=2, outer_batch=16,
+                                                         learner_inputs="pair+features+disagreement", teacher_decay=.9))}
 SETTINGS = TrainSettings(epochs=3, iterations_per_epoch=5, streams=StreamSettings(8, 16), record_every=2,
                          optimizer=OptimizerSettings(lr_body=3e-3, lr_head=1e-2, decay_every=1, decay=.5))
 

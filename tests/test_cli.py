@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from hpl_nb import cli
+from hpl_nb import cli, pipeline
 from hpl_nb.core import PREDICTION_COLUMNS
 from hpl_nb.models import mlp
 
@@ -31,7 +31,7 @@ def test_demo_writes_table_report_and_predictions(tmp_path, capsys):
 def test_compare_runs_every_method(tmp_path, capsys):
     "Each with its presets, in the table and with predictions; what is done is skipped."
     arguments = dict(methods="all", seeds="0", out=str(tmp_path), options="epochs=1 iterations=2")
-    cli.hpl_compare(**arguments)
+    pipeline.hpl_compare(**arguments)
     results = pd.read_csv(tmp_path/"rotated_digits"/"results.csv")
     names = {make.__name__ for make in cli.METHODS.values()} - {"HPL"} | {"HPL (paper)", "HPL (release)", "RankUp (arc)"}
     assert set(results["method"]) == names and len(results) == len(cli.method_names()) == 18
@@ -40,7 +40,7 @@ def test_compare_runs_every_method(tmp_path, capsys):
     assert all(name in printed for name in names)
     assert set(pd.read_parquet(tmp_path/"rotated_digits"/"predictions.parquet")["method"]) == names
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("metrics.json")}
-    cli.hpl_compare(**arguments)
+    pipeline.hpl_compare(**arguments)
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("metrics.json")} and len(before) == 18
 
 
@@ -68,24 +68,6 @@ def test_compare_puts_the_paper_beside_ours(dataset, paper):
     assert table.loc["HPL (paper)", "paper"] == paper and table.loc["Supervised", "mae"] == "6.10 ± 0.14"
 
 
-def test_bench_puts_the_paper_beside_ours(tmp_path, capsys):
-    cli.hpl_bench(depth=0, size=16, batch=4, rounds=1, methods="UCVME", out=str(tmp_path/"bench.csv"))
-    table = pd.read_csv(tmp_path/"bench.csv").set_index("method")
-    assert [*table.index] == ["PseudoLabel", "UCVME"] and table["paper"].tolist() == [1., 3.099]
-    assert (table[["ms", "ratio", "MB"]] > 0).all(axis=None) and table.loc["PseudoLabel", "extra_MB"] == 0
-    assert table.loc["UCVME", "ratio"] > 1.5 and "UCVME" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("mode", cli.BENCH_MODES)
-def test_every_mode_of_the_bench_steps(mode):
-    "And trains: the weights move. Each method, and each preset, has a mode."
-    bench = cli.make_bench(mode, 0, 16, 4)
-    before = [p.clone() for p in bench.method.regressor.body.parameters()]
-    assert all(bench.step(number) > 0 for number in range(2))
-    assert any((p != q).any() for p, q in zip(bench.method.regressor.body.parameters(), before))
-    assert {*cli.method_names()} - {"fully_supervised"} == {spec for spec, _ in cli.BENCH_MODES.values()}
-
-
 @pytest.mark.parametrize("command, arguments, says", [
     (cli.hpl_train, dict(method="bogus", dataset="utkface", root="nowhere"), "is unknown; choose supervised"),
     (cli.hpl_train, dict(dropout=1.5), "below 1"), (cli.hpl_train, dict(lr=-1.), "lr_body is -1"),
@@ -93,10 +75,12 @@ def test_every_mode_of_the_bench_steps(mode):
     (cli.hpl_train, dict(settings="outer_every=often"), "do not fit hpl"),
     (cli.hpl_train, dict(method="pim", settings="passes=2.5"), "passes is 2.5; give a whole number"),
     (cli.hpl_train, dict(method="cadr", settings="threshold=95"), "from 0 to 1"),
-    (cli.hpl_compare, dict(options="label_ratio=0.2"), "write name=value"), (cli.hpl_compare, dict(options="epochs=abc"), "whole number"),
-    (cli.hpl_compare, dict(seeds="0,x"), "--seeds is '0,x'"), (cli.hpl_compare, dict(label_ratios="5%"), "--label_ratios is '5%'"),
-    (cli.hpl_compare, dict(jobs=0), "--jobs is 0"),
-    (cli.hpl_compare, dict(methods="supervised,pim", options="dropout=0"), "--dropout 0.05")])
+    (pipeline.hpl_compare, dict(options="label_ratio=0.2"), "write name=value"),
+    (pipeline.hpl_compare, dict(options="epochs=abc"), "whole number"),
+    (pipeline.hpl_compare, dict(seeds="0,x"), "--seeds is '0,x'"),
+    (pipeline.hpl_compare, dict(label_ratios="5%"), "--label_ratios is '5%'"),
+    (pipeline.hpl_compare, dict(jobs=0), "--jobs is 0"),
+    (pipeline.hpl_compare, dict(methods="supervised,pim", options="dropout=0"), "--dropout 0.05")])
 def test_what_is_wrong_is_said_before_the_first_run(command, arguments, says, tmp_path):
     with pytest.raises(SystemExit, match=says): command(**arguments, out=str(tmp_path/"out"))
     assert not list(tmp_path.iterdir())

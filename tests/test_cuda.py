@@ -5,8 +5,12 @@ import numpy as np
 import pytest
 import torch
 from small_runs import METHODS, SETTINGS, digits, make
+from test_utkface import load, make_folder
 
-from hpl_nb.core import seed_everything
+from hpl_nb.core import HplError, seed_everything
+from hpl_nb.data.core import Streams, StreamSettings
+from hpl_nb.data.images import FlipCrop, RandAugmentMC, image_views, published_views
+from hpl_nb.data.pixels import BATCH_OPERATIONS, carry_out, draw_plans, on_device
 from hpl_nb.data.rotated_digits import rotated_digits
 from hpl_nb.methods.hpl import HPL, PAPER, RELEASE
 from hpl_nb.models import small_cnn
@@ -45,3 +49,45 @@ def test_resumes_on_the_gpu(tmp_path):
     train(PAPER, tmp_path, stop_after=27)
     resumed, _ = train(PAPER, tmp_path)
     for a, b in zip(whole.parameters(), resumed.parameters()): assert torch.allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("strong", ["released", "published"])
+def test_views_on_the_gpu_are_those_of_the_cpu(strong):
+    "The same uint8 pixels: before the normalisation all is integers, or floating point in the same order."
+    views = image_views(FlipCrop(3), RandAugmentMC(5, 10, 9)) if strong == "released" else published_views(40, operations=4)
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (300, 3, 40, 44), dtype=np.uint8))
+    plans = draw_plans(views.strong.transforms, np.arange(300), 300, 44, 40)
+    assert {step.operation for plan in plans for step in plan} >= {*BATCH_OPERATIONS} - {"zeros", "grey_box"}
+    different = (carry_out(pixels.cuda(), plans).cpu().int() - carry_out(pixels, plans).int()).abs()
+    assert different.max() <= 1 and (different > 0).float().mean() < 1e-4 # a fused multiplication may round once instead of twice
+
+
+def test_pixels_live_on_the_gpu(tmp_path):
+    "Batches are made there without waiting for it, and are those of the CPU up to rounding."
+    data = load(make_folder(tmp_path))
+    here, there = on_device(data, tmp_path/"cache"), on_device(data, tmp_path/"cache", "cuda")
+    assert there.inputs.resident.is_cuda and there.inputs.resident.dtype == torch.uint8
+    needs = {"labelled": ("weak",), "unlabelled": ("weak", "strong"), "outer": ("weak",)}
+    streams = [Streams(each, needs, StreamSettings(4, 4, 4), steps=4, seed=3) for each in (here, there)]
+    _ = streams[1][3] # whatever is done once has been done
+    torch.cuda.set_sync_debug_mode("error")
+    try: batch = streams[1][0]
+    finally: torch.cuda.set_sync_debug_mode("default")
+    for stream, tensors in streams[0][0].items():
+        for name, value in tensors.items(): assert torch.allclose(batch[stream][name].cpu(), value, atol=.03)
+    there.inputs.resident = None # as where it does not fit
+    assert torch.equal(streams[1][0]["unlabelled"]["strong"], batch["unlabelled"]["strong"])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_trains_with_pixels_on_the_gpu(tmp_path, compiled):
+    "In bf16, stopped and resumed; workers are refused."
+    data = on_device(load(make_folder(tmp_path)), tmp_path/"cache", "cuda")
+    settings = TrainSettings(epochs=2, iterations_per_epoch=4, streams=StreamSettings(3, 5), precision="bf16")
+    for stop in (3, None):
+        seed_everything(0)
+        method = HPL(small_cnn(3, width=4, dropout=.1), PAPER)
+        if compiled: method.regressor.body.compile()
+        run = fit(method, data, settings, folder=tmp_path/"run", progress=False, stop_after=stop)
+    assert run.finished and np.isfinite(run.predictions["y_pred"]).all()
+    with pytest.raises(HplError, match="use workers=0"): fit(method, data, settings, workers=1)

@@ -98,16 +98,20 @@ def test_missing_runs_are_named(play, tmp_path):
 
 def test_ablation_trains_and_reads(play, tmp_path):
     only, results = "BL,BL + UL,paper,D1,D6 log", str(tmp_path/"ablation.csv")
-    small = dict(seeds="0,1", only=only, options="epochs=2 iterations=3", results=results)
+    small = dict(seeds="0,1", only=only, options="epochs=2 iterations=3", results=results, tried="paper,normalised,teacher",
+                 search_seeds="100,101", improved=str(tmp_path/"improved.csv"), references="")
     trained = play("ablation", train=True, jobs=1, out=str(tmp_path/"runs"), **small)
     table = pd.read_csv(tmp_path/"ablation.csv").pivot(index="seed", columns="variant", values="mae")
     assert table.shape == (2, 5) and table["D6 log"].tolist() == table["paper"].tolist() != table["D1"].tolist()
-    assert figures(trained) == 2 and play("ablation", **small)[-1] == trained[-1]
+    attempts = pd.read_csv(tmp_path/"improved.csv").groupby(["stage", "variant"])["seed"].agg(list).to_dict()
+    assert attempts == {("search", key): [100, 101] for key in ("normalised", "paper", "teacher")} | {
+        ("test", key): [0, 1] for key in ("normalised", "teacher")}
+    assert figures(trained) == 3 and play("ablation", **small)[-1] == trained[-1]
 
 
 def test_stored_ablation(play):
     outputs = play("ablation")
-    assert figures(outputs) == 2 and "Worse at every seed" in words(outputs)
+    assert figures(outputs) == 3 and "Worse at every seed" in words(outputs) and "Better than both presets" in words(outputs)
 
 
 def test_cost_measures_what_is_named(play):
@@ -117,7 +121,7 @@ def test_cost_measures_what_is_named(play):
 
 def test_results_need_nothing_but_what_is_stored(play):
     outputs = play("results")
-    assert figures(outputs) >= 1 and "hpl_compare --dataset imdb_wiki" in words(outputs)
+    assert figures(outputs) >= 1 and "hpl_queue gpu --utkface FACES" in words(outputs) and "HPL (paper)" in words(outputs)
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)

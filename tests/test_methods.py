@@ -7,15 +7,16 @@ import pytest
 import torch
 from small_runs import METHODS, differences, make, on_cpu, vectors  # noqa: F401
 
+from hpl_nb.cli import Options, make_method
 from hpl_nb.core import HplError, seed_everything
 from hpl_nb.data.core import Streams, StreamSettings
 from hpl_nb.hypergrad import hypergradient_autograd, sgd_step
 from hpl_nb.loss import labelled_loss, pseudo_label_weight, unlabelled_loss
 from hpl_nb.methods.core import FullySupervised, PseudoLabel, Supervised, forward_batches
-from hpl_nb.methods.hpl import HPL, PAPER, RELEASE, HPLSettings, JointUncertainty, outer_features, teach
+from hpl_nb.methods.hpl import HPL, LEARNER_INPUTS, PAPER, RELEASE, HPLSettings, JointUncertainty, outer_features, step_passes, teach
 from hpl_nb.models import mlp
 from hpl_nb.trainer import OptimizerSettings, TrainSettings, fit
-from hpl_nb.uncertainty import learner_input
+from hpl_nb.uncertainty import disagreement, learner_input, scaled_features
 
 FAST = replace(PAPER, learner_lr=1e-2)
 SETTINGS = TrainSettings(epochs=3, iterations_per_epoch=10, streams=StreamSettings(8, 8), optimizer=OptimizerSettings(1e-2, 1e-2))
@@ -54,14 +55,14 @@ def grads(module): return [None if p.grad is None else p.grad.clone() for p in m
 CHANGES = {"unlabelled_weight": .3, "learner_lr": 3e-2, "learner_weight_decay": .3, "log_variance_bound": .1, "outer": "previous",
            "outer_overlap": True, "outer_every": 2, "outer_regularizer": .5, "virtual_step": "optimizer", "virtual_lr": .3,
            "learner_first": True, "separate_forward": True, "half_weight": True, "reduction": "sum", "residual_input": True,
-           "detach_input": False}
+           "detach_input": False, "normalize_weights": True, "learner_inputs": "pair+features", "outer_batch": 12, "teacher_decay": .9}
 
 
 class TestEverySetting:
     "Thirty steps with one setting changed."
 
     def test_all_are_covered(self):
-        assert {*CHANGES, "preset", "log_term"} == {field.name for field in fields(HPLSettings)}
+        assert {*CHANGES, "preset", "log_term", "passes", "evaluate"} == {field.name for field in fields(HPLSettings)}
 
     @pytest.mark.parametrize("name", CHANGES)
     def test_changes_theta_and_phi(self, name):
@@ -85,7 +86,9 @@ class TestEverySetting:
 
     @pytest.mark.parametrize("name, value", [
         ("outer", "newest"), ("virtual_step", "adam"), ("reduction", "none"), ("unlabelled_weight", -1.),
-        ("unlabelled_weight", float("nan")), ("outer_every", 0), ("log_variance_bound", 0.), ("log_variance_bound", -1.)])
+        ("unlabelled_weight", float("nan")), ("outer_every", 0), ("log_variance_bound", 0.), ("log_variance_bound", -1.),
+        ("normalize_weights", "mean"), ("learner_inputs", "features"), ("outer_batch", 0), ("outer_batch", 2.5), ("passes", 0),
+        ("passes", 2), ("teacher_decay", -.1), ("teacher_decay", 1.1), ("teacher_decay", float("nan")), ("evaluate", "teacher")])
     def test_out_of_range(self, name, value):
         with pytest.raises(HplError): HPL(mlp(3, (4,)), replace(PAPER, **{name: value}))
 
@@ -96,7 +99,8 @@ class TestPhi:
     @pytest.mark.parametrize("outputs", [1, 2])
     @pytest.mark.parametrize("change", [
         {}, {"half_weight": True}, {"residual_input": True}, {"reduction": "sum"}, {"unlabelled_weight": .3},
-        {"log_variance_bound": None}, {"log_variance_bound": .5}], ids=str)
+        {"log_variance_bound": None}, {"log_variance_bound": .5}, {"normalize_weights": True},
+        {"normalize_weights": True, "half_weight": True, "reduction": "sum"}], ids=str)
     def test_detached_input(self, change, outputs):
         "The weights' hypergradient, carried on to phi."
         method, batch = prepared(settings := replace(FAST, virtual_lr=.05, **change), outputs)
@@ -104,7 +108,7 @@ class TestPhi:
         teach(method, passes, features, y)
         taught = grads(method.learner)
         z = method.learner(learner_input(passes.prediction, passes.pseudo_label, settings.residual_input))
-        omega = pseudo_label_weight(z, settings.half_weight)
+        omega = pseudo_label_weight(z, settings.half_weight)/(torch.exp(-z).mean() if settings.normalize_weights else 1)
         result = hypergradient_autograd(
             method.regressor.head, partial(sgd_step, learning_rate=.05), passes.labelled_features.detach(), passes.y,
             passes.unlabelled_features.detach(), passes.pseudo_label, omega.detach(), settings.unlabelled_weight, features, y,
@@ -115,23 +119,26 @@ class TestPhi:
     @pytest.mark.parametrize("outputs", [1, 2])
     @pytest.mark.parametrize("detach", [True, False])
     @pytest.mark.parametrize("change", [{}, {"log_term": False, "half_weight": True, "residual_input": True, "reduction": "sum"},
-                                        {"outer_regularizer": .1}], ids=str)
+                                        {"outer_regularizer": .1}, {"normalize_weights": True},
+                                        {"outer_regularizer": .1, "learner_inputs": "pair+features+disagreement"}], ids=str)
     def test_whole_step_written_down_once_more(self, change, detach, outputs):
         "Eq. 5, 7, 6 and D1 with one graph from phi to the outer loss, also where the gradient goes through g's input."
         method, batch = prepared(settings := replace(FAST, virtual_lr=.05, detach_input=detach, **change), outputs)
-        passes, (features, y) = forward_batches(method.regressor, batch), outer_features(method, batch)
-        teach(method, passes, features, y)
+        (passes, further), (features, y) = step_passes(method, batch), outer_features(method, batch)
+        teach(method, passes, features, y, further)
         taught, head, learner = grads(method.learner), method.regressor.head, method.learner
         weight, bias = (p.detach().clone().requires_grad_() for p in (head.weight, head.bias))
         r = passes.unlabelled_features.detach() @ weight.T + bias
-        z = learner(learner_input(r, passes.pseudo_label, settings.residual_input, detach))
+        z = learner(learner_input(r, passes.pseudo_label, settings.residual_input, detach, further))
         omega, kind = pseudo_label_weight(z, settings.half_weight), settings.reduction
+        if settings.normalize_weights: omega = omega/torch.exp(-z).mean()
         inner = labelled_loss(passes.labelled_features.detach() @ weight.T + bias, passes.y, kind) + unlabelled_loss(
             r, passes.pseudo_label, omega, z if settings.log_term else None, kind)
         steps = torch.autograd.grad(inner, (weight, bias), create_graph=True)
         prediction = features @ (weight - .05*steps[0]).T + bias - .05*steps[1]
         outer = labelled_loss(prediction, y, kind)
-        outer = outer - settings.outer_regularizer*learner(learner_input(prediction, y, settings.residual_input)).mean()
+        seen = None if further is None else torch.cat([scaled_features(features), disagreement(torch.stack([prediction, y]))], 1)
+        outer = outer - settings.outer_regularizer*learner(learner_input(prediction, y, settings.residual_input, further=seen)).mean()
         expected = torch.autograd.grad(outer, list(learner.parameters()))
         for actual, correct in zip(taught, expected): torch.testing.assert_close(actual, correct, rtol=1e-9, atol=1e-14)
 
@@ -164,6 +171,97 @@ class TestPhi:
         method, batch = prepared(replace(FAST, unlabelled_weight=0.))
         method.training_step(batch)
         assert all((gradient == 0).all() for gradient in grads(method.learner))
+
+
+class TestBeyondThePaper:
+    "Choices that neither the text nor the release has."
+
+    @pytest.mark.parametrize("settings, error, spread", [(PAPER, 12.172258, .786459), (RELEASE, 11.33272, .319325)], ids=["paper", "code"])
+    def test_presets_are_as_before(self, settings, error, spread):
+        "What thirty steps of the presets gave before there was any of them."
+        _, run = trained(partial(HPL, settings=replace(settings, learner_lr=1e-2)))
+        assert run.log["val_mse"].iloc[-1] == pytest.approx(error, rel=1e-4)
+        assert run.log["log_variance_sd"].iloc[-1] == pytest.approx(spread, rel=1e-3)
+
+    @pytest.mark.parametrize("half", [True, False])
+    @pytest.mark.parametrize("outputs", [1, 2])
+    def test_normalised_weights_have_mean_one(self, outputs, half):
+        "Or one half; they stand in the relation of exp(-z), and it does not matter what is added to z."
+        method, batch = prepared(replace(FAST, normalize_weights=True, half_weight=half, log_variance_bound=None), outputs)
+        method.training_step(batch)
+        weight, z = method.record["weight"], method.record["log_variance"]
+        torch.testing.assert_close(weight.mean(), torch.tensor(.5 if half else 1., dtype=torch.float64))
+        torch.testing.assert_close(weight/weight[0], torch.exp(z[0] - z))
+        with torch.no_grad(): method.learner.layers[2].bias += 3.
+        method.training_step(batch)
+        torch.testing.assert_close(method.record["weight"], weight)
+
+    def test_normalised_weights_leave_lambda_alone(self):
+        "The gradient in a common shift of all z is zero: g cannot turn the unlabelled loss up or down."
+        method, batch = prepared(replace(FAST, normalize_weights=True, log_variance_bound=None))
+        method.training_step(batch)
+        shift, others = method.learner.layers[2].bias.grad, method.learner.layers[2].weight.grad
+        assert shift.abs().max() < 1e-12*others.abs().max()
+
+    def test_teacher_without_memory_is_the_student(self):
+        "Decay 0, to the bit (no batch norm); a decay of its own is another training."
+        for before, after, slow in zip(*(weights(replace(FAST, teacher_decay=decay)) for decay in (None, 0., .9))):
+            assert not differences(before, after) and differences(before, slow)
+
+    @pytest.mark.parametrize("measured", ["student", "teacher"])
+    def test_teacher_labels_and_is_measured(self, measured):
+        seed_everything(0)
+        method = HPL(mlp(3, (16,)), replace(FAST, teacher_decay=.9, evaluate=measured))
+        fit(method, vectors(), SETTINGS, progress=False)
+        x = torch.randn(5, 3)
+        with torch.no_grad():
+            student, teacher, views, predicted = method.regressor(x), method.teacher(x), method.inspect(x, -x), method.predict(x)
+            assert torch.equal(views["pseudo_label"], teacher) and torch.equal(views["strong_prediction"], method.regressor(-x))
+        assert torch.equal(predicted, teacher if measured == "teacher" else student) and not torch.equal(student, teacher)
+        assert not any(parameter.requires_grad for parameter in method.teacher.parameters())
+
+    def test_outer_batch(self):
+        "As large as the inner one is the default, to the bit; larger ones come as large as they are wanted."
+        for before, after in zip(weights(FAST), weights(replace(FAST, outer_batch=8))): assert not differences(before, after)
+        method = HPL(mlp(3), replace(FAST, outer_batch=20))
+        batch = Streams(vectors(), method.needs, method.stream_settings(StreamSettings(8, 12)), 10, seed=0)[0]
+        assert {stream: len(tensors["index"]) for stream, tensors in batch.items()} == {"labelled": 8, "unlabelled": 12, "outer": 20}
+        with pytest.raises(HplError, match="previous"): replace(FAST, outer_batch=20, outer="previous")
+
+    @pytest.mark.parametrize("teacher", [None, .9])
+    @pytest.mark.parametrize("inputs", LEARNER_INPUTS)
+    def test_inspect_sees_what_training_saw(self, inputs, teacher):
+        method, batch = prepared(replace(FAST, learner_inputs=inputs, teacher_decay=teacher), outputs=2)
+        method.training_step(batch)
+        with torch.no_grad(): views = method.inspect(batch["unlabelled"]["weak"], batch["unlabelled"]["strong"])
+        for name, values in views.items(): torch.testing.assert_close(values, method.record[name])
+
+    def test_disagreement_of_two_networks(self):
+        "Of both views; more passes need dropout."
+        method, batch = prepared(replace(FAST, learner_inputs="pair+disagreement", teacher_decay=.9), outputs=2)
+        with torch.no_grad():
+            for parameter in method.teacher.parameters(): parameter += .1
+            views = [batch["unlabelled"][view] for view in ("weak", "strong")]
+            predictions = torch.stack([network(view) for network in (method.regressor, method.teacher) for view in views])
+        torch.testing.assert_close(step_passes(method, batch)[1], torch.log10(predictions.std(0, correction=0) + 1e-3))
+        several = replace(FAST, learner_inputs="pair+disagreement", passes=3)
+        with pytest.raises(HplError, match="dropout"): fit(HPL(mlp(3), several), vectors(), SETTINGS, progress=False)
+        for one, more in zip(weights(replace(several, passes=1)), weights(several)): assert differences(one, more)
+
+    def test_features_are_another_input(self):
+        "g without the pair's help: two samples of the same pair and other features get another z, and phi learns from them."
+        method, batch = prepared(replace(FAST, learner_inputs="pair+features"))
+        passes, further = step_passes(method, batch)
+        torch.testing.assert_close(further, scaled_features(passes.unlabelled_features))
+        assert not further.requires_grad and method.learner.layers[0].in_features == 2 + 16
+        method.training_step(batch)
+        assert (method.learner.layers[0].weight.grad.abs().sum(0) > 0).all()
+
+    def test_command_line_sets_them(self):
+        given = "normalize_weights=true,learner_inputs=pair+features,outer_batch=64,teacher_decay=0.97,evaluate=teacher"
+        chosen = make_method("hpl:paper", partial(mlp, 2), Options(settings=given)).settings
+        assert chosen == replace(PAPER, normalize_weights=True, learner_inputs="pair+features", outer_batch=64, teacher_decay=.97,
+                                 evaluate="teacher", preset=f"paper, {given.replace(',', ', ')}")
 
 
 @pytest.mark.parametrize("detach", [True, False])

@@ -33,7 +33,8 @@ CASES = {**METHODS, "UCVME": partial(UCVME, passes=2, student_view="strong"),
          "HPL sum": partial(HPL, settings=replace(PAPER, reduction="sum", virtual_lr=1e-3)),
          "HPL release, sum": partial(HPL, settings=replace(RELEASE, reduction="sum")),
          "SimRegMatch, all pass": partial(SimRegMatch, percentile=None, unlabelled_weight=1.),
-         "HPL attached": partial(HPL, settings=replace(PAPER, detach_input=False, learner_lr=1e-2))}
+         "HPL attached": partial(HPL, settings=replace(PAPER, detach_input=False, learner_lr=1e-2)),
+         "HPL normalised, attached": partial(HPL, settings=replace(PAPER, detach_input=False, learner_lr=1e-2, normalize_weights=True))}
 
 
 def main(out):

@@ -11,23 +11,26 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from torch.func import functional_call
 from torch.optim import Adam, Optimizer
 
-from ..core import HplError, not_negative
-from ..data.core import StreamSettings
+from ..core import HplError, not_negative, whole_number
+from ..data.core import SemiSupervisedData, StreamSettings
 from ..hypergrad import Hypergradient, VirtualStep, optimizer_step, sgd_step, slope_hypergradient
 from ..loss import Reduction, labelled_loss, pseudo_label_weight, unlabelled_loss
-from .core import Method, Passes, forward_batches, sample_record
+from .core import (
+    Method, Passes, average_weights, dropout_features, forward_batches, frozen_copy, require_dropout, sample_record)
 from ..models import Regressor
 from ..trainer import OptimizerSettings
-from ..uncertainty import UncertaintyLearner, learner_input
+from ..uncertainty import UncertaintyLearner, disagreement, learner_input, scaled_features
 
 # %% auto #0
-__all__ = ['PAPER', 'RELEASE', 'LearnerMethod', 'JointUncertainty', 'HPLSettings', 'HPL', 'look_ahead', 'learner_adam',
-           'outer_features', 'teach', 'unlabelled_slope', 'virtual_step', 'regularise', 'log_variance_for_theta',
-           'inner_losses']
+__all__ = ['LEARNER_INPUTS', 'PAPER', 'RELEASE', 'LearnerMethod', 'JointUncertainty', 'HPLSettings', 'check_extensions', 'HPL',
+           'outer_stream', 'look_ahead', 'step_passes', 'learner_adam', 'outer_features', 'teach', 'unlabelled_slope',
+           'virtual_step', 'ProcessAverage', 'batch_weights', 'further_inputs', 'beyond_the_pair', 'further_columns',
+           'regularise', 'log_variance_for_theta', 'inner_losses']
 
 # %% ../../nbs/61_methods.hpl.ipynb #798ce4c8
 class LearnerMethod(Method):
@@ -38,9 +41,10 @@ class LearnerMethod(Method):
         regressor:Regressor, # the network to train
         log_variance_bound:float|None, # largest |z|; None: no bound
         residual_input:bool, # what g reads, see `learner_input`
+        further:int=0, # numbers that it reads beyond the pair
     ):
         super().__init__(regressor)
-        self.learner = UncertaintyLearner(regressor.head.out_features, bound=log_variance_bound)
+        self.learner = UncertaintyLearner(regressor.head.out_features, bound=log_variance_bound, further=further)
         self.log_variance_bound, self.residual_input = log_variance_bound, residual_input
 
     def inspect(self, weak:Tensor, strong:Tensor)->dict[str, Tensor]:
@@ -78,6 +82,8 @@ class JointUncertainty(LearnerMethod):
                 "unlabelled": self.unlabelled_weight*unlabelled_loss(p.prediction, p.pseudo_label, weight, z)}
 
 # %% ../../nbs/61_methods.hpl.ipynb #b41ca3fa
+LEARNER_INPUTS = ("pair", "pair+features", "pair+disagreement", "pair+features+disagreement")
+
 @dataclass(frozen=True)
 class HPLSettings:
     "Every choice of the method; the defaults are the paper's."
@@ -99,15 +105,38 @@ class HPLSettings:
     reduction:Reduction="mean" # D7: of all losses; "sum" as the paper writes them
     residual_input:bool=False # D8: g reads (r - pseudo_label, r) instead of (r, pseudo_label)
     detach_input:bool=True # D9: no gradient through g's input
+    normalize_weights:bool=False # exp(-z) over its mean in the batch: g decides who, lambda how much
+    learner_inputs:str="pair" # what g reads: one of `LEARNER_INPUTS`
+    passes:int=1 # for the disagreement: of each network on each view; more than one need dropout
+    outer_batch:int|None=None # rows of the fresh outer batch; None: as many as the inner one has
+    teacher_decay:float|None=None # pseudo-labels of a moving average of the weights; None: of the network itself
+    evaluate:Literal["student", "teacher"]="student" # whose predictions are measured
 
     def __post_init__(self):
-        choices = {"outer": ("fresh", "previous"), "virtual_step": ("sgd", "optimizer"), "reduction": ("mean", "sum")}
+        choices = {"outer": ("fresh", "previous"), "virtual_step": ("sgd", "optimizer"), "reduction": ("mean", "sum"),
+                   "normalize_weights": (False, True), "learner_inputs": LEARNER_INPUTS, "evaluate": ("student", "teacher")}
         for name, allowed in choices.items():
             value = getattr(self, name)
             if value not in allowed: raise HplError(f"{name} is {value!r}; choose {' or '.join(map(repr, allowed))}.")
         for name in ("unlabelled_weight", "learner_weight_decay", "learner_lr"): not_negative(name, getattr(self, name))
         if self.virtual_lr is not None: not_negative("virtual_lr", self.virtual_lr)
         if self.outer_every < 1: raise HplError(f"outer_every is {self.outer_every}; give a whole number of at least 1.")
+        check_extensions(self)
+
+# %% ../../nbs/61_methods.hpl.ipynb #c55aac00
+def check_extensions(
+    settings:HPLSettings, # of what the paper does not have
+)->None:
+    "Refuse sizes that are none, and settings that contradict each other."
+    if whole_number("passes", settings.passes) > 1 and "disagreement" not in settings.learner_inputs:
+        raise HplError(f"passes is {settings.passes}, and learner_inputs {settings.learner_inputs!r} has no disagreement to use them.")
+    if settings.outer_batch is not None: whole_number("outer_batch", settings.outer_batch)
+    if settings.outer_batch and settings.outer == "previous":
+        raise HplError("outer_batch is the size of a fresh outer batch; with outer='previous' the inner batch gives it.")
+    decay = settings.teacher_decay
+    if decay is not None and not 0 <= decay <= 1:
+        raise HplError(f"teacher_decay is {decay}; give 0 (the student itself) to 1 (its mean since the start), or None for no teacher.")
+    if decay is None and settings.evaluate == "teacher": raise HplError("evaluate is 'teacher', and there is none; set teacher_decay.")
 
 # %% ../../nbs/61_methods.hpl.ipynb #45a4de6c
 PAPER = HPLSettings()
@@ -122,39 +151,81 @@ class HPL(LearnerMethod):
         regressor:Regressor, # the network to train
         settings:HPLSettings=PAPER, # a preset, or `dataclasses.replace(PAPER, ...)`
     ):
-        super().__init__(regressor, settings.log_variance_bound, settings.residual_input)
+        super().__init__(regressor, settings.log_variance_bound, settings.residual_input, further_columns(regressor, settings))
         self.settings, self.memory = settings, {} # the previous step's labelled features and labels
+        self.teacher = None if settings.teacher_decay is None else frozen_copy(regressor)
         if settings.outer == "fresh": self.needs = {**self.needs, "outer": ("weak",)}
 
     def training_step(self, batch:Mapping[str, Mapping[str, Tensor]])->dict[str, Tensor]:
         "Inner loss of eq. 5; leaves phi's gradient of eq. 8 in .grad."
-        passes = look_ahead(self, batch)
-        z = log_variance_for_theta(self, passes)
-        weight = pseudo_label_weight(z, self.settings.half_weight)
+        passes, further = look_ahead(self, batch)
+        z = log_variance_for_theta(self, passes, further)
+        weight = batch_weights(self, z)
         self.record = sample_record(batch, passes.pseudo_label, passes.prediction, weight, z)
         return inner_losses(self, passes, weight, z)
 
     def config(self)->dict[str, Any]: return asdict(self.settings)
     def get_extra_state(self)->dict[str, Any]: return dict(self.memory)
     def set_extra_state(self, state:dict[str, Any])->None: self.memory = dict(state)
-    def stream_settings(self, settings:StreamSettings)->StreamSettings: return replace(settings, outer_overlap=self.settings.outer_overlap)
+    def stream_settings(self, settings:StreamSettings)->StreamSettings: return outer_stream(self.settings, settings)
     def make_optimizers(self, settings:OptimizerSettings)->dict[str, Optimizer]:
         return super().make_optimizers(settings) | {"learner": learner_adam(self)}
+
+# %% ../../nbs/61_methods.hpl.ipynb #77958594
+@patch
+def prepare(self:HPL, data:SemiSupervisedData)->SemiSupervisedData:
+    "Several passes need dropout; the data stay as they are."
+    if self.settings.passes > 1: require_dropout(self, self.regressor)
+    return data
+
+@patch
+def after_step(self:HPL)->None:
+    "The teacher, if there is one, follows the student's new weights."
+    if self.teacher: average_weights(self.teacher, self.regressor, self.settings.teacher_decay, self.clock.step)
+
+@patch
+def predict(self:HPL, x:Tensor)->Tensor:
+    "Of the network that is evaluated."
+    return (self.teacher if self.settings.evaluate == "teacher" else self.regressor)(x)
+
+@patch
+def inspect(self:HPL, weak:Tensor, strong:Tensor)->dict[str, Tensor]:
+    "Pseudo-label, strong prediction and log-variance as in training, (m, K) each."
+    pseudo_label, features = (self.teacher or self.regressor)(weak), self.regressor.features(strong)
+    prediction, further = self.regressor.head(features), further_inputs(self, weak, strong, features)
+    z = self.learner(learner_input(prediction, pseudo_label, self.residual_input, further=further))
+    return {"pseudo_label": pseudo_label, "strong_prediction": prediction, "log_variance": z}
+
+def outer_stream(
+    chosen:HPLSettings, # the method's
+    settings:StreamSettings, # the run's
+)->StreamSettings: # for the method
+    "The outer batch as large, and as independent of the inner one, as the method wants it."
+    return replace(settings, outer_overlap=chosen.outer_overlap, outer_batch=chosen.outer_batch or settings.outer_batch)
 
 # %% ../../nbs/61_methods.hpl.ipynb #ee462b43
 def look_ahead(
     method:HPL, # whose g is taught
     batch:Mapping[str, Mapping[str, Tensor]], # the step's batches
-)->Passes: # for theta's own step
+)->tuple[Passes, Tensor|None]: # for theta's own step, with what g reads beyond the pair
     "Forward passes of a step; teaches g if it is due."
     s, outer = method.settings, outer_features(method, batch)
     if outer and s.separate_forward:
-        with torch.no_grad(): ahead = forward_batches(method.regressor, batch)
-        teach(method, ahead, *outer)
-    passes = forward_batches(method.regressor, batch)
-    if outer and not s.separate_forward: teach(method, passes, *outer)
+        with torch.no_grad(): ahead = step_passes(method, batch)
+        teach(method, ahead[0], *outer, ahead[1])
+    passes, further = step_passes(method, batch)
+    if outer and not s.separate_forward: teach(method, passes, *outer, further)
     if s.outer == "previous": method.memory |= {"features": passes.labelled_features.detach(), "y": passes.y}
-    return passes
+    return passes, further
+
+def step_passes(
+    method:HPL, # with or without a teacher
+    batch:Mapping[str, Mapping[str, Tensor]], # the step's batches
+)->tuple[Passes, Tensor|None]: # and what g reads beyond the pair
+    "The three passes, pseudo-labels by the teacher if there is one."
+    views = batch["unlabelled"]
+    passes = forward_batches(method.regressor, batch, method.teacher)
+    return passes, further_inputs(method, views["weak"], views["strong"], passes.unlabelled_features)
 
 def learner_adam(
     method:HPL, # its settings and learner
@@ -180,15 +251,16 @@ def teach(
     passes:Passes, # of this step
     features:Tensor, # of the outer batch, (n, d)
     y:Tensor, # its labels, (n, K)
+    further:Tensor|None=None, # what g reads beyond the pair, (m, e)
 )->None:
     "Put the gradient of the outer loss in phi's .grad; step at once if theta is to use the new phi (D4)."
     s, head = method.settings, method.regressor.head
-    slope = unlabelled_slope(method.learner, passes, s)
+    slope = unlabelled_slope(method, passes, further)
     result = slope_hypergradient(
         head, virtual_step(method), passes.labelled_features.detach(), passes.y, passes.unlabelled_features.detach(), slope,
         s.unlabelled_weight, features, y, reduction=s.reduction, reduce=method.reduce, processes=method.processes)
     slope.backward(result.slope)
-    if s.outer_regularizer: regularise(method, result, y)
+    if s.outer_regularizer: regularise(method, result, features, y)
     for parameter in method.learner.parameters(): parameter.grad = method.reduce(parameter.grad)
     if s.learner_first:
         method.optimizers["learner"].step()
@@ -196,15 +268,14 @@ def teach(
 
 # %% ../../nbs/61_methods.hpl.ipynb #ebe5c9a3
 def unlabelled_slope(
-    learner:UncertaintyLearner, # g
+    method:HPL, # g, weight, input, log term
     passes:Passes, # of this step
-    settings:HPLSettings, # weight, input, log term
+    further:Tensor|None=None, # what g reads beyond the pair, (m, e)
 )->Tensor: # s, shape (m, K), differentiable in phi
-    "Derivative of each unlabelled loss in its prediction r."
-    r = passes.prediction.detach().requires_grad_()
-    z = learner(learner_input(r, passes.pseudo_label, settings.residual_input, settings.detach_input))
-    weight = pseudo_label_weight(z, settings.half_weight)
-    loss = unlabelled_loss(r, passes.pseudo_label, weight, z if settings.log_term else None, "sum")
+    "Derivative of the unlabelled losses in each prediction r."
+    s, r = method.settings, passes.prediction.detach().requires_grad_()
+    z = method.learner(learner_input(r, passes.pseudo_label, s.residual_input, s.detach_input, further))
+    loss = unlabelled_loss(r, passes.pseudo_label, batch_weights(method, z), z if s.log_term else None, "sum")
     return torch.autograd.grad(loss, r, create_graph=True)[0]
 
 # %% ../../nbs/61_methods.hpl.ipynb #d2172845
@@ -216,26 +287,82 @@ def virtual_step(
     if s.virtual_step == "optimizer": return lambda eta, gradient: optimizer_step(optimizer, method.regressor.head, gradient)
     return partial(sgd_step, learning_rate=optimizer.param_groups[-1]["lr"] if s.virtual_lr is None else s.virtual_lr)
 
+# %% ../../nbs/61_methods.hpl.ipynb #d1044141
+class ProcessAverage(torch.autograd.Function):
+    "The average over the processes; so is its gradient."
+    @staticmethod
+    def forward(ctx:Any, tensor:Tensor, reduce:Callable[[Tensor], Tensor])->Tensor:
+        ctx.reduce = reduce
+        return reduce(tensor.clone())
+
+    @staticmethod
+    def backward(ctx:Any, gradient:Tensor)->tuple[Tensor, None]: return ProcessAverage.apply(gradient, ctx.reduce), None
+
+def batch_weights(
+    method:HPL, # its settings, and the other processes
+    log_variance:Tensor, # z of this process's batch, (m, K)
+)->Tensor: # omega, (m, K)
+    "Weights of a batch's pseudo-labels."
+    s = method.settings
+    weight = pseudo_label_weight(log_variance, s.half_weight)
+    if not s.normalize_weights: return weight
+    return weight/ProcessAverage.apply(torch.exp(-log_variance).mean(), method.reduce)
+
+# %% ../../nbs/61_methods.hpl.ipynb #0a1e9f1b
+def further_inputs(
+    method:HPL, # what g reads
+    weak:Tensor, # views of the unlabelled samples
+    strong:Tensor,
+    features:Tensor, # of the strong view, (m, d)
+)->Tensor|None: # (m, e); None where g reads the pair alone
+    "What g reads about each sample beyond the pair."
+    networks = [method.regressor, *filter(None, [method.teacher])]
+    def predictions():
+        return torch.cat([network.head(dropout_features(network, view, method.settings.passes))
+                          for network in networks for view in (weak, strong)])
+    with torch.no_grad(): return beyond_the_pair(method.settings, features, predictions)
+
+def beyond_the_pair(
+    settings:HPLSettings, # what g reads
+    features:Tensor, # (m, d)
+    predictions:Callable[[], Tensor], # several of each sample, (P, m, K); only called where they are needed
+)->Tensor|None: # (m, e)
+    "Scaled features, disagreement, or both."
+    parts = [scaled_features(features)] if "features" in settings.learner_inputs else []
+    if "disagreement" in settings.learner_inputs: parts.append(disagreement(predictions()))
+    return torch.cat(parts, 1) if parts else None
+
+def further_columns(
+    regressor:Regressor, # d and K
+    settings:HPLSettings, # what g reads
+)->int: # e
+    "How many numbers that is."
+    d, K = regressor.head.in_features, regressor.head.out_features
+    return d*("features" in settings.learner_inputs) + K*("disagreement" in settings.learner_inputs)
+
 # %% ../../nbs/61_methods.hpl.ipynb #7664eaf6
 def regularise(
     method:HPL, # whose learner is pushed
     result:Hypergradient, # with the outer predictions of the virtual head
-    y:Tensor, # labels of the outer batch, (n, K)
+    features:Tensor, # of the outer batch, (n, d)
+    y:Tensor, # its labels, (n, K)
 )->None:
     "Add the gradient of -lambda2 mean(z) on the outer batch to phi's .grad (D1)."
-    s = method.settings
-    z = method.learner(learner_input(result.outer_prediction, y, s.residual_input))
+    s, r = method.settings, result.outer_prediction
+    further = beyond_the_pair(s, features, lambda: torch.stack([r, y]))
+    z = method.learner(learner_input(r, y, s.residual_input, further=further))
     (-s.outer_regularizer*z.mean()).backward()
 
 # %% ../../nbs/61_methods.hpl.ipynb #228d27ed
 def log_variance_for_theta(
     method:HPL, # with its learner
     passes:Passes, # of this step
+    further:Tensor|None=None, # what g reads beyond the pair, (m, e)
 )->Tensor: # z, (m, K), no gradient in phi
     "The log-variances that weigh this step's pseudo-labels."
     s = method.settings
     fixed = {name: p.detach() for name, p in method.learner.named_parameters()}
-    pair = learner_input(passes.prediction, passes.pseudo_label, s.residual_input, s.detach_input)
+    pair = learner_input(passes.prediction, passes.pseudo_label, s.residual_input, s.detach_input, further)
     return functional_call(method.learner, fixed, pair)
 
 # %% ../../nbs/61_methods.hpl.ipynb #31d81f3f
