@@ -171,8 +171,7 @@ class RunFolder:
     def read_json(self, name:str)->dict|None:
         "Content of a JSON file of the folder, or None where there is none."
         path = self.path/name
-        if not path.exists(): return None
-        try: return json.loads(path.read_text())
+        try: return json.loads(path.read_text()) if path.exists() else None
         except ValueError as error:
             raise HplError(f"{path} cannot be read ({error}): it is damaged. Restore it, or delete the folder to start over.") from error
 

@@ -105,6 +105,7 @@ def run_and_store(
     store:str="", # top folder of the stored runs; empty: none are stored
     backend:Backend=local_processes, # what trains them
     minutes:float|None=None, # stop, resumable, after so long
+    progress:bool=True, # show a bar
 )->list[Run]: # all that are finished, in the order of `jobs`
     "Train what is not stored yet, and store it as it is finished."
     keep = {job: replace(job, folder=str(Path(store or out)/Path(job.folder).relative_to(out))) for job in jobs}
@@ -114,7 +115,8 @@ def run_and_store(
         if store: store_run(job.folder, keep[job].folder, predictions=job.seed == 0)
     for job in waiting:
         if is_finished(job): keep_one(job)
-    run_jobs(waiting, parallel, until=None if minutes is None else time.time() + 60*minutes, backend=backend, done=keep_one)
+    until = None if minutes is None else time.time() + 60*minutes
+    run_jobs(waiting, parallel, progress, until, backend, keep_one)
     return [load_run(job.folder) for job in keep.values() if is_finished(job)]
 
 # %% ../nbs/80b_pipeline.ipynb #5111398e

@@ -163,7 +163,8 @@ def stored_run(
     content, parquet = RunFolder(folder.path.parent).read_json(folder.stored.name), folder.stored.with_suffix(".parquet")
     parts = ("config", "log", "metrics", "environment", "options")
     if missing := [name for name in parts if name not in content]:
-        raise HplError(f"{folder.stored} has no {', '.join(missing)}: it is no stored run. Restore it, or delete it and store the run again.")
+        raise HplError(f"{folder.stored} has no {', '.join(missing)}: it is no stored run. Restore it, or delete it and store the run "
+                       "again.")
     table = pd.read_parquet(parquet) if parquet.exists() else pd.DataFrame(columns=PREDICTION_COLUMNS)
     return Run(content["config"], pd.DataFrame(content["log"]), content["metrics"], table, True, content["environment"], content["options"])
 

@@ -43,7 +43,8 @@ class TestStore:
             np.testing.assert_allclose(kept["y_pred"], test[test["epoch"] == run.metrics["epoch"]]["y_pred"], rtol=1e-5)
 
     def test_names_no_folder_of_this_machine(self, finished, tmp_path):
-        job = replace(finished[0], folder=str(tmp_path/"run"), options=replace(OPTIONS, root=str(tmp_path/"secret"), weights="/home/x/w.pth"))
+        options = replace(OPTIONS, root=str(tmp_path/"secret"), weights="/home/x/w.pth")
+        job = replace(finished[0], folder=str(tmp_path/"run"), options=options)
         cli.train_job(job, progress=False)
         text = pipeline.store_run(job.folder, tmp_path/"0").read_text()
         assert "secret" not in text and "/home" not in text and '"w.pth"' in text
