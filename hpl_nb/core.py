@@ -5,17 +5,22 @@
 # %% ../nbs/00_core.ipynb #94e4012a
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import platform
 import random
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 import torch
@@ -23,7 +28,9 @@ from torch import Tensor
 
 # %% auto #0
 __all__ = ['PREDICTION_COLUMNS', 'HplError', 'not_negative', 'whole_number', 'one_of', 'derive_seed', 'seed_everything',
-           'random_states', 'set_random_states', 'LabelNormalizer', 'atomic_write', 'RunFolder', 'claim_run']
+           'random_states', 'set_random_states', 'LabelNormalizer', 'atomic_write', 'not_written', 'sync_folder',
+           'content_digest', 'RunFolder', 'json_bytes', 'damaged', 'claim_run', 'lock_file', 'lock_path', 'open_lock',
+           'is_at', 'run_lock']
 
 # %% ../nbs/00_core.ipynb #d3d92fe2
 class HplError(ValueError):
@@ -127,6 +134,7 @@ class LabelNormalizer:
 def atomic_write(
     path:str|Path, # the final place
     write:Callable[[BinaryIO], Any], # writes the content to an open binary file
+    previous:str|Path|None=None, # where to keep what stood at `path`; None: it is replaced
 )->Path: # `path`
     "Write a file so that it is either whole or not there; the previous one stays until the new one is complete."
     path = Path(path)
@@ -137,11 +145,42 @@ def atomic_write(
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
+            if previous and path.exists(): os.replace(path, previous)
             os.replace(file.name, path)
-    except OSError as error:
-        raise HplError(f"could not write {path}: {error.strerror or error}. What was there before is untouched; make "
-                       "room or choose a folder that you may write to, and run the same command again.") from error
+            sync_folder(path.parent)
+    except (OSError, RuntimeError) as error: # torch.save on a full disk: the second, while the first is being handled
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError): raise
+        raise not_written(path, cause) from error
     return path
+
+def not_written(
+    path:Path, # what was to be written
+    error:OSError, # what the operating system said
+)->HplError: # to be raised
+    "The sentence for a full disk, a read-only folder, and the like."
+    return HplError(f"could not write {path}: {error.strerror or error}. What was there before is untouched; make room or choose a "
+                    "folder that you may write to, and run the same command again.")
+
+# %% ../nbs/00_core.ipynb #8b882430
+def sync_folder(
+    folder:Path, # in which a file was renamed
+)->None:
+    "Put the names in a folder on the disk, where the system can (Windows opens no folders, some network drives flush none)."
+    try: descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError: return
+    try: os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF): raise
+    finally: os.close(descriptor)
+
+# %% ../nbs/00_core.ipynb #3ac21363
+def content_digest(
+    content:Path|bytes, # a file, or what is in it
+)->str: # 64 hexadecimal digits; empty where there is no such file
+    "SHA-256 of a file's content."
+    if isinstance(content, Path): content = content.read_bytes() if content.exists() else None
+    return "" if content is None else hashlib.sha256(content).hexdigest()
 
 # %% ../nbs/00_core.ipynb #3e7f0fcc
 PREDICTION_COLUMNS = ("run", "method", "dataset", "label_ratio", "seed", "epoch", "split", "index", "output", "y_true",
@@ -158,6 +197,8 @@ class RunFolder:
     @property
     def checkpoint(self)->Path: return self.path/"checkpoints"/"last.pt"
     @property
+    def previous(self)->Path: return self.path/"checkpoints"/"previous.pt"
+    @property
     def best(self)->Path: return self.path/"checkpoints"/"best.pt"
     @property
     def log(self)->Path: return self.path/"log.csv"
@@ -170,14 +211,27 @@ class RunFolder:
 
     def read_json(self, name:str)->dict|None:
         "Content of a JSON file of the folder, or None where there is none."
-        path = self.path/name
-        try: return json.loads(path.read_text()) if path.exists() else None
-        except ValueError as error:
-            raise HplError(f"{path} cannot be read ({error}): it is damaged. Restore it, or delete the folder to start over.") from error
+        try: return json.loads(path.read_text()) if (path := self.path/name).exists() else None
+        except ValueError as error: raise damaged(path, error) from error
 
     def write_json(self, name:str, content:dict)->Path:
         "Write a JSON file of the folder atomically."
-        return atomic_write(self.path/name, lambda file: file.write(json.dumps(content, indent=1).encode()))
+        return atomic_write(self.path/name, lambda file: file.write(json_bytes(content)))
+
+# %% ../nbs/00_core.ipynb #e59b8a1a
+def json_bytes(
+    content:dict, # plain values
+)->bytes: # so that its digest is known before it is written
+    "The content of a JSON file as `RunFolder.write_json` writes it."
+    return json.dumps(content, indent=1).encode()
+
+def damaged(
+    path:Path, # a file of a run
+    reason:object, # what is wrong with it
+)->HplError: # to be raised
+    "The sentence for a file that is not what was written; all but checkpoints can be written again from the checkpoints."
+    return HplError(f"{path} cannot be read ({reason}): it is damaged. Restore a copy; or delete it and, where it is, metrics.json beside "
+                    "it, and run the command that began the run again: it goes on from its checkpoint and writes them anew.")
 
 # %% ../nbs/00_core.ipynb #bfaa89c8
 def claim_run(
@@ -190,8 +244,75 @@ def claim_run(
     differing = [key for key in dict.fromkeys([*config, *(there or config)]) if (there or config).get(key) != config.get(key)]
     if differing:
         key = differing[0]
-        raise HplError(f"{folder.path} holds another run: {key} is {there.get(key)!r} there and {config.get(key)!r} here "
+        raise HplError(f"{folder.path} holds another run (config.json): {key} is {there.get(key)!r} there and {config.get(key)!r} here "
                        f"({len(differing)} differing: {', '.join(differing)}). Choose another folder, or delete that one.")
     for left in folder.path.rglob(".writing-*"): shutil.rmtree(left, ignore_errors=True)
     if there is None: folder.write_json("config.json", config)
     return there is not None
+
+# %% ../nbs/00_core.ipynb #9cc4a117
+def lock_file(
+    file:IO, # open for writing
+)->bool: # False: another one holds it
+    "Lock an open file until it is closed, in this process alone; warns where the system has no such locks."
+    try: import fcntl
+    except ImportError: return _no_locks(file, platform.system())
+    try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES): return False
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL): raise
+        return _no_locks(file, error.strerror)
+    copy = weakref.ref(file)
+    os.register_at_fork(after_in_child=lambda: copy() and copy().close())
+    return True
+
+def _no_locks(file, reason):
+    warnings.warn(f"{file.name} cannot be locked ({reason}): make sure that no other process trains in that folder.", stacklevel=4)
+    return True
+
+# %% ../nbs/00_core.ipynb #ef5bc4ae
+def lock_path(
+    folder:RunFolder, # any
+)->Path: # where its lock is, while it is held
+    "The file that stands for a run folder's lock; it is no part of the run."
+    return folder.path/"training.lock"
+
+def open_lock(
+    folder:RunFolder, # to be held
+)->IO: # its lock, held until it is closed
+    "Hold a run folder, or say who does."
+    path = lock_path(folder)
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        while True:
+            file = open(path, "a+")
+            if not lock_file(file):
+                file.seek(0)
+                with file: raise HplError(f"{folder.path} is in use: {file.read().strip() or 'another process'} is training in it. Wait "
+                                          "for it or stop it, and run the same command again; or choose another folder.")
+            if is_at(file, path): break
+            file.close()
+        file.truncate(0)
+        print(f"process {os.getpid()} on {platform.node()}", file=file, flush=True)
+    except OSError as error: raise not_written(path, error) from error
+    return file
+
+def is_at(
+    file:IO, # open or closed
+    path:Path, # where it was opened
+)->bool:
+    "Whether an open file is still the one that stands at `path`."
+    return not file.closed and path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+
+# %% ../nbs/00_core.ipynb #e5d9586c
+@contextmanager
+def run_lock(
+    folder:RunFolder, # where a run is about to write
+)->Iterator[None]:
+    "Keep every other process out of a run folder within the block; reading needs no lock."
+    file = open_lock(folder)
+    try: yield
+    finally:
+        with suppress(OSError):
+            if is_at(file, lock_path(folder)): lock_path(folder).unlink()
+        file.close()

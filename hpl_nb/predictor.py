@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,14 +26,15 @@ from . import __version__
 from .core import HplError, LabelNormalizer, RunFolder, atomic_write
 from .data.core import SemiSupervisedData, View, plain_view
 from .data.images import ImageFiles, ImageSource, ImageView
-from .data.own import FrameEncoder, Standardizer, input_tensor
+from .data.own import FrameEncoder, PixelStrengths, RowStrengths, Standardizer, input_tensor
 from .methods.core import Method
 from .trainer import TrainSettings, evaluating, load_run, load_state, read_checkpoint, run_config
 
 # %% auto #0
 __all__ = ['KINDS', 'conformal_radius', 'Arrays', 'Frames', 'Pictures', 'reader_for', 'pack', 'unpack', 'checksum',
            'write_content', 'read_content', 'make_room', 'method_identity', 'refuse_other', 'probe', 'predict_probe',
-           'check_probe', 'Interval', 'predict_samples', 'Predictor', 'is_stored', 'stored_view']
+           'check_probe', 'Interval', 'map_samples', 'predict_samples', 'predict_deviation', 'Predictor', 'is_stored',
+           'predictor_content', 'stored_view', 'predictor_of']
 
 # %% ../nbs/75_predictor.ipynb #0b71337b
 def conformal_radius(
@@ -110,7 +111,8 @@ def reader_for(
                    f"{type(data.inputs).__name__}; make the data with hpl_nb.data.own.")
 
 # %% ../nbs/75_predictor.ipynb #a04e5cca
-KINDS = {kind.__name__: kind for kind in (Arrays, Frames, Pictures, FrameEncoder, Standardizer, ImageView, LabelNormalizer)}
+KINDS = {kind.__name__: kind for kind in (Arrays, Frames, Pictures, FrameEncoder, Standardizer, ImageView, LabelNormalizer,
+                                        RowStrengths, PixelStrengths)}
 
 def pack(
     value:Any, # tensors, plain values, lists, dictionaries, and objects of `KINDS`, nested
@@ -255,23 +257,48 @@ class Interval(NamedTuple):
     high:np.ndarray
 
 # %% ../nbs/75_predictor.ipynb #e9344e6f
+def map_samples(
+    method:Method, # trained
+    function:Callable[[Tensor], Tensor], # what it makes of an input, (b, K)
+    samples:Any, # n of them: `samples[rows]` gives some
+    rows:np.ndarray, # which
+    view:View, # the plain one
+    batch_size:int=256, # rows at a time
+)->np.ndarray: # (len(rows), K) float64
+    "A function of the method in evaluation mode, on the device that it is on."
+    parts, device = [], next(method.parameters()).device
+    with evaluating(method):
+        for start in range(0, len(rows), batch_size):
+            x = view(samples[rows[start:start + batch_size]], None).to(device)
+            parts.append(function(x).double().cpu().numpy())
+    return np.concatenate(parts) if parts else np.empty((0, method.regressor.head.out_features))
+
 def predict_samples(
     method:Method, # trained
     samples:Any, # n of them: `samples[rows]` gives some
     rows:np.ndarray, # which
     view:View, # the plain one
     normalizer:LabelNormalizer, # of the labels
-    batch_size:int=256, # rows at a time
 )->np.ndarray: # (len(rows), K), label units
-    "The method's predictions, in evaluation mode, on the device that it is on."
-    parts, device = [np.empty((0, len(normalizer.mean)))], next(method.parameters()).device
-    with evaluating(method):
-        for start in range(0, len(rows), batch_size):
-            x = view(samples[rows[start:start + batch_size]], None).to(device)
-            parts.append(method.predict(x).double().cpu().numpy())
-    return normalizer.denormalize(np.concatenate(parts))
+    "The method's predictions."
+    return normalizer.denormalize(map_samples(method, method.predict, samples, rows, view))
 
 # %% ../nbs/75_predictor.ipynb #597d7dcb
+def predict_deviation(
+    method:Method, # trained
+    samples:Any, # n of them: `samples[rows]` gives some
+    rows:np.ndarray, # which
+    view:View, # the plain one
+    normalizer:LabelNormalizer, # of the labels
+)->np.ndarray|None: # sigma, (len(rows), K), label units; None where the method has no log-variance
+    "The standard deviation that the method gives to rows."
+    first = view(samples[np.array([0])], None).to(next(method.parameters()).device)
+    with evaluating(method):
+        if "log_variance" not in method.inspect(first, first): return None
+    z = map_samples(method, lambda x: method.inspect(x, x)["log_variance"], samples, rows, view)
+    return np.exp(z/2)*np.asarray(normalizer.scale)
+
+# %% ../nbs/75_predictor.ipynb #b85dbc5c
 @dataclass(repr=False)
 class Predictor:
     "A trained method with all that it takes to predict new rows, in label units and with intervals."
@@ -283,6 +310,7 @@ class Predictor:
     probe_shape:tuple[int, ...]|None=None # of one row of the method's input
     name:str="" # of the data
     unit:str="" # of the labels
+    deviations:np.ndarray|None=None # the method's own sigma on these rows, (n, K), label units; None: it has none
 
     def __repr__(self)->str:
         return f"Predictor({type(self.method).__name__}, {type(self.reader).__name__}, {len(self.errors)} calibration rows)"
@@ -298,13 +326,26 @@ class Predictor:
     def predict_interval(self,
         inputs:Any, # as in `predict`
         coverage:float=.9, # share of new rows whose label is to lie within; for each output on its own
+        scaled:bool=False, # wide where the method's own sigma is large, rather than the same everywhere
     )->Interval: # prediction, low, high
         "Predictions with split conformal intervals."
-        radius = conformal_radius(self.errors, coverage)
-        prediction = self.predict(inputs)
-        return Interval(prediction, *(prediction + sign*(radius if prediction.ndim > 1 else radius[0]) for sign in (-1, 1)))
+        samples = self.reader(inputs)
+        given = self.method, samples, np.arange(len(samples)), self.view, self.normalizer
+        prediction, radius = predict_samples(*given), conformal_radius(self.scores(scaled), coverage)
+        if scaled: radius = radius*predict_deviation(*given)
+        values = prediction, prediction - radius, prediction + radius
+        return Interval(*(value if value.shape[1] > 1 else value[:, 0] for value in values))
 
-# %% ../nbs/75_predictor.ipynb #b85dbc5c
+    def scores(self,
+        scaled:bool=False, # in units of sigma
+    )->np.ndarray: # (n, K)
+        "Sizes of the errors on the calibration rows."
+        if not scaled: return self.errors
+        if self.deviations is None:
+            raise HplError(f"{type(self.method).__name__} has no variance of its own that could scale intervals; use scaled=False.")
+        return self.errors/self.deviations
+
+# %% ../nbs/75_predictor.ipynb #23e087bc
 @patch(cls_method=True)
 def from_method(cls:Predictor,
     method:Method, # trained
@@ -317,10 +358,11 @@ def from_method(cls:Predictor,
         raise HplError(f"calibration names row {trained[0]}, which was trained on: its error is too small. Leave such rows out.")
     if not np.isfinite(y := data.targets[rows]).all():
         raise HplError(f"calibration names row {rows[~np.isfinite(y).all(1)][0]}, whose label is not known; leave such rows out.")
-    errors = np.abs(y - predict_samples(method, data.inputs, rows, data.plain, data.normalizer))
+    given = method, data.inputs, rows, data.plain, data.normalizer
+    errors, deviations = np.abs(y - predict_samples(*given)), predict_deviation(*given)
     x = data.plain(data.inputs[np.array([0])], None)
     shape = tuple(x.shape[1:]) if x.is_floating_point() else None
-    return cls(method, reader_for(data), data.plain, data.normalizer, errors, shape, data.name, data.unit)
+    return cls(method, reader_for(data), data.plain, data.normalizer, errors, shape, data.name, data.unit, deviations)
 
 # %% ../nbs/75_predictor.ipynb #6f33af4f
 @patch(cls_method=True)
@@ -351,19 +393,25 @@ def is_stored(
     except HplError: return False
 
 # %% ../nbs/75_predictor.ipynb #18be595b
+def predictor_content(
+    self:Predictor, # any
+)->dict[str, Any]: # for `write_content`
+    "What a predictor's file holds."
+    view = self.view if is_stored(self.view) else None # a function of the user's: `load` will ask for the data
+    state = dict(self.method.state_dict())
+    return {
+        "format": 1, "version": __version__, "identity": method_identity(self.method), "state": state,
+        "buffers": [name for name, _ in self.method.named_buffers() if name in state], "reader": self.reader, "view": view,
+        "view_name": type(self.view).__name__, "normalizer": self.normalizer, "errors": torch.from_numpy(self.errors),
+        "probe_shape": self.probe_shape, "probe_prediction": predict_probe(self.method, self.probe_shape),
+        "name": self.name, "unit": self.unit, "deviations": None if self.deviations is None else torch.from_numpy(self.deviations)}
+
 @patch
 def save(self:Predictor,
     path:str|Path, # such as model.safetensors
 )->Path: # `path`
     "Write one file that `Predictor.load` reads; an existing one is replaced at once or not at all."
-    view = self.view if is_stored(self.view) else None # a function of the user's: `load` will ask for the data
-    state = dict(self.method.state_dict())
-    return write_content(path, {
-        "format": 1, "version": __version__, "identity": method_identity(self.method), "state": state,
-        "buffers": [name for name, _ in self.method.named_buffers() if name in state], "reader": self.reader, "view": view,
-        "view_name": type(self.view).__name__, "normalizer": self.normalizer, "errors": torch.from_numpy(self.errors),
-        "probe_shape": self.probe_shape, "probe_prediction": predict_probe(self.method, self.probe_shape),
-        "name": self.name, "unit": self.unit})
+    return write_content(path, predictor_content(self))
 
 # %% ../nbs/75_predictor.ipynb #9dad089a
 def stored_view(
@@ -381,6 +429,22 @@ def stored_view(
     return content["view"] if data is None else data.plain
 
 # %% ../nbs/75_predictor.ipynb #c334817b
+def predictor_of(
+    content:Mapping[str, Any], # as `read_content` read it
+    method:Method, # freshly built, as it was for training; its weights are replaced
+    path:str|Path, # of the file
+    data:SemiSupervisedData|None=None, # what it was trained on: only where their plain view is a function of your own
+)->Predictor:
+    "A predictor of what its file holds; another method or network is refused."
+    refuse_other(content["identity"], method_identity(method), path)
+    state, view = content["state"], stored_view(content, data, path)
+    make_room(method, state, content["buffers"])
+    load_state(method, send_to_device(state, next(method.parameters()).device), path)
+    check_probe(method.eval(), content, path)
+    deviations = content.get("deviations") # not in files of the first version
+    return Predictor(method, content["reader"], view, content["normalizer"], content["errors"].numpy(), content["probe_shape"],
+                     content["name"], content["unit"], None if deviations is None else deviations.numpy())
+
 @patch(cls_method=True)
 def load(cls:Predictor,
     path:str|Path, # written by `save`
@@ -388,11 +452,4 @@ def load(cls:Predictor,
     data:SemiSupervisedData|None=None, # what it was trained on: only where their plain view is a function of your own
 )->Predictor:
     "Read a predictor; a damaged file or another method or network is refused."
-    content = read_content(path)
-    refuse_other(content["identity"], method_identity(method), path)
-    state, view = content["state"], stored_view(content, data, path)
-    make_room(method, state, content["buffers"])
-    load_state(method, send_to_device(state, next(method.parameters()).device), path)
-    check_probe(method.eval(), content, path)
-    return cls(method, content["reader"], view, content["normalizer"], content["errors"].numpy(), content["probe_shape"],
-               content["name"], content["unit"])
+    return predictor_of(read_content(path), method, path, data)

@@ -9,10 +9,11 @@ import json
 import platform
 import re
 import time
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -31,21 +32,25 @@ from tqdm.auto import tqdm
 
 from . import __version__
 from .core import (
-    PREDICTION_COLUMNS, HplError, RunFolder, atomic_write, claim_run, derive_seed, not_negative, random_states, seed_everything,
-    set_random_states, whole_number)
+    PREDICTION_COLUMNS, HplError, RunFolder, atomic_write, claim_run, content_digest, damaged, derive_seed, json_bytes, not_negative,
+    random_states, run_lock, seed_everything, set_random_states, whole_number)
 from .data.core import SemiSupervisedData, Streams, StreamSettings, batch_rows
 from .data.pixels import DeviceView, Pixels
 from .metrics import mean_absolute_error, mean_squared_error, r2_score, variance_summary
 from .models import Regressor
 
 # %% auto #0
-__all__ = ['Clock', 'Trainable', 'OptimizerSettings', 'TrainSettings', 'epoch_length', 'Run', 'load_run', 'stored_run',
-           'Progress', 'Session', 'train_step', 'micro_batches', 'scale_gradients', 'average_gradients', 'keep_record',
-           'evaluating', 'map_rows', 'predict_rows', 'predictions_table', 'inspect_rows', 'log_row', 'variance_row',
-           'check_finite', 'end_epoch', 'average_buffers', 'process_state', 'checkpoint_content', 'save_checkpoint',
-           'save_best', 'save_snapshot', 'read_checkpoint', 'load_state', 'check_origin', 'resume', 'make_accelerator',
-           'run_config', 'check_settings', 'open_session', 'place_method', 'fit', 'run_steps', 'any_process', 'is_due',
-           'has_ended', 'batches', 'is_on_gpu', 'one_ahead', 'hardware', 'environment', 'finish', 'selected_metrics']
+__all__ = ['Clock', 'Trainable', 'OptimizerSettings', 'TrainSettings', 'epoch_length', 'Run', 'load_run', 'check_results',
+           'read_table', 'stored_run', 'Progress', 'Session', 'train_step', 'micro_batches', 'scale_gradients',
+           'average_gradients', 'keep_record', 'not_numbers', 'Watched', 'watch_losses', 'stop_if_bad', 'suspects',
+           'step_batches', 'broken_samples', 'broken_inputs', 'bad_rows', 'far_samples', 'name_rows', 'batch_words',
+           'halted', 'blaming_samples', 'evaluating', 'map_rows', 'predict_rows', 'check_predictions',
+           'predictions_table', 'inspect_rows', 'log_row', 'variance_row', 'check_finite', 'end_epoch',
+           'average_buffers', 'process_state', 'checkpoint_content', 'save_checkpoint', 'write_log', 'save_best',
+           'save_snapshot', 'read_checkpoint', 'load_state', 'check_origin', 'resume', 'last_checkpoint', 'read_place',
+           'check_best', 'make_accelerator', 'run_config', 'check_settings', 'open_session', 'claimed', 'with_others',
+           'place_method', 'fit', 'run_steps', 'any_process', 'is_due', 'has_ended', 'batches', 'is_on_gpu',
+           'one_ahead', 'hardware', 'environment', 'finish', 'write_results', 'kept_tables', 'selected_metrics']
 
 # %% ../nbs/50_trainer.ipynb #4dfea6d9
 class Clock(NamedTuple):
@@ -153,7 +158,25 @@ def load_run(
     if config is None: raise HplError(f"{folder.path} holds no run (no config.json); train one there with hpl_train --out.")
     if metrics is None: raise HplError(f"the run in {folder.path} is not finished; continue it with the command that began it.")
     environment, options = (folder.read_json(name) or {} for name in ("environment.json", "options.json"))
-    return Run(config, pd.read_csv(folder.log), metrics, pd.read_parquet(folder.predictions), True, environment, options)
+    check_results(folder)
+    tables = read_table(folder.log, pd.read_csv), read_table(folder.predictions, pd.read_parquet)
+    return Run(config, tables[0], metrics, tables[1], True, environment, options)
+
+# %% ../nbs/50_trainer.ipynb #34aad49c
+def check_results(
+    folder:RunFolder, # of a finished run
+)->None:
+    "Refuse results that are not what was written (runs of version 0.1 and before did not say)."
+    for name, digest in (folder.read_json("checksums.json") or {}).items():
+        if content_digest(folder.path/name) != digest: raise damaged(folder.path/name, "it does not have its checksum")
+
+def read_table(
+    path:Path, # a table
+    read:Callable[[Path], pd.DataFrame], # reads its format
+)->pd.DataFrame:
+    "Read a table of a run; a damaged one raises `HplError`."
+    try: return read(path)
+    except Exception as error: raise damaged(path, (str(error) or type(error).__name__).splitlines()[0]) from error # can be anything
 
 # %% ../nbs/50_trainer.ipynb #d8d7d5a8
 def stored_run(
@@ -179,6 +202,7 @@ class Progress:
     losses:dict[str, Tensor]=field(default_factory=dict) # sums over the steps of the epoch
     records:dict[str, list[Tensor]]=field(default_factory=dict) # per-sample values of the steps of the epoch
     seconds:float=0. # spent before this session
+    snapshots:dict[str, str]=field(default_factory=dict) # SHA-256 of the files of `record_every`
 
 # %% ../nbs/50_trainer.ipynb #69edf7ac
 @dataclass
@@ -197,6 +221,9 @@ class Session:
     progress:Progress=field(default_factory=Progress)
     show:bool=False # progress bars
     best_state:dict[str, Any]|None=None # of the selected epoch, where there is no folder
+    watched:Watched|None=None # losses of the last step that are not known yet to be numbers
+    saved:int|None=None # step of the last checkpoint; None: there is none
+    last_is_whole:bool=True # whether last.pt can be read, and so may become previous.pt
     started:float=field(default_factory=time.perf_counter)
 
 # %% ../nbs/50_trainer.ipynb #c72fed84
@@ -208,10 +235,10 @@ def train_step(
     method, accelerator, count = session.method, session.accelerator, session.settings.accumulate
     method.clock = Clock(session.progress.step, len(session.streams), session.per_epoch)
     for part in micro_batches(batch, count):
-        with accelerator.autocast(): losses = method.training_step(part)
+        with blaming_samples(session), accelerator.autocast(): losses = method.training_step(part)
         accelerator.backward(sum(losses.values())/count)
         keep_record(session, losses)
-    average_gradients(accelerator, method.optimizers["regressor"])
+    watch_losses(session, average_gradients(accelerator, method.optimizers["regressor"], not_numbers(session)))
     for name, optimizer in method.optimizers.items():
         if name != "regressor" and count > 1: scale_gradients(optimizer, 1/count)
         optimizer.step()
@@ -242,12 +269,15 @@ def scale_gradients(
 def average_gradients(
     accelerator:Accelerator, # knows the processes
     optimizer:Optimizer, # whose parameters' gradients are averaged
-)->None:
-    "Average gradients over the processes, all of them in one message."
-    if accelerator.num_processes == 1: return
+    flags:Tensor, # (n,) what else the processes have to agree on
+)->Tensor: # above zero where the flag of any process is
+    "Average gradients over the processes, all of them in one message, flags included."
+    if accelerator.num_processes == 1: return flags
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    flat = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])): gradient.copy_(part.view_as(gradient))
+    flat = accelerator.reduce(torch.cat([flags, *(g.flatten() for g in gradients)]), "mean")
+    flags, *parts = flat.split([len(flags), *(g.numel() for g in gradients)])
+    for gradient, part in zip(gradients, parts): gradient.copy_(part.view_as(gradient))
+    return flags
 
 # %% ../nbs/50_trainer.ipynb #577f850b
 @torch.no_grad()
@@ -260,6 +290,165 @@ def keep_record(
     for name, loss in losses.items():
         progress.losses[name] = progress.losses.get(name, 0) + loss.detach().float()/session.settings.accumulate
     for name, values in record.items(): progress.records.setdefault(name, []).append(values.detach())
+
+# %% ../nbs/50_trainer.ipynb #0c606b99
+@torch.no_grad()
+def not_numbers(
+    session:Session, # the run, after a step's losses were added to the epoch's
+)->Tensor: # one for each loss: 1. where it is NaN or infinite, 0. elsewhere
+    "Which losses of the epoch are no longer numbers; the first step that makes it so is the one to blame."
+    return 1 - torch.stack(list(session.progress.losses.values())).isfinite().float()
+
+# %% ../nbs/50_trainer.ipynb #01aaaf4b
+@dataclass
+class Watched:
+    "Flags of a step on their way from the device."
+    step:int # of the run
+    names:list[str] # of its losses
+    flags:Tensor # above zero where a loss is no number; on the CPU
+    copied:torch.cuda.Event|None # when they have arrived
+
+    @classmethod
+    def start(cls, step:int, names:Iterable[str], flags:Tensor)->Watched:
+        "Copy flags without waiting for them."
+        if flags.device.type != "cuda": return cls(step, list(names), flags.cpu(), None)
+        here, copied = torch.empty(flags.shape, pin_memory=True), torch.cuda.Event()
+        here.copy_(flags, non_blocking=True)
+        copied.record()
+        return cls(step, list(names), here, copied)
+
+    def bad(self)->list[str]:
+        "Names of the losses that are no numbers."
+        if self.copied: self.copied.synchronize()
+        return [name for name, flag in zip(self.names, self.flags.tolist()) if flag]
+
+# %% ../nbs/50_trainer.ipynb #1984b6b2
+def watch_losses(
+    session:Session, # the run
+    flags:Tensor, # of this step, the same on all processes
+)->None:
+    "Stop where a loss is no number: this step's on the CPU, the step's before it on a GPU."
+    new = Watched.start(session.progress.step, session.progress.losses, flags)
+    known, session.watched = (session.watched, new) if new.copied else (new, None)
+    if known: stop_if_bad(session, known)
+
+def stop_if_bad(
+    session:Session, # the run
+    watched:Watched, # flags of a step
+)->None:
+    "Raise `HplError` with the step's samples where a loss is no number."
+    if not (bad := watched.bad()): return
+    what = f"loss/{' and loss/'.join(bad)} became NaN or infinite at step {watched.step + 1}"
+    raise halted(session, what, suspects(session, watched.step), f" Samples of that step: {batch_words(session, watched.step)}.")
+
+# %% ../nbs/50_trainer.ipynb #db6cab58
+def suspects(
+    session:Session, # the run
+    step:int, # that went wrong
+)->list[str]: # such as "labelled row 3 (c.png), whose weak view holds NaN or infinity"
+    "Samples of a step that explain a loss that is no number."
+    return broken_samples(session, step) or broken_inputs(session, session.data.labelled) or far_samples(session, step)
+
+def step_batches(
+    session:Session, # the run
+    step:int, # any
+)->Iterator[tuple[str, dict[str, Tensor]]]: # names of streams, and their tensors
+    "The batches of a step, of all processes, made again."
+    s = session.streams
+    for process in range(s.processes): yield from Streams(s.data, s.needs, s.settings, s.steps, s.seed, process, s.processes)[step].items()
+
+def broken_samples(
+    session:Session, # the run
+    step:int, # any
+)->list[str]: # sentences' parts
+    "Samples whose views or labels hold NaN or infinity."
+    found = {}
+    for stream, tensors in step_batches(session, step):
+        for key, value in tensors.items():
+            words = "label is" if key == "y" else f"{key} view holds"
+            for row in bad_rows(tensors["index"], value):
+                found.setdefault(row, f"{stream} row {name_rows(session.data, [row])}, whose {words} NaN or infinity")
+    return list(found.values())
+
+# %% ../nbs/50_trainer.ipynb #0e7aac32
+def broken_inputs(
+    session:Session, # the run
+    rows:np.ndarray, # row numbers
+)->list[str]: # parts of sentences
+    "Rows whose plain input holds NaN or infinity; a method may have used them outside of a step, as anchors for example."
+    data, found = session.data, []
+    for some in np.split(rows, range(256, len(rows), 256)): found += bad_rows(torch.from_numpy(some), data.plain(data.inputs[some], None))
+    return [f"row {name_rows(data, [row])}, whose input holds NaN or infinity" for row in found]
+
+def bad_rows(
+    index:Tensor, # (b,) row numbers
+    values:Tensor, # (b, ...)
+)->list[int]: # row numbers
+    "Rows that hold NaN or infinity."
+    return index.cpu()[~values.reshape(len(values), -1).isfinite().all(1).cpu()].tolist()
+
+# %% ../nbs/50_trainer.ipynb #a8e3e9fc
+def far_samples(
+    session:Session, # the run
+    step:int, # any
+)->list[str]: # parts of sentences; empty where all samples of a view are such, as when training has diverged
+    "Samples whose squared prediction (or error, where the label is known) is no number, by the network as it is."
+    found = {}
+    for stream, tensors in step_batches(session, step):
+        for view in session.streams.needs[stream]:
+            with evaluating(session.method), session.accelerator.autocast():
+                far = session.method.predict(tensors[view].to(session.accelerator.device)).float().cpu()
+            if "y" in tensors: far = far - tensors["y"].cpu()
+            rows = bad_rows(tensors["index"], far**2)
+            if len(rows) == len(far): return []
+            for row in rows: found[row] = f"{stream} row {name_rows(session.data, [row])}, whose loss on the {view} view is infinite"
+    return list(found.values())
+
+# %% ../nbs/50_trainer.ipynb #031684b6
+def name_rows(
+    data:SemiSupervisedData, # whose samples may have names
+    rows:Iterable[int], # row numbers
+)->str: # such as "3 (c.png), 17 (d.png)"
+    "Rows, and their names where they have some."
+    names = data.sample_names
+    return ", ".join(str(row) if names is None else f"{row} ({names[row]})" for row in rows)
+
+def batch_words(
+    session:Session, # the run
+    step:int, # any
+)->str: # such as "labelled rows 3, 17; unlabelled rows 5, 4"
+    "The samples of a step's batches, of all processes."
+    rows = batch_rows(session.streams, step)
+    return "; ".join(f"{stream} rows {name_rows(session.data, rows[stream])}" for stream in session.streams.needs)
+
+# %% ../nbs/50_trainer.ipynb #7142d214
+def halted(
+    session:Session, # the run
+    what:str, # happened
+    blamed:Sequence[str], # samples that explain it; empty: training diverged
+    more:str="", # sentences to add
+)->HplError: # to be raised
+    "The error that ends a run whose numbers are none any more."
+    kept = f"the last checkpoint is kept (step {session.saved})" if session.saved is not None else "no checkpoint had been written yet"
+    why, fix = "training diverged", "Lower lr_body and lr_head or the weight of the unlabelled loss, in another folder"
+    if blamed:
+        others = f" (and {len(blamed) - 3} more)" if len(blamed) > 3 else ""
+        why = "; ".join(blamed[:3]) + others
+        fix = "Repair the data and run the same command again, or leave these rows out in another folder"
+    return HplError(f"{what}: {why}. {fix}; {kept}.{more}")
+
+@contextmanager
+def blaming_samples(
+    session:Session, # the run, in a step
+)->Iterator[None]:
+    "Where a method itself cannot go on with a step, say which samples hold no numbers, if any do."
+    try: yield
+    except (HplError, RuntimeError, ValueError) as error:
+        step = session.progress.step
+        if not (blamed := broken_samples(session, step) or broken_inputs(session, session.data.labelled)): raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        more = f" Samples of that step: {batch_words(session, step)}."
+        raise halted(session, f"step {step + 1} failed ({reason})", blamed, more) from error
 
 # %% ../nbs/50_trainer.ipynb #f91558c7
 @contextmanager
@@ -313,8 +502,19 @@ def predict_rows(
 )->np.ndarray: # (len(rows), K), label units
     "Predictions on the plain view."
     if not len(rows): return np.empty((0, session.data.outputs))
-    values = map_rows(session, rows, ("plain",), lambda x: {"y": session.method.predict(x)})
-    return session.data.normalizer.denormalize(values["y"])
+    values = map_rows(session, rows, ("plain",), lambda x: {"y": session.method.predict(x)})["y"]
+    check_predictions(session, rows[~np.isfinite(values).all(1)])
+    return session.data.normalizer.denormalize(values)
+
+def check_predictions(
+    session:Session, # the run
+    rows:np.ndarray, # whose predictions are no numbers; empty where all are well
+)->None:
+    "A prediction that is no number is an error, not a gap in a table."
+    if not len(rows): return
+    blamed = broken_inputs(session, rows[:256]) or broken_inputs(session, session.data.labelled)
+    shown = name_rows(session.data, rows[:10].tolist()) + (f" and {len(rows) - 10} more" if len(rows) > 10 else "")
+    raise halted(session, f"the predictions of rows {shown} are NaN or infinite", blamed)
 
 # %% ../nbs/50_trainer.ipynb #82f62c20
 def predictions_table(
@@ -354,9 +554,6 @@ def log_row(
     progress, data = session.progress, session.data
     row = {"epoch": len(progress.log) + 1, "step": progress.step}
     row |= {f"loss/{name}": session.accelerator.reduce(total/session.per_epoch, "mean").item() for name, total in progress.losses.items()}
-    for name, value in row.items():
-        if not np.isfinite(value): raise HplError(f"{name} became {value} in epoch {row['epoch']}: training diverged. Lower lr_body and "
-                                                  "lr_head or the weight of the unlabelled loss; the last checkpoint is kept.")
     row |= variance_row(session)
     if len(data.val):
         y, prediction = data.targets[data.val], predict_rows(session, data.val)
@@ -383,10 +580,13 @@ def variance_row(
 def check_finite(
     session:Session, # the run
 )->None:
-    "Raise `HplError` where a weight is infinite or NaN."
-    if torch.stack([p.detach().isfinite().all() for p in session.method.parameters()]).all(): return
-    raise HplError(f"a weight became infinite or NaN before step {session.progress.step}: training diverged. Lower lr_body "
-                   "and lr_head or the weight of the unlabelled loss; the last checkpoint is kept.")
+    "Raise `HplError` where a loss of the last step or a weight is infinite or NaN, or a buffer NaN (infinity may be a bound)."
+    if session.watched: stop_if_bad(session, session.watched)
+    session.watched = None
+    well = [p.detach().isfinite().all() for p in session.method.parameters()] + [~b.isnan().any() for b in session.method.buffers()]
+    if torch.stack(well).all(): return
+    what = f"a weight became NaN or infinite before step {session.progress.step + 1}"
+    raise halted(session, what, broken_inputs(session, session.data.labelled))
 
 # %% ../nbs/50_trainer.ipynb #981daeb4
 def end_epoch(
@@ -444,14 +644,20 @@ def checkpoint_content(
 def save_checkpoint(
     session:Session, # the run
 )->None:
-    "Write the checkpoint atomically: the previous one stays until the new one is complete."
+    "Write the checkpoint atomically; the one before becomes `previous.pt` when the new one is complete."
     if session.folder is None: return
     check_finite(session)
-    content = checkpoint_content(session)
+    content, folder = checkpoint_content(session), session.folder
+    session.saved, whole, session.last_is_whole = session.progress.step, session.last_is_whole, True
     if not session.accelerator.is_main_process: return
-    atomic_write(session.folder.checkpoint, lambda file: torch.save(content, file))
-    if session.progress.log:
-        atomic_write(session.folder.log, lambda file: file.write(pd.DataFrame(session.progress.log).to_csv(index=False).encode()))
+    atomic_write(folder.checkpoint, lambda file: torch.save(content, file), previous=folder.previous if whole else None)
+    if session.progress.log: write_log(session)
+
+def write_log(
+    session:Session, # the run
+)->None:
+    "Write log.csv atomically."
+    atomic_write(session.folder.log, lambda file: file.write(pd.DataFrame(session.progress.log).to_csv(index=False).encode()))
 
 # %% ../nbs/50_trainer.ipynb #ce2d3474
 def save_best(
@@ -461,7 +667,8 @@ def save_best(
     state = {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in session.method.state_dict().items()}
     if session.folder is None: session.best_state = state
     elif session.accelerator.is_main_process:
-        atomic_write(session.folder.best, lambda file: torch.save({"method": state, "epoch": session.progress.best_epoch}, file))
+        place = {"epoch": session.progress.best_epoch, "best": session.progress.best, "config": json.dumps(session.config)}
+        atomic_write(session.folder.best, lambda file: torch.save({"method": state} | place, file))
 
 # %% ../nbs/50_trainer.ipynb #a768fae5
 def save_snapshot(
@@ -471,7 +678,9 @@ def save_snapshot(
     "Keep the predictions of an epoch, for plots over training."
     table = predictions_table(session, epoch)
     if session.accelerator.is_main_process:
-        atomic_write(session.folder.path/"predictions"/f"epoch-{epoch:04d}.parquet", lambda file: table.to_parquet(file, index=False))
+        path = session.folder.path/"predictions"/f"epoch-{epoch:04d}.parquet"
+        atomic_write(path, lambda file: table.to_parquet(file, index=False))
+        session.progress.snapshots[path.name] = content_digest(path)
 
 # %% ../nbs/50_trainer.ipynb #1350cc01
 def read_checkpoint(
@@ -484,8 +693,8 @@ def read_checkpoint(
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error: # a damaged file can raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise HplError(f"{path} cannot be read as a checkpoint ({reason}). It is damaged or not ours: "
-                       "delete it and run the same command again to start over, or restore a copy.") from error
+        raise HplError(f"{path} cannot be read as a checkpoint ({reason}). It is damaged or not ours: restore a copy, or delete it and "
+                       "run the same command again, which goes on from the checkpoint before it or, without one, starts over.") from error
 
 # %% ../nbs/50_trainer.ipynb #47aa83c4
 def load_state(
@@ -507,13 +716,14 @@ def load_state(
 def check_origin(
     session:Session, # the run
     content:Mapping[str, Any], # of its checkpoint
+    path:Path, # where it is
 )->None:
     "Refuse a checkpoint that another run has written."
     there = json.loads(content.get("config", "{}"))
     differing = [key for key, value in session.config.items() if there.get(key) != value]
     if not differing: return
     key = differing[0]
-    raise HplError(f"{session.folder.checkpoint} is the checkpoint of another run: {key} is {there.get(key)!r} there and "
+    raise HplError(f"{path} is the checkpoint of another run: {key} is {there.get(key)!r} there and "
                    f"{session.config[key]!r} here. Put the run's own back, or delete it to start over.")
 
 # %% ../nbs/50_trainer.ipynb #34ae8254
@@ -521,16 +731,65 @@ def resume(
     session:Session, # a new session of the same run
 )->None:
     "Go on from the folder's checkpoint, exactly; without one, start at the beginning."
-    if session.folder is None or not session.folder.checkpoint.exists(): return
-    content, device = read_checkpoint(session.folder.checkpoint), session.accelerator.device
-    check_origin(session, content)
+    seed_everything(session.seed, session.accelerator.process_index)
+    if session.folder is None or not (found := last_checkpoint(session)): return
+    path, content, device = *found, session.accelerator.device
+    check_origin(session, content, path)
     own = send_to_device(content["processes"][session.accelerator.process_index], device)
-    load_state(session.method, {**send_to_device(content["method"], device), **own["method"]}, session.folder.checkpoint)
+    load_state(session.method, {**send_to_device(content["method"], device), **own["method"]}, path)
     for name, optimizer in session.method.optimizers.items(): optimizer.load_state_dict(content["optimizers"][name])
     for name, scheduler in session.schedulers.items(): scheduler.load_state_dict(content["schedulers"][name])
     if session.accelerator.scaler: session.accelerator.scaler.load_state_dict(content["scaler"])
     session.progress = Progress(**content["progress"] | {"losses": own["losses"], "records": own["records"]})
+    session.saved = session.progress.step
+    check_best(session)
     set_random_states(own["random"])
+
+# %% ../nbs/50_trainer.ipynb #b7bd2089
+def last_checkpoint(
+    session:Session, # a new session of a run
+)->tuple[Path, dict[str, Any]]|None: # where it is, and its content; None where there is none
+    "The last checkpoint, or the one before where the last is damaged or was never put in place."
+    folder, problems = session.folder, []
+    for path in (folder.checkpoint, folder.previous):
+        if not path.exists(): continue
+        try: content, problem = read_place(path), None
+        except HplError as error: content, problem = None, error
+        if any_process(session, problem is not None):
+            problems.append(problem or HplError(f"another process cannot read {path}."))
+            continue
+        if problems and session.accelerator.is_main_process:
+            warnings.warn(f"{str(problems[0]).split('. It is')[0]}: going on from the checkpoint before it, {path}, which is of step "
+                          f"{content['progress']['step']}.", stacklevel=2)
+        session.last_is_whole = not problems
+        return path, content
+    if problems: raise HplError(" And: ".join(map(str, problems))) from problems[0]
+
+def read_place(
+    path:Path, # last.pt or previous.pt
+)->dict[str, Any]: # with all tensors on the CPU
+    "Read a checkpoint to go on from, which best.pt is not."
+    content = read_checkpoint(path)
+    if "processes" in content: return content
+    raise HplError(f"{path} cannot be read as a checkpoint to go on from (it holds weights alone). It is another file: delete it and "
+                   "run the same command again, which goes on from the checkpoint before it or, without one, starts over.")
+
+# %% ../nbs/50_trainer.ipynb #d610a711
+def check_best(
+    session:Session, # resumed
+)->None:
+    "Refuse to go on where the selected epoch's weights are lost; it would be noticed at the end of training otherwise."
+    progress, path = session.progress, session.folder.best
+    if not progress.best_epoch: return
+    try:
+        content = read_checkpoint(path)
+        if (epoch := content.get("epoch", 0)) < progress.best_epoch: raise HplError(f"it holds those of epoch {epoch}. ")
+    except HplError as error:
+        reason = str(error).split(". ")[0]
+        raise HplError(f"{path} should hold the weights of epoch {progress.best_epoch}, the best so far, but {reason}. Restore a copy, or "
+                       f"delete the folder {path.parent} and run the same command again to train from the beginning.") from error
+    if "config" in content: check_origin(session, content, path)
+    if epoch > progress.best_epoch and "best" in content: progress.best_epoch, progress.best = epoch, content["best"]
 
 # %% ../nbs/50_trainer.ipynb #483bd947
 def make_accelerator(
@@ -594,7 +853,7 @@ def open_session(
     seed:int, # of everything
     trackers:Sequence[str]=(), # accelerate's names
 )->Session:
-    "Check everything, claim the folder, place the method on its device, and resume where there is something to resume."
+    "Check everything, and place the method on its device; nothing is written."
     folder = RunFolder(folder) if folder else None
     accelerator = make_accelerator(settings, trackers, folder)
     data, streams = method.prepare(data), method.stream_settings(settings.streams)
@@ -603,14 +862,45 @@ def open_session(
     loader = Streams(data, method.needs, streams, per_epoch*settings.epochs, seed, *place)
     check_settings(settings, loader, folder)
     config = run_config(method, data, settings, seed, accelerator.num_processes)
-    if folder and accelerator.is_main_process: claim_run(folder, config)
-    accelerator.wait_for_everyone()
-    if trackers: accelerator.init_trackers("hpl_nb", config={k: str(v) for k, v in config.items()})
     schedulers = place_method(method, settings, accelerator)
-    session = Session(method, data, settings, loader, accelerator, seed, per_epoch, folder, config, schedulers)
-    seed_everything(seed, accelerator.process_index)
-    resume(session)
-    return session
+    return Session(method, data, settings, loader, accelerator, seed, per_epoch, folder, config, schedulers)
+
+# %% ../nbs/50_trainer.ipynb #b2984845
+@contextmanager
+def claimed(
+    session:Session, # just opened
+    trackers:Sequence[str]=(), # accelerate's names
+)->Iterator[None]:
+    "Hold the run folder within the block, claim it, and resume where there is something to resume."
+    mine = session.folder is not None and session.accelerator.is_main_process
+    with run_lock(session.folder) if mine else nullcontext():
+        if mine: claim_run(session.folder, session.config)
+        session.accelerator.wait_for_everyone()
+        if trackers: session.accelerator.init_trackers("hpl_nb", config={k: str(v) for k, v in session.config.items()})
+        try:
+            resume(session)
+            yield
+        finally:
+            for tracker in session.accelerator.trackers: tracker.finish()
+
+# %% ../nbs/50_trainer.ipynb #4e5acc1d
+@contextmanager
+def with_others(
+    session:Session, # the run
+    workers:int, # processes that prepare batches
+)->Iterator[None]:
+    "Say what to do where a process that this one works with is no longer there."
+    try: yield
+    except RuntimeError as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        again = "run the same command again: it goes on from the last checkpoint"
+        if re.search(r"DataLoader worker \(pid", reason):
+            raise HplError(f"a process that prepares batches has ended ({reason}), most often because memory ran out. Use fewer than "
+                           f"{workers} workers or smaller batches, and {again}.") from error
+        if session.accelerator.num_processes > 1 and re.search("gloo|NCCL|[Cc]onnection", str(error)):
+            raise HplError(f"another of the {session.accelerator.num_processes} processes has ended ({reason}); its own message says why. "
+                           f"Stop the others, and {again}.") from error
+        raise
 
 # %% ../nbs/50_trainer.ipynb #a483ff3c
 def place_method(
@@ -653,11 +943,10 @@ def fit(
     session = open_session(method, data, settings or TrainSettings(), folder, seed, trackers)
     session.show = progress and session.accelerator.is_main_process
     try:
-        if run_steps(session, workers, checkpoint_seconds, stop_after, watch): return finish(session)
-        return Run(session.config, pd.DataFrame(session.progress.log), {}, pd.DataFrame(columns=PREDICTION_COLUMNS), False)
-    finally:
-        for tracker in session.accelerator.trackers: tracker.finish()
-        method.to(place)
+        with with_others(session, workers), claimed(session, trackers):
+            if run_steps(session, workers, checkpoint_seconds, stop_after, watch): return finish(session)
+            return Run(session.config, pd.DataFrame(session.progress.log), {}, pd.DataFrame(columns=PREDICTION_COLUMNS), False)
+    finally: method.to(place)
 
 # %% ../nbs/50_trainer.ipynb #8566da03
 def run_steps(
@@ -693,7 +982,7 @@ def any_process(
 )->bool: # the same on all processes
     "Whether any process says yes: checkpoints are written, and runs are stopped, by all together."
     if session.accelerator.num_processes == 1: return answer
-    return session.accelerator.reduce(torch.tensor(float(answer), device=session.accelerator.device), "sum").item() > 0
+    return session.accelerator.reduce(torch.tensor(float(bool(answer)), device=session.accelerator.device), "sum").item() > 0
 
 def is_due(
     session:Session, # the run
@@ -771,7 +1060,7 @@ def finish(
 )->Run:
     "Predict with the last and the selected epoch, measure the test set once, and write the results."
     last, best = len(session.progress.log), session.progress.best_epoch
-    tables = [pd.read_parquet(path) for path in _snapshots(session) if int(path.stem.split("-")[1]) not in (last, best)]
+    tables = kept_tables(session, (last, best))
     if last != best: tables.append(predictions_table(session, last))
     source = session.folder.best if session.folder else "memory"
     state = read_checkpoint(source)["method"] if session.folder else session.best_state
@@ -780,14 +1069,40 @@ def finish(
     selected = predictions_table(session, best)
     predictions = pd.concat([*tables, selected], ignore_index=True).sort_values(["epoch", "index", "output"], ignore_index=True)
     metrics = selected_metrics(session, selected)
-    if session.folder and session.accelerator.is_main_process:
-        atomic_write(session.folder.predictions, lambda file: predictions.to_parquet(file, index=False))
-        session.folder.write_json("environment.json", environment(session.accelerator))
-        session.folder.write_json("metrics.json", metrics)
+    if session.folder and session.accelerator.is_main_process: write_results(session, predictions, metrics)
     return Run(session.config, pd.DataFrame(session.progress.log), metrics, predictions, True, environment(session.accelerator))
 
-def _snapshots(session):
-    return sorted((session.folder.path/"predictions").glob("epoch-*.parquet")) if session.folder else []
+# %% ../nbs/50_trainer.ipynb #c78988ec
+def write_results(
+    session:Session, # a run that has ended
+    predictions:pd.DataFrame, # its table
+    metrics:dict[str, Any], # of the selected epoch
+)->None:
+    "Write the results, and last of all what says that the run is finished."
+    folder = session.folder
+    atomic_write(folder.predictions, lambda file: predictions.to_parquet(file, index=False))
+    write_log(session)
+    folder.write_json("environment.json", environment(session.accelerator))
+    names = ("config.json", folder.log.name, folder.predictions.name)
+    digests = {name: content_digest(folder.path/name) for name in names}
+    folder.write_json("checksums.json", digests | {folder.metrics.name: content_digest(json_bytes(metrics))})
+    folder.write_json(folder.metrics.name, metrics)
+
+# %% ../nbs/50_trainer.ipynb #18f97bb6
+def kept_tables(
+    session:Session, # a run that has ended
+    without:Sequence[int], # epochs that are predicted anew
+)->list[pd.DataFrame]: # one of each other epoch
+    "What `record_every` has kept, as it was written."
+    folder, tables = session.folder.path/"predictions" if session.folder else None, []
+    there = [path.name for path in folder.glob("epoch-*.parquet")] if folder else [] # those of version 0.1 and before have no digest
+    for name in sorted({*session.progress.snapshots, *there}):
+        if int(name[6:-8]) in without: continue
+        if content_digest(folder/name) != session.progress.snapshots.get(name, content_digest(folder/name)):
+            raise HplError(f"{folder/name}, the predictions of an epoch, is missing or damaged. Restore a copy, or delete the folder "
+                           f"{session.folder.checkpoint.parent} and run the same command again to train from the beginning.")
+        tables.append(pd.read_parquet(folder/name))
+    return tables
 
 # %% ../nbs/50_trainer.ipynb #bb5f8cb2
 def selected_metrics(

@@ -8,7 +8,9 @@ import pytest
 from PIL import Image
 
 from hpl_nb import data
-from hpl_nb.core import HplError
+from hpl_nb.core import HplError, LabelNormalizer
+from hpl_nb.data.core import SemiSupervisedData, describe, synthetic
+from hpl_nb.data.own import from_arrays, from_frame, from_images
 
 
 def draw(path, seed):
@@ -130,3 +132,111 @@ def test_bad_pairs(tmp_path):
     pd.DataFrame([[*row, row[0], row[1]] for row in rows], columns=columns).to_csv(tmp_path/"sts.tsv", sep="\t", index=False)
     report = check(tmp_path)
     assert not report.ok and "six" in str(report)
+
+
+def test_labels_of_another_unit_in_a_folder(tmp_path):
+    make_own(tmp_path, rows=40, label=[*range(20, 49), 999, *range(240, 360, 12)], split=["train"]*30 + ["test"]*10)
+    report = check(tmp_path)
+    assert report.ok and kinds(report) == {"label far from the others": 1, "labels on another scale": 1}
+    assert "Labels: train 20 to 999 (mean 66.17, 30 rows); test 240 to 348 (mean 294, 10 rows)." in report.notes
+
+
+# ---- data that are loaded already, and what their loaders say
+
+def told(caught): return [str(warning.message) for warning in caught]
+
+
+def table(rows=120, labelled=60):
+    random = np.random.default_rng(0)
+    return random.normal(size=(rows, 3)), np.where(np.arange(rows) < labelled, random.uniform(20, 60, rows), np.nan)
+
+
+SPLIT = {"val": range(20, 40), "test": range(40, 60)}
+
+
+@pytest.mark.parametrize(("one", "other", "text"), [
+    (0, 45, "1 of 20 labelled rows are equal to a row of test (row 0 is 45)"),
+    (70, 25, "1 of 60 unlabelled rows are equal to a row of val (row 70 is 25)"),
+    (25, 45, "1 of 20 val rows are equal to a row of test (row 25 is 45)"),
+    (0, 70, "1 of 20 labelled rows are equal to a row of unlabelled (row 0 is 70)")])
+def test_repeated_rows_are_named(one, other, text, recwarn):
+    x, y = table()
+    x[other] = x[one]
+    loaded = from_arrays(x, y, split=SPLIT)
+    assert len(told(recwarn)) == 1 and text in told(recwarn)[0]
+    report = check(loaded)
+    assert report.ok and kinds(report)["same sample in several splits"] == 1
+    again = from_arrays(x, y, split=SPLIT, deduplicate=True)
+    assert len(again.notes["duplicates"]) == (one != 25) and "duplicates" not in loaded.notes
+    assert len(recwarn) == 1 + (one == 25) # two rows that are held out stay, and that is said again
+
+
+def test_frames_are_compared_as_they_are_encoded(recwarn):
+    x, y = table()
+    frame = pd.DataFrame(x, columns=list("abc")).assign(kind=np.where(np.arange(120) % 2, "odd", "even"), y=y)
+    frame.loc[45] = frame.loc[1].where(frame.columns != "y", 33.)
+    from_frame(frame.infer_objects(), "y", split=SPLIT)
+    assert len(recwarn) == 1 and "(row 1 is 45)" in told(recwarn)[0]
+    frame.loc[45, "kind"] = "even"
+    from_frame(frame.infer_objects(), "y", split=SPLIT)
+    assert len(recwarn) == 1
+
+
+def test_zero_is_zero_and_pictures_are_compared(recwarn):
+    x, y = table()
+    x[0], x[45] = 0., -0.
+    assert from_arrays(x, y, split=SPLIT) and "(row 0 is 45)" in told(recwarn)[0]
+    pictures = np.random.default_rng(0).integers(0, 255, (120, 8, 8), dtype=np.uint8)
+    pictures[70] = pictures[3]
+    assert from_arrays(pictures, y, split=SPLIT) and "(row 3 is 70)" in told(recwarn)[1]
+
+
+def test_equal_files_and_forgotten_files_are_named(tmp_path, recwarn):
+    make_own(tmp_path, rows=30, label=[*map(str, range(20)), *[""]*10])
+    (tmp_path/"faces"/"25.png").write_bytes((tmp_path/"faces"/"4.png").read_bytes())
+    for name in ("left.jpg", "over.png"): draw(tmp_path/"faces"/name, 99)
+    split = {"val": range(5, 10), "test": range(10, 15)}
+    loaded = from_images(tmp_path/"faces", tmp_path/"labels.csv", "file", "label", split=split, size=16)
+    assert "2 pictures in" in told(recwarn)[0] and "left.jpg" in told(recwarn)[0]
+    assert "(row 4 (4.png) is 25 (25.png))" in told(recwarn)[1] and len(recwarn) == 2
+    assert kinds(check(loaded)) == {"same sample in several splits": 1}
+    (tmp_path/"faces"/"3.png").write_bytes(b"no picture")
+    report = check(loaded)
+    assert not report.ok and kinds(report)["broken picture"] == 1 and "3.png" in str(report)
+
+
+def test_a_normaliser_of_another_unit(recwarn):
+    x, y = table()
+    rows = dict(labelled=range(20), unlabelled=range(60, 120), val=range(20, 40), test=range(40, 60))
+    loaded = SemiSupervisedData("ages", x, y*12, **{split: [*r] for split, r in rows.items()}, normalizer=LabelNormalizer((35.,), (11.,)))
+    assert kinds(check(loaded)) == {"normaliser of another unit": 1} and not len(recwarn)
+
+
+def test_ordinary_labels_raise_no_doubt(recwarn):
+    "Normal, uniform, skewed and counted labels, of many sizes; and the package's own data."
+    for seed in range(20):
+        random = np.random.default_rng(seed)
+        rows = int(random.choice([12, 60, 300, 3000]))
+        x = random.normal(size=(rows, 4))
+        for y in (random.normal(0, 1e-3, rows), random.uniform(1e5, 1e6, rows), random.lognormal(0, 1, rows), random.poisson(.2, rows),
+                  random.standard_t(4, rows), random.exponential(5., rows), np.full(rows, 3.)):
+            from_arrays(x, np.where(random.uniform(size=rows) < .7, y, np.nan), seed=seed)
+    assert not told(recwarn)
+    report = check(synthetic(500))
+    assert report.ok and not len(report.problems) and report.notes[0].startswith("labels in units: labelled")
+
+
+def test_hidden_labels_are_not_shown():
+    x, y = table()
+    y[60:] = 777 # true labels of unlabelled rows
+    loaded = from_arrays(x, y, split={**SPLIT, "unlabelled": range(60, 120), "train": range(20)})
+    x[61] = x[60]
+    assert "777" not in describe(loaded) + repr(loaded) + str(check(from_arrays(x, y, split={**SPLIT, "unlabelled": range(60, 120), "train": range(20)})))
+
+
+def test_inputs_that_cannot_be_compared_are_said_so():
+    class Words(list):
+        def __getitem__(self, rows): return [super(Words, self).__getitem__(row) for row in rows]
+
+    words = SemiSupervisedData("words", Words("abcd"), np.arange(4.), [0, 1], [2], [], [3])
+    assert check(words).ok and "Samples are not compared with each other: Words" in check(words).notes[-1]

@@ -12,7 +12,7 @@ from small_runs import METHODS, SETTINGS, differences, digits, make
 
 from hpl_nb.trainer import fit
 
-KILLS = 5 # of each method
+KILLS = [2, pytest.param(6, marks=pytest.mark.slow)] # of each method: 108 in the long test
 
 
 class Trap:
@@ -91,15 +91,16 @@ def finished(start, folder, name, every, at=0):
 def files(folder): return sorted(path.relative_to(folder) for path in folder.rglob("*"))
 
 
+@pytest.mark.parametrize("kills", KILLS)
 @pytest.mark.parametrize("name", METHODS)
-def test_killed_at_a_random_moment(name, start, tmp_path):
-    """In a step, before and after a file is synced or replaced, or with half a checkpoint written.
+def test_killed_at_a_random_moment(name, kills, start, tmp_path):
+    """In a step, before and after a file or its folder is synced, or renamed, or with half a checkpoint written.
 
     Every other run writes its checkpoints at the end of an epoch only."""
     whole = {every: finished(start, tmp_path/f"whole {every}", name, every)[1] for every in (0., 1e9)}
     assert not differences(whole[0.] | {"moments": 0}, whole[1e9] | {"moments": 0}) # how often does not matter
-    draw = random.Random(name)
-    for kill in range(KILLS):
+    draw = random.Random(f"{name} {kills}")
+    for kill in range(kills):
         every, folder = (0., 1e9)[kill % 2], tmp_path/str(kill)
         at = draw.randint(1, whole[every]["moments"])
         assert finished(start, folder, name, every, at)[0] == -signal.SIGKILL, (kill, at)
@@ -114,7 +115,7 @@ def test_killed_from_outside_again_and_again(start, tmp_path):
     draw, codes, folder = random.Random(0), [], tmp_path/"killed"
     while not codes or codes[-1]:
         process = start("HPL previous", str(folder), 0., 0, tmp_path/"killed.pt")
-        if len(codes) < 2*KILLS:
+        if len(codes) < 10:
             process.join(draw.uniform(.02, .2))
             process.kill()
         process.join()

@@ -17,12 +17,14 @@ from ..core import HplError
 
 # %% auto #0
 __all__ = ['FILE_COLUMNS', 'LABEL_COLUMNS', 'SPLIT_COLUMNS', 'KNOWN_SPLITS', 'Report', 'summary', 'Finding', 'Layout',
-           'read_layout', 'label_findings', 'picture_findings', 'repeated_findings', 'dropped_note', 'unnamed_findings',
-           'table_findings', 'check_pairs', 'make_report', 'check']
+           'read_layout', 'label_findings', 'scale_findings', 'picture_findings', 'repeated_findings', 'dropped_note',
+           'unnamed_findings', 'table_findings', 'check_pairs', 'make_report', 'check_data', 'check']
 
 # %% ../../nbs/16_data.check.ipynb #a209b672
 if TYPE_CHECKING:
     import pandas as pd
+
+    from hpl_nb.data.core import SemiSupervisedData
 
 # %% ../../nbs/16_data.check.ipynb #fbcc3f17
 @dataclass(repr=False)
@@ -150,6 +152,24 @@ def label_findings(
     return [Finding("error", kind, row, names[row], splits[row], f"row {row} ({names[row]}): {detail}")
             for row, kind, detail in problems]
 
+# %% ../../nbs/16_data.check.ipynb #ca8e214d
+def scale_findings(
+    labels:Sequence[float], # one per row, NaN where there is none
+    splits:Sequence[str], # of every row
+    names:Sequence[str], # of every row
+)->tuple[list[Finding], list[str]]: # warnings; a note with the range of each split's labels
+    "Labels that are far from the others, and splits whose labels are on another scale than the first."
+    import numpy as np
+
+    from hpl_nb.data.core import label_doubts
+    y, splits = np.asarray(labels, dtype=np.float64), np.asarray(splits, dtype=object)
+    order = sorted(dict.fromkeys(splits), key=lambda split: split in ("val", "dev", "test")) # what trains is what the others are compared with
+    sets = {split: rows for split in order if len(rows := np.flatnonzero((splits == split) & np.isfinite(y)))}
+    if not sets: return [], []
+    found = [Finding("warning", kind, row, names[row], splits[row], detail) for kind, row, detail in label_doubts(y[:, None], sets)]
+    ranges = [f"{split} {y[rows].min():.4g} to {y[rows].max():.4g} (mean {y[rows].mean():.4g}, {len(rows):,} rows)" for split, rows in sets.items()]
+    return found, [f"Labels: {'; '.join(ranges)}."]
+
 # %% ../../nbs/16_data.check.ipynb #379fd01b
 def picture_findings(
     layout:Layout, # a table and the places of its pictures
@@ -176,10 +196,10 @@ def picture_findings(
 # %% ../../nbs/16_data.check.ipynb #d9a60384
 def repeated_findings(
     keys:dict[int, str], # row -> its content's fingerprint
-    labels:Sequence[float], # of every row
+    labels:Sequence[Any], # of every row; None: not to be compared
     splits:Sequence[str], # of every row
     names:Sequence[str], # of every row
-    what:str, # "picture" or "pair"
+    what:str, # "picture", "pair" or "sample"
 )->tuple[list[Finding], list[str]]: # warnings; a note that counts the groups
     "Groups of rows with equal content."
     import numpy as np
@@ -187,15 +207,20 @@ def repeated_findings(
     findings, counts = [], np.zeros(4, dtype=int)
     for _, rows in pd.Series(list(keys)).groupby(list(keys.values()), sort=False):
         if len(rows) < 2: continue
-        crosses, differs = len({splits[row] for row in rows}) > 1, len({labels[row] for row in rows}) > 1
+        crosses, differs = len({splits[row] for row in rows}) > 1, len({labels[row] for row in rows} - {None}) > 1
         counts += (1, crosses, differs, crosses and differs)
-        detail = "; ".join(f"row {row} ({splits[row]}, {labels[row]:g}): {names[row]}" for row in rows)
+        detail = "; ".join(f"row {row} ({splits[row]}{_shown(labels[row])}): {names[row]}" for row in rows)
         place = (int(rows.iloc[0]), names[rows.iloc[0]], splits[rows.iloc[0]])
         kind = f"same {what} in several splits" if crosses else f"same {what} twice in one split"
         findings.append(Finding("warning", kind, *place, detail))
         if differs: findings.append(Finding("warning", f"same {what}, different labels", *place, detail))
     note = "{} groups of identical {}s: {} cross splits, {} carry different labels, {} do both."
     return findings, [note.format(counts[0], what, *counts[1:])] if len(findings) else []
+
+# %% ../../nbs/16_data.check.ipynb #1bd217f2
+def _shown(label):
+    if label is None: return ""
+    return ", " + ", ".join(f"{value:g}" for value in (label if isinstance(label, tuple) else (label,)))
 
 # %% ../../nbs/16_data.check.ipynb #61de3412
 def dropped_note(
@@ -219,13 +244,10 @@ def unnamed_findings(
     layout:Layout, # its table
 )->list[Finding]: # at most one warning
     "Pictures below `root` that the table does not name."
-    named = {os.path.abspath(source.path) for source in layout.sources if source is not None}
-    suffixes = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
-    extra = [os.path.join(folder, name) for folder, _, names in os.walk(root) for name in sorted(names)
-             if name.lower().endswith(suffixes) and os.path.abspath(os.path.join(folder, name)) not in named]
-    if not extra: return []
-    detail = f"{len(extra):,} pictures are not in the table, for example {os.path.relpath(extra[0], root)}"
-    return [Finding("warning", "picture not in the table", -1, os.path.relpath(extra[0], root), "", detail)]
+    from hpl_nb.data.images import unlisted_images
+    if not (extra := unlisted_images(root, layout.sources)): return []
+    detail = f"{len(extra):,} pictures are not in the table, for example {extra[0]}"
+    return [Finding("warning", "picture not in the table", -1, extra[0], "", detail)]
 
 # %% ../../nbs/16_data.check.ipynb #a15f828f
 def table_findings(
@@ -251,7 +273,8 @@ def check_pairs(
     splits, names = pairs["split"].tolist(), (pairs["sentence1"] + " | " + pairs["sentence2"]).tolist()
     keys = {row: " | ".join(sorted(pair)) for row, pair in enumerate(zip(pairs["sentence1"], pairs["sentence2"]))}
     repeated, crossing = repeated_findings(keys, pairs["score"].tolist(), splits, names, "pair")
-    return make_report("STS-B", splits, findings + repeated, notes + crossing)
+    far, ranges = scale_findings(pairs["score"].tolist(), splits, names)
+    return make_report("STS-B", splits, findings + far + repeated, notes + crossing + ranges)
 
 # %% ../../nbs/16_data.check.ipynb #3ea1f07e
 def make_report(
@@ -265,9 +288,39 @@ def make_report(
     rows = pd.Series(list(splits), dtype=object).value_counts(sort=False).to_dict()
     return Report(layout, rows, pd.DataFrame(list(findings), columns=list(Finding._fields)), list(notes))
 
+# %% ../../nbs/16_data.check.ipynb #9b5164e2
+def check_data(
+    data:SemiSupervisedData, # from any loader, or one's own
+    progress:bool=True, # show a progress bar where there are pictures to decode
+)->Report: # of what is loaded
+    "Check a data set: broken pictures, doubtful labels, samples that stand twice."
+    import numpy as np
+
+    from hpl_nb.data import core, images
+    splits, names = np.full(len(data.targets), "left out", dtype=object), [core.row_name(data, row) for row in range(len(data.targets))]
+    for split in core.SETS: splits[data.rows(split)] = split
+    broken = images.broken_images(data.inputs, progress) if isinstance(data.inputs, images.ImageFiles) else {}
+    findings = [Finding("error", "broken picture", row, names[row], splits[row], reason) for row, reason in broken.items() if splits[row] != "left out"]
+    labelled = {split: data.rows(split) for split in ("labelled", "val", "test")}
+    for kind, row, detail in core.label_doubts(data.targets, labelled) + core.normalizer_doubts(data):
+        findings.append(Finding("warning", kind, row, names[row] if row >= 0 else "", splits[row] if row >= 0 else "", detail))
+    rows = np.concatenate([data.rows(split) for split in core.SETS])
+    if (keys := core.content_keys(data.inputs, rows)) is None:
+        repeated, notes = [], [f"Samples are not compared with each other: {type(data.inputs).__name__} is neither a tensor nor pictures in files."]
+    else: repeated, notes = repeated_findings(dict(zip(rows.tolist(), keys)), _known(data), splits, names, "sample")
+    return make_report(data.name, splits, findings + repeated, [*core.describe(data).splitlines()[1:], *notes])
+
+# %% ../../nbs/16_data.check.ipynb #57db51c5
+def _known(data):
+    "One label per row, None where it is not to be looked at."
+    labels = [None]*len(data.targets)
+    for split in ("labelled", "val", "test"):
+        for row in data.rows(split): labels[row] = tuple(data.targets[row].tolist())
+    return labels
+
 # %% ../../nbs/16_data.check.ipynb #672e055d
 def check(
-    root:str|Path, # folder of the data set
+    root:str|Path|SemiSupervisedData, # folder of the data set, or data that are loaded already
     table:str|None=None, # name of the table, for one's own pictures; None: found
     file_column:str|None=None, # its column of file names; None: found by its usual names
     label_column:str|None=None, # its column of labels
@@ -276,6 +329,7 @@ def check(
 )->Report: # print it
     "Read everything below `root` once, and report what is wrong with it; nothing is changed."
     from hpl_nb.data.images import label_problems
+    if hasattr(root, "targets"): return check_data(root, progress)
     root = Path(root)
     if not root.is_dir(): raise HplError(f"there is no folder {root}.")
     if table is None and (root/"sts.tsv").exists(): return check_pairs(root/"sts.tsv")
@@ -286,5 +340,6 @@ def check(
     values, names = label_problems(layout.table[labels])[0], layout.table[files].astype(str).tolist()
     repeated, crossing = repeated_findings(hashes, values.tolist(), splits, names, "picture")
     other, notes = table_findings(layout.path)
-    findings = label_findings(layout, splits) + broken + repeated + unnamed_findings(root, layout) + other
-    return make_report(layout.name, splits, findings, notes + crossing + dropped_note(hashes, splits))
+    far, ranges = scale_findings(values, splits, names)
+    findings = label_findings(layout, splits) + far + broken + repeated + unnamed_findings(root, layout) + other
+    return make_report(layout.name, splits, findings, notes + crossing + dropped_note(hashes, splits) + ranges)

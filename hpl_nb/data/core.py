@@ -5,9 +5,12 @@
 # %% ../../nbs/10_data.core.ipynb #6ce25cae
 from __future__ import annotations
 
+import hashlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from itertools import combinations
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,9 +20,11 @@ from torch.utils.data import Dataset
 from ..core import HplError, LabelNormalizer, derive_seed, whole_number
 
 # %% auto #0
-__all__ = ['View', 'PerSample', 'BatchView', 'plain_view', 'SemiSupervisedData', 'check_rows', 'fully_labelled', 'split_rows',
-           'synthetic_mean', 'synthetic_variance', 'synthetic', 'noise_view', 'stream_rows', 'outer_rows',
-           'StreamSettings', 'Streams', 'batch_rows', 'make_batch', 'check_streams']
+__all__ = ['View', 'SETS', 'PerSample', 'BatchView', 'plain_view', 'SemiSupervisedData', 'check_rows', 'row_name', 'label_ranges',
+           'describe', 'Doubt', 'label_doubts', 'normalizer_doubts', 'content_keys', 'repeated_samples',
+           'repeat_doubts', 'announce', 'fully_labelled', 'split_rows', 'synthetic_mean', 'synthetic_variance',
+           'synthetic', 'noise_view', 'stream_rows', 'outer_rows', 'StreamSettings', 'Streams', 'batch_rows',
+           'make_batch', 'check_streams']
 
 # %% ../../nbs/10_data.core.ipynb #6c7809b0
 View = Callable[[Any, np.ndarray | None], Tensor]
@@ -57,7 +62,9 @@ def plain_view(
     return samples
 
 # %% ../../nbs/10_data.core.ipynb #e34e3f6f
-@dataclass
+SETS = ("labelled", "unlabelled", "val", "test")
+
+@dataclass(repr=False)
 class SemiSupervisedData:
     "Inputs, targets, the four sets of rows, and the views; checked as it is made."
     name:str # for tables and figures
@@ -79,8 +86,7 @@ class SemiSupervisedData:
     def __post_init__(self):
         self.targets = _numbers(self.name, self.targets)
         if self.targets.ndim == 1: self.targets = self.targets[:, None]
-        for rows in ("labelled", "unlabelled", "val", "test"):
-            setattr(self, rows, np.asarray(getattr(self, rows), dtype=np.int64))
+        for split in SETS: setattr(self, split, _row_numbers(self.name, split, getattr(self, split)))
         check_rows(self)
         if self.normalizer is None: self.normalizer = LabelNormalizer.fit(self.targets[self.labelled])
         if self.label_ratio is None:
@@ -93,8 +99,18 @@ class SemiSupervisedData:
         "Row numbers of a split: labelled, unlabelled, val or test."
         return {"labelled": self.labelled, "unlabelled": self.unlabelled, "val": self.val, "test": self.test}[split]
 
+    def __repr__(self)->str: return describe(self)
+
 # %% ../../nbs/10_data.core.ipynb #0668e8bf
+def _row_numbers(name, split, rows):
+    rows = np.asarray(rows)
+    if rows.ndim != 1 or rows.dtype.kind not in "iu" and rows.size:
+        raise HplError(f"{name}: {split} has shape {rows.shape} and type {rows.dtype}; give a list of row numbers, such as np.flatnonzero(mask).")
+    return rows.astype(np.int64)
+
 def _numbers(name, targets):
+    if getattr(getattr(targets, "dtype", None), "kind", "f") in "mMc":
+        raise HplError(f"{name}: the labels are of type {targets.dtype}, not real numbers; turn them into numbers of one unit first.")
     try: return np.asarray(targets, dtype=np.float64)
     except (TypeError, ValueError) as error:
         for row, label in enumerate(targets):
@@ -112,7 +128,7 @@ def check_rows(
     if len(data.inputs) != len(data.targets):
         raise HplError(f"{data.name}: {len(data.inputs)} inputs but {len(data.targets)} targets; give one target per input "
                        "(NaN where there is no label).")
-    sets = {split: data.rows(split) for split in ("labelled", "unlabelled", "val", "test")}
+    sets = {split: data.rows(split) for split in SETS}
     owner = np.full(len(data.targets), "", dtype=object)
     for split, rows in sets.items():
         if len(rows) and not (0 <= rows.min() and rows.max() < len(owner)):
@@ -130,9 +146,162 @@ def _check_labels(data, split):
     rows = data.rows(split)
     bad = rows[~np.isfinite(data.targets[rows]).all(axis=1)]
     if len(bad):
-        name = f" ({data.sample_names[bad[0]]})" if data.sample_names is not None else ""
-        raise HplError(f"{data.name}: the label of {split} row {bad[0]}{name} is {data.targets[bad[0]]}; {len(bad)} such row(s). "
+        raise HplError(f"{data.name}: the label of {split} row {row_name(data, bad[0])} is {data.targets[bad[0]]}; {len(bad)} such row(s). "
                        "Give a finite number, or list the row as unlabelled.")
+
+def row_name(
+    data:SemiSupervisedData, # any
+    row:int, # of it
+)->str: # such as "7", or "7 (face.jpg)"
+    "A row as messages call it."
+    named = data.sample_names is not None and str(data.sample_names[row]) != str(row)
+    return f"{row} ({data.sample_names[row]})" if named else str(row)
+
+# %% ../../nbs/10_data.core.ipynb #b7b12fae
+def label_ranges(
+    data:SemiSupervisedData, # any
+)->list[dict[str, Any]]: # one for each output and each set with labels: output, split, n, min, mean, max (label units)
+    "The labels of the labelled, validation and test rows; hidden labels of unlabelled rows are not looked at."
+    sets = [(split, data.targets[data.rows(split)]) for split in ("labelled", "val", "test") if len(data.rows(split))]
+    return [{"output": k, "split": split, "n": len(y), "min": y[:, k].min(), "mean": y[:, k].mean(), "max": y[:, k].max()}
+            for k in range(data.outputs) for split, y in sets]
+
+# %% ../../nbs/10_data.core.ipynb #d8d27cad
+def describe(
+    data:SemiSupervisedData, # any
+)->str: # lines
+    "Rows, labels and normaliser in words."
+    counts = [f"{len(data.rows(split)):,} {split}" for split in SETS]
+    lines = [f"{data.name}: {', '.join(counts)}"]
+    for k in range(data.outputs):
+        shown = [f"{row['split']} {row['min']:.4g} to {row['max']:.4g} (mean {row['mean']:.4g})"
+                 for row in label_ranges(data) if row["output"] == k]
+        output = f" of output {k}" if data.outputs > 1 else ""
+        lines.append(f"labels{output} in {data.unit or 'a unit that is not named'}: {'; '.join(shown)}")
+        mean, scale = data.normalizer.mean[k], data.normalizer.scale[k]
+        y = data.normalizer.normalize(data.targets[data.labelled])[:, k]
+        lines.append(f"normaliser: (label - {mean:.4g})/{scale:.4g}, so that the labelled ones run from {y.min():.3g} to {y.max():.3g}")
+    return "\n".join(lines)
+
+# %% ../../nbs/10_data.core.ipynb #6f7799d6
+class Doubt(NamedTuple):
+    "Something that a person should look at before training."
+    kind:str # a few words, the same for all of its kind
+    row:int # the first; -1: none
+    detail:str # a sentence: which rows, and what to do
+
+# %% ../../nbs/10_data.core.ipynb #8c054cc2
+def _list_rows(rows:Sequence[int], most:int=5)->str:
+    "The first few row numbers."
+    return ", ".join(map(str, rows[:most])) + (", ..." if len(rows) > most else "")
+
+def _middle(y:np.ndarray)->tuple[float, float, float]:
+    "First quartile, median and third quartile."
+    return tuple(np.quantile(y, (.25, .5, .75)).tolist())
+
+def _far(y:np.ndarray, reference:np.ndarray)->np.ndarray:
+    "Places of the labels that are far from at least 10 others."
+    if len(reference) < 10: return np.array([], dtype=np.int64)
+    low, first, median, last, high = np.quantile(reference, (.1, .25, .5, .75, .9))
+    distance, tail = np.abs(y - median), np.where(y > median, high - median, median - low)
+    return np.flatnonzero((distance > 30*tail) & (tail > 0) | (distance > 100*(last - first)) & (last > first))
+
+def _other_scale(y:np.ndarray, reference:np.ndarray, times:float=10)->bool:
+    "Whether the middle half of `y` is `times` as wide or narrow as that of `reference`, or lies beyond it; at least 10 labels each."
+    if min(len(y), len(reference)) < 10: return False
+    (low, _, high), (first, _, last), (least, most) = _middle(y), _middle(reference), np.quantile(reference, (.05, .95))
+    width, own = last - first, high - low
+    return bool(low > most or high < least or width > 0 and (own > times*width or 0 < own < width/times))
+
+# %% ../../nbs/10_data.core.ipynb #1c3cab6e
+def label_doubts(
+    labels:np.ndarray, # (N, K), label units
+    sets:Mapping[str, np.ndarray], # rows of each set with labels; the first is what the others are compared with
+)->list[Doubt]: # of kinds "label far from the others" and "labels on another scale"
+    "Labels that may be in another unit, or numbers that stand for a missing value."
+    doubts, (reference, *_) = [], sets.values()
+    for column, (name, rows) in ((labels[:, k], pair) for k in range(labels.shape[1]) for pair in sets.items()):
+        base, y = column[reference], column[rows]
+        first, _, last = _middle(base) if len(base) else (0, 0, 0)
+        if rows is not reference and _other_scale(y, base):
+            low, _, high = _middle(y)
+            doubts.append(Doubt("labels on another scale", int(rows[0]), f"{name} labels lie on another scale: the middle half is "
+                                f"{low:.4g} to {high:.4g}, but {first:.4g} to {last:.4g} of the {[*sets][0]} ones. Give all in one unit."))
+        elif len(far := _far(y, base)):
+            doubts.append(Doubt("label far from the others", int(rows[far[0]]), f"the label of {name} row {rows[far[0]]} is "
+                                f"{y[far[0]]:.6g}, but half of them lie within {first:.4g} to {last:.4g}; {len(far)} such row(s): "
+                                f"{_list_rows(rows[far])}. Correct it, or leave it out: is it another unit, or a code for 'missing'?"))
+    return doubts
+
+# %% ../../nbs/10_data.core.ipynb #793aeaf7
+def normalizer_doubts(
+    data:SemiSupervisedData, # any
+)->list[Doubt]: # one for each output that the normaliser does not fit
+    "A normaliser that leaves the labels far from zero, or with a spread far from one."
+    y = data.normalizer.normalize(data.targets[data.labelled])
+    fits = (np.abs(y.mean(0)) < 10) & (y.std(0) < 20) & ((y.std(0) > .02) | (np.ptp(y, axis=0) == 0))
+    return [Doubt("normaliser of another unit", -1, f"the normaliser makes the labelled labels of output {k} run from {y[:, k].min():.3g} to "
+                  f"{y[:, k].max():.3g}, where about -2 to 2 is expected. Leave normalizer out to fit it to them, or correct the unit.")
+            for k in np.flatnonzero(~fits)]
+
+# %% ../../nbs/10_data.core.ipynb #763119e0
+def content_keys(
+    inputs:Any, # of a data set
+    rows:np.ndarray, # which
+)->list[bytes|str]|None: # one per row; equal for equal content; None where inputs are neither tensors nor arrays
+    "Fingerprints of samples."
+    if hasattr(inputs, "content_keys"): return inputs.content_keys(rows)
+    keys = []
+    for part in np.array_split(rows, 1 + len(rows)//1024):
+        batch = inputs[part]
+        if isinstance(batch, Tensor): batch = batch.detach().cpu().numpy()
+        if not isinstance(batch, np.ndarray) or batch.dtype.kind not in "biuf": return None
+        batch = np.ascontiguousarray(batch + batch.dtype.type(0)) # -0 becomes 0
+        keys += [hashlib.blake2b(sample.tobytes(), digest_size=16).digest() for sample in batch]
+    return keys
+
+# %% ../../nbs/10_data.core.ipynb #901a2991
+def repeated_samples(
+    data:SemiSupervisedData, # any
+)->dict[tuple[str, str], list[tuple[int, int]]]: # two sets -> pairs of rows, the second being the first such row of its set
+    "Samples that stand in two of the four sets."
+    rows = np.concatenate([data.rows(split) for split in SETS])
+    if (keys := content_keys(data.inputs, rows)) is None: return {}
+    key_of = dict(zip(rows.tolist(), keys))
+    places = {split: [(key_of[row], row) for row in data.rows(split).tolist()] for split in SETS}
+    first = {split: dict(reversed(pairs)) for split, pairs in places.items()}
+    found = {(one, other): [(row, first[other][key]) for key, row in places[one] if key in first[other]]
+             for one, other in combinations(SETS, 2)}
+    return {sets: pairs for sets, pairs in found.items() if pairs}
+
+# %% ../../nbs/10_data.core.ipynb #b532c760
+def repeat_doubts(
+    data:SemiSupervisedData, # any
+)->list[Doubt]: # at most one about held-out rows, and one about labelled and unlabelled ones
+    "Repeated samples in words."
+    effects = {True: ("same sample in training and held out", "the error on held-out rows comes out too good. Pass deduplicate=True to leave "
+                      "such rows out of training, or put equal samples into one set"),
+               False: ("same sample labelled and unlabelled", "a pseudo-label is made where the label is known. Pass deduplicate=True to "
+                       "leave such unlabelled rows out")}
+    found:dict[bool, list[tuple[int, str]]] = {True: [], False: []}
+    for (one, other), pairs in repeated_samples(data).items():
+        shown = ", ".join(f"{row_name(data, row)} is {row_name(data, twin)}" for row, twin in pairs[:5]) + (", ..." if len(pairs) > 5 else "")
+        found[other in ("val", "test")].append((pairs[0][0], f"{len(pairs)} of {len(data.rows(one))} {one} rows are equal to a row of {other} "
+                                                f"(row {shown})"))
+    advice = ". Where features are coarse, different samples may be equal: then nothing is wrong."
+    return [Doubt(effects[held_out][0], parts[0][0], f"{'; '.join(part for _, part in parts)}: {effects[held_out][1]}{advice}")
+            for held_out, parts in found.items() if parts]
+
+# %% ../../nbs/10_data.core.ipynb #be8c2147
+def announce(
+    data:SemiSupervisedData, # what a loader has made
+    repeats:bool=True, # compare samples too
+)->SemiSupervisedData: # the same
+    "Warn of every doubt about a data set."
+    sets = {split: data.rows(split) for split in ("labelled", "val", "test")}
+    doubts = label_doubts(data.targets, sets) + normalizer_doubts(data) + (repeat_doubts(data) if repeats else [])
+    for doubt in doubts: warnings.warn(f"{data.name}: {doubt.detail}", stacklevel=3)
+    return data
 
 # %% ../../nbs/10_data.core.ipynb #955bf72f
 def fully_labelled(

@@ -5,6 +5,8 @@
 # %% ../../nbs/11b_data.images.ipynb #817f7ea9
 from __future__ import annotations
 
+import csv
+import errno
 import hashlib
 import io
 import json
@@ -12,6 +14,7 @@ import mmap
 import os
 import tarfile
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -26,15 +29,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core import HplError
-from .core import SemiSupervisedData, View
+from .core import SemiSupervisedData, View, announce
 
 # %% auto #0
-__all__ = ['RELEASED_OPERATIONS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'registry', 'sha256', 'fetch', 'read_table', 'Problem',
-           'label_problems', 'split_problems', 'refuse', 'checked_columns', 'ImageSource', 'read_source', 'tar_index',
-           'find_images', 'require_images', 'to_rgb', 'decode_image', 'PixelCache', 'ImageFiles', 'load_image',
-           'broken_images', 'content_hashes', 'duplicate_groups', 'drop_duplicates', 'shift_image', 'FlipCrop',
-           'cutout', 'RandAugmentMC', 'ImageView', 'ImageViews', 'image_views', 'published_views',
-           'randaugment_mc_views', 'pixel_statistics', 'image_data', 'repeated_rows', 'exact_count', 'prefix_sets']
+__all__ = ['SUFFIXES', 'FORMATS', 'MOST_PIXELS', 'RELEASED_OPERATIONS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'registry', 'sha256',
+           'fetch', 'read_table', 'Problem', 'label_problems', 'split_problems', 'refuse', 'checked_columns',
+           'ImageSource', 'read_source', 'tar_index', 'find_images', 'require_images', 'to_rgb', 'open_image',
+           'decode_image', 'PixelCache', 'ImageFiles', 'load_image', 'broken_images', 'content_hashes', 'quick_keys',
+           'unlisted_images', 'duplicate_groups', 'drop_duplicates', 'shift_image', 'FlipCrop', 'cutout',
+           'RandAugmentMC', 'ImageView', 'ImageViews', 'image_views', 'published_views', 'randaugment_mc_views',
+           'pixel_statistics', 'image_data', 'repeated_rows', 'exact_count', 'prefix_sets']
 
 # %% ../../nbs/11b_data.images.ipynb #4dbc6c02
 def registry(
@@ -82,17 +86,28 @@ def read_table(
     if not path.is_file(): raise HplError(f"there is no table {path}. {hint}".strip())
     try:
         if path.suffix.lower() == ".parquet": table = pd.read_parquet(path)
-        else: table = pd.read_csv(path, sep="\t" if path.suffix.lower() == ".tsv" else ",", dtype=str,
-                                  keep_default_na=False, encoding="utf-8-sig")
-    except (ValueError, OSError) as error:
-        raise HplError(f"{path} could not be read as a table ({error}); save it as UTF-8 .csv.") from error
+        else: table = _read_text(path, "\t" if path.suffix.lower() == ".tsv" else ",")
+    except Exception as error: # a damaged file can raise anything
+        raise HplError(f"{path} could not be read as a table ({str(error) or type(error).__name__}); save it as UTF-8 .csv.") from error
     table.columns = [str(column).strip() for column in table.columns]
+    if twice := table.columns[table.columns.duplicated()].tolist():
+        raise HplError(f"{path} has two columns {twice[0]!r}; rename one.")
     for column in columns:
         if column not in table:
             there = ", ".join(map(repr, table.columns))
             raise HplError(f"{path} has no column {column!r} (it has {there}); rename one.")
     if not len(table): raise HplError(f"{path} has no rows.")
     return table
+
+def _read_text(path, separator):
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        rows = [row for row in csv.reader(file, delimiter=separator, strict=True) if len(row) > 1 or "".join(row).strip()]
+    if not rows: raise ValueError("it is empty")
+    header = [name.strip() or f"Unnamed: {place}" for place, name in enumerate(rows[0])] # as pandas calls a column of row names
+    for number, row in enumerate(rows[1:]): # pandas fills a short row, and moves the columns where all rows are long
+        if len(row) != len(header):
+            raise ValueError(f"row {number} (the first is 0) has {len(row)} fields, but the header {len(header)}: is it cut off?")
+    return pd.DataFrame(rows[1:], columns=header, dtype=str)
 
 # %% ../../nbs/11b_data.images.ipynb #7008a8a4
 class Problem(NamedTuple):
@@ -184,9 +199,9 @@ def tar_index(
     "Where each file of a tar file lies; nothing is unpacked."
     path = Path(path)
     try:
-        with tarfile.open(path, "r:") as tar: members = [member for member in tar.getmembers() if member.isfile()]
-    except (tarfile.TarError, OSError) as error:
-        raise HplError(f"{path} is not an uncompressed tar file ({error}); get it again, or unpack it.") from error
+        with tarfile.open(path, "r:") as tar: members = [m for m in tar.getmembers() if m.isfile() and not m.issparse()]
+    except Exception as error: # a damaged file can raise anything
+        raise HplError(f"{path} is not an uncompressed tar file ({str(error) or type(error).__name__}); get it again, or unpack it.") from error
     if any(member.offset_data + member.size > path.stat().st_size for member in members):
         raise HplError(f"{path} is cut off; get it again.")
     return {Path(m.name).name: ImageSource(path, m.offset_data, m.size, m.name) for m in members}
@@ -211,7 +226,11 @@ def find_images(
 
 # %% ../../nbs/11b_data.images.ipynb #eaf2534e
 def _listing(folder):
-    return set(os.listdir(folder)) if folder.is_dir() else set()
+    try: return set(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError, ValueError): return set() # a name may hold what no path can
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG: return set()
+        raise HplError(f"the folder {folder} cannot be listed ({error.strerror}); give yourself the right to read it.") from error
 
 # %% ../../nbs/11b_data.images.ipynb #75857f91
 def require_images(
@@ -240,13 +259,26 @@ def to_rgb(
     return image.convert("RGB")
 
 # %% ../../nbs/11b_data.images.ipynb #a05d3dd9
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp") # of files that are taken for pictures
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP") # no format that runs another program, as EPS does
+MOST_PIXELS = 150_000_000 # of one picture; cameras make fewer
+
+def open_image(
+    content:bytes, # of a picture's file
+)->Image.Image: # 8-bit RGB, upright
+    "Decode a picture, unless its format is unusual, or its header claims more pixels than a picture has."
+    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        if image.width*image.height > MOST_PIXELS:
+            raise HplError(f"its header claims {image.width} x {image.height} pixels, more than {MOST_PIXELS:,}: make it smaller")
+        return to_rgb(image)
+
 def decode_image(
     source:ImageSource, # a picture
     size:int|None=None, # side in pixels; None: as it is
 )->Image.Image: # 8-bit RGB
     "Read and decode a picture; what cannot be decoded is an `HplError` that names the file."
     try:
-        with Image.open(io.BytesIO(read_source(source))) as image: image = to_rgb(image)
+        image = open_image(read_source(source))
     except Exception as error: # broken bytes make Pillow's plugins raise many types
         raise HplError(f"the picture {source} cannot be read ({str(error) or type(error).__name__}); replace the file, "
                        "or pass skip_broken=True to leave such rows out.") from error
@@ -285,6 +317,10 @@ class ImageFiles:
     def __getitem__(self, rows:np.ndarray|int)->list[Image.Image]:
         return [load_image(self, int(row)) for row in np.atleast_1d(rows)]
 
+    def content_keys(self, rows:np.ndarray)->list[str]:
+        "One per row; equal where the pictures' bytes are (see `hpl_nb.data.core.content_keys`)."
+        return quick_keys([self.sources[row] for row in rows])
+
 # %% ../../nbs/11b_data.images.ipynb #deffb39e
 def load_image(
     files:ImageFiles, # where it is
@@ -316,7 +352,33 @@ def content_hashes(
 )->list[str]: # SHA-256 of each picture's bytes
     "Fingerprint of every picture's encoded bytes."
     bar = tqdm(sources, desc="hashing", disable=not progress)
-    return [hashlib.sha256(read_source(source)).hexdigest() for source in bar]
+    try: return [hashlib.sha256(read_source(source)).hexdigest() for source in bar]
+    except OSError as error:
+        raise HplError(f"the picture {error.filename} cannot be read ({error.strerror}); put it there again, or pass skip_broken=True.") from error
+
+# %% ../../nbs/11b_data.images.ipynb #248bbd50
+def quick_keys(
+    sources:Sequence[ImageSource], # pictures
+)->list[str]: # one per picture, equal where the bytes are; what cannot be read is equal to nothing
+    "Fingerprints within a list: only files that have their length in common with another are read."
+    def length(source): return source.size if source.size >= 0 else os.stat(source.path).st_size
+    def key(function, number):
+        try: return function(sources[number])
+        except OSError: return f"unreadable {number}"
+    lengths = [key(length, number) for number in range(len(sources))]
+    count = Counter(lengths)
+    def fingerprint(source): return hashlib.sha256(read_source(source)).hexdigest()
+    return [f"length {size}" if count[size] == 1 else key(fingerprint, number) for number, size in enumerate(lengths)]
+
+# %% ../../nbs/11b_data.images.ipynb #a143a8d1
+def unlisted_images(
+    root:str|Path, # of the data set
+    sources:Sequence[ImageSource|None], # pictures that the table names
+)->list[str]: # paths below `root`, sorted within each folder
+    "Pictures below a folder that no row of its table names."
+    named = {os.path.abspath(source.path) for source in sources if source is not None}
+    return [os.path.relpath(path, root) for folder, _, names in sorted(os.walk(root)) for name in sorted(names)
+            if name.lower().endswith(SUFFIXES) and os.path.abspath(path := os.path.join(folder, name)) not in named]
 
 # %% ../../nbs/11b_data.images.ipynb #e46a2ce7
 def duplicate_groups(
@@ -525,6 +587,7 @@ def image_data(
     deduplicate:bool=False, # drop training rows whose bytes stand elsewhere
     skip_broken:bool=False, # decode everything at once, and leave out what cannot be decoded
     progress:bool=False, # show progress bars
+    compare:bool=False, # warn of pictures that stand in two sets
     **fields:Any, # further fields of `SemiSupervisedData`
 )->SemiSupervisedData: # notes["skipped"] is {row: reason}, notes["duplicates"] the rows dropped
     "Join pictures, labels, rows and views; leave out broken and repeated pictures if asked to."
@@ -535,11 +598,11 @@ def image_data(
         sets = {split: rows[~np.isin(rows, list(skipped))] for split, rows in sets.items()}
     if deduplicate:
         readable = [row for row in range(len(files)) if row not in skipped]
-        hashes = dict(zip(readable, content_hashes([files.sources[row] for row in readable], progress)))
+        hashes = dict(zip(readable, quick_keys([files.sources[row] for row in readable])))
         repeated = repeated_rows(sets, [hashes.get(row, f"unreadable {row}") for row in range(len(files))]).tolist()
         sets = {split: rows[~np.isin(rows, repeated)] for split, rows in sets.items()}
-    return SemiSupervisedData(name, files, labels, **sets, **views._asdict(), **fields,
-                              notes={"skipped": skipped, "duplicates": repeated})
+    return announce(SemiSupervisedData(name, files, labels, **sets, **views._asdict(), **fields,
+                                       notes={"skipped": skipped, "duplicates": repeated}), compare)
 
 # %% ../../nbs/11b_data.images.ipynb #897dc324
 def repeated_rows(

@@ -5,6 +5,7 @@
 # %% ../../nbs/15_data.own.ipynb #1064464b
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,17 +19,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import HplError, derive_seed
-from .core import BatchView, SemiSupervisedData, StreamSettings, View, split_rows
-from .images import (ImageFiles, ImageSource, ImageViews, exact_count, find_images, image_data,
-                                label_problems, randaugment_mc_views, read_table, require_images, split_problems)
+from .core import BatchView, SemiSupervisedData, StreamSettings, View, announce, content_keys, split_rows
+from .images import (ImageFiles, ImageSource, ImageViews, exact_count, find_images, image_data, label_problems,
+                                randaugment_mc_views, read_table, repeated_rows, require_images, split_problems, unlisted_images)
 
 # %% auto #0
-__all__ = ['SPLITS', 'row_error', 'read_labels', 'label_array', 'cut_names', 'listed_names', 'split_names', 'assign_rows',
-           'make_sets', 'with_true_labels', 'input_tensor', 'check_shape', 'Standardizer', 'fit_standardizer',
-           'RowStrengths', 'perturb_rows', 'row_views', 'PixelStrengths', 'shift_pixels', 'cut_squares',
-           'perturb_pixels', 'pixel_views', 'array_data', 'from_arrays', 'batches_for', 'FrameEncoder', 'one_hot',
-           'require_columns', 'number_column', 'refuse_missing', 'column_categories', 'fit_encoder', 'frame_labels',
-           'feature_columns', 'from_frame', 'picture_table', 'picture_sources', 'from_images']
+__all__ = ['SPLITS', 'row_error', 'read_labels', 'label_array', 'cut_names', 'row_list', 'listed_names', 'split_names',
+           'assign_rows', 'make_sets', 'with_true_labels', 'input_tensor', 'check_shape', 'Standardizer',
+           'fit_standardizer', 'RowStrengths', 'perturb_rows', 'row_views', 'PixelStrengths', 'shift_pixels',
+           'cut_squares', 'perturb_pixels', 'pixel_views', 'without_repeats', 'array_data', 'from_arrays',
+           'batches_for', 'FrameEncoder', 'one_hot', 'require_columns', 'number_column', 'refuse_missing',
+           'column_categories', 'fit_encoder', 'frame_labels', 'feature_columns', 'from_frame', 'picture_table',
+           'picture_sources', 'from_images']
 
 # %% ../../nbs/15_data.own.ipynb #8a70cceb
 def row_error(
@@ -93,6 +95,20 @@ def cut_names(
     names[rows[val]], names[rows[test]] = "val", "test"
     return names
 
+# %% ../../nbs/15_data.own.ipynb #b9506f1c
+def row_list(
+    listed:Sequence[int]|np.ndarray, # row numbers, or a mask
+    rows:int, # how many there are
+    source:str, # of the list, for messages
+)->np.ndarray: # row numbers
+    "Row numbers; fractions, text and masks of another length are an `HplError`."
+    listed = np.asarray(listed)
+    if listed.dtype == bool and listed.shape != (rows,):
+        raise HplError(f"{source} is a mask of shape {listed.shape}, but there are {rows} rows; give one value per row.")
+    if listed.ndim != 1 or listed.dtype.kind not in "biu" and listed.size:
+        raise HplError(f"{source} is of type {listed.dtype} and shape {listed.shape}; give row numbers, or a mask.")
+    return np.flatnonzero(listed) if listed.dtype == bool else listed.astype(np.int64)
+
 # %% ../../nbs/15_data.own.ipynb #4cc0eef1
 def listed_names(
     lists:Mapping[str, Sequence[int]|np.ndarray], # split -> row numbers, or a mask of n
@@ -104,7 +120,7 @@ def listed_names(
         if split not in SPLITS: raise HplError(f"{name}: split {split!r} is none of {', '.join(SPLITS)}.")
     names = np.full(rows, "", dtype=object)
     for split, listed in lists.items():
-        listed = np.flatnonzero(listed) if np.asarray(listed).dtype == bool else np.asarray(listed, dtype=np.int64)
+        listed = row_list(listed, rows, f"{name}: {split}")
         outside = listed[(listed < 0) | (listed >= rows)]
         if len(outside): raise HplError(f"{name}: {split} lists row {outside[0]}; rows are 0 to {rows - 1}.")
         twice = listed[names[listed] != ""]
@@ -340,6 +356,16 @@ def pixel_views(
     return {"weak": BatchView(partial(perturb_pixels, **common)), "strong": BatchView(strong), "plain": standardizer}
 
 # %% ../../nbs/15_data.own.ipynb #3eb440d1
+def without_repeats(
+    x:Tensor, # inputs
+    sets:dict[str, np.ndarray], # rows of "labelled", "unlabelled", "val" and "test"
+    notes:dict[str, Any], # of the data
+)->tuple[dict[str, np.ndarray], dict[str, Any]]: # the sets without repeated training rows; the notes with their numbers
+    "Leave out training rows whose content is held out, or stands earlier in training."
+    repeated = repeated_rows(sets, content_keys(x, np.arange(len(x))))
+    return {split: rows[~np.isin(rows, repeated)] for split, rows in sets.items()}, notes | {"duplicates": repeated.tolist()}
+
+# %% ../../nbs/15_data.own.ipynb #aa7c95d1
 def array_data(
     x:Tensor, # (n, d) or (n, C, H, W), raw
     labels:np.ndarray, # (n, K)
@@ -347,20 +373,22 @@ def array_data(
     strengths:RowStrengths|PixelStrengths|None, # None: the defaults
     name:str, # of the data
     notes:dict[str, Any]|None=None, # what else is to be kept
+    deduplicate:bool=False, # drop training rows that are repeated or held out
     **fields:Any, # further fields of `SemiSupervisedData`
 )->SemiSupervisedData:
-    "Join inputs, labels and rows; fit the standardisation to the training rows, and make the views."
+    "Join inputs, labels and rows; fit the standardisation to the training rows, make the views, and say what is doubtful."
     kind = RowStrengths if x.ndim == 2 else PixelStrengths
     if not isinstance(strengths := kind() if strengths is None else strengths, kind):
         raise HplError(f"{name}: inputs of shape {tuple(x.shape)} need strengths={kind.__name__}(...).")
+    if deduplicate: sets, notes = without_repeats(x, sets, notes or {})
     train = np.sort(np.concatenate([sets["labelled"], sets["unlabelled"]]))
     standardizer = fit_standardizer(x, train)
     if kind is RowStrengths: views = row_views(strengths, standardizer)
     else: views = pixel_views(strengths, standardizer, min(x.shape[2:]))
     kept = {"strengths": asdict(strengths), "standardizer": asdict(standardizer)}
-    return SemiSupervisedData(name, x, labels, **sets, **views, notes=(notes or {}) | kept, **fields)
+    return announce(SemiSupervisedData(name, x, labels, **sets, **views, notes=(notes or {}) | kept, **fields))
 
-# %% ../../nbs/15_data.own.ipynb #aa7c95d1
+# %% ../../nbs/15_data.own.ipynb #d59a9fb0
 def from_arrays(
     inputs:np.ndarray|Tensor|Sequence, # (n, d) features, (n, H, W) or (n, C, H, W) pictures
     targets:np.ndarray|Tensor|Sequence, # (n,) or (n, K) in label units; NaN = unlabelled
@@ -371,6 +399,7 @@ def from_arrays(
     label_ratio:float|None=None, # share of the training labels that is kept, the others are hidden; None: all
     true_targets:np.ndarray|Tensor|Sequence|None=None, # known labels of unlabelled rows, for evaluation only
     strengths:RowStrengths|PixelStrengths|None=None, # of the views; None: the defaults
+    deduplicate:bool=False, # drop training rows that are repeated or held out (rule: `image_data`)
     seed:int=0, # of the split, and of which labels are hidden
     name:str="own data", # for tables, figures and messages
     unit:str="", # of the targets, for axes
@@ -381,7 +410,7 @@ def from_arrays(
     labels = label_array(targets, len(x), name)
     sets = make_sets(labels, split, val_share, test_share, label_ratio, seed, name)
     if true_targets is not None: labels = with_true_labels(labels, label_array(true_targets, len(x), name), name)
-    return array_data(x, labels, sets, strengths, name, unit=unit, sample_names=sample_names)
+    return array_data(x, labels, sets, strengths, name, None, deduplicate, unit=unit, sample_names=sample_names)
 
 # %% ../../nbs/15_data.own.ipynb #7107307b
 def batches_for(
@@ -549,6 +578,7 @@ def from_frame(
     max_categories:int=50, # most values of a column of text
     strengths:RowStrengths|None=None, # of the views; None: the defaults
     val_share:float=.2, test_share:float=.2, label_ratio:float|None=None, seed:int=0, # as in `from_arrays`
+    deduplicate:bool=False, # drop training rows that are repeated or held out, as they are encoded
     name:str="own data", # for tables, figures and messages
     unit:str="", # of the targets, for axes
 )->SemiSupervisedData: # notes["encoder"] holds the fields of its `FrameEncoder`
@@ -559,7 +589,7 @@ def from_frame(
     train = np.concatenate([sets["labelled"], sets["unlabelled"]])
     encoder = fit_encoder(frame, features, train, impute, max_categories, name)
     x, names = torch.from_numpy(encoder.encode(frame, name)), [str(label) for label in frame.index]
-    return array_data(x, labels, sets, strengths, name, {"encoder": asdict(encoder)}, unit=unit, sample_names=names)
+    return array_data(x, labels, sets, strengths, name, {"encoder": asdict(encoder)}, deduplicate, unit=unit, sample_names=names)
 
 # %% ../../nbs/15_data.own.ipynb #56f049ba
 def picture_table(
@@ -614,5 +644,8 @@ def from_images(
     labels, splits, _ = frame_labels(frame, target, split, name)
     sets = make_sets(labels, splits, val_share, test_share, label_ratio, seed, name)
     files = ImageFiles(picture_sources(folder, names, skip_broken), size, cache_in_memory)
+    if extra := unlisted_images(folder, files.sources):
+        warnings.warn(f"{name}: {len(extra):,} pictures in {folder} are in no row of the table and are left out, for example {extra[0]}; "
+                      "give each a row without a label to train on it.", stacklevel=2)
     views = views or randaugment_mc_views(round(.04*size), "reflect", round(.08*size))
-    return image_data(name, files, labels, sets, views, deduplicate, skip_broken, unit=unit, sample_names=names)
+    return image_data(name, files, labels, sets, views, deduplicate, skip_broken, compare=True, unit=unit, sample_names=names)

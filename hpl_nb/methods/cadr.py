@@ -20,7 +20,7 @@ from ..trainer import OptimizerSettings
 
 # %% auto #0
 __all__ = ['bin_of', 'bin_weights', 'bin_thresholds', 'SurrogateClasses', 'CADR', 'check_arguments', 'labelled_losses',
-           'imputation']
+           'imputation', 'admitted']
 
 # %% ../../nbs/72_methods.cadr.ipynb #3be25790
 def bin_of(
@@ -100,6 +100,10 @@ class CADR(PseudoLabel):
 
     def weigh(self, passes:Passes)->tuple[Tensor, Tensor]: return imputation(self, passes.pseudo_label)
 
+    def inspect(self, weak:Tensor, strong:Tensor)->dict[str, Tensor]:
+        "Both predictions, and whether the classifier is sure enough of the weak one's bin."
+        return super().inspect(weak, strong) | {"weight": admitted(self, self.guess(weak)[1:])}
+
     def labelled_losses(self, passes:Passes)->dict[str, Tensor]: return labelled_losses(self, passes)
     def make_optimizers(self, settings:OptimizerSettings)->dict[str, Optimizer]:
         return {"regressor": adam(self.regressor, settings, beside_head=[self.classes])}
@@ -138,8 +142,14 @@ def imputation(
     guesses:Tensor, # prediction and probabilities of the bins, (1 + bins, m, K)
 )->tuple[Tensor, Tensor]: # pseudo-label and weight, (m, K)
     "Move the average; let a prediction in where the classifier is sure enough of a bin."
-    prediction, probability = guesses[0], guesses[1:]
-    method.marginal.lerp_(method.reduce(probability.mean(1)), 1 - method.decay)
+    method.marginal.lerp_(method.reduce(guesses[1:].mean(1)), 1 - method.decay)
+    return guesses[0], admitted(method, guesses[1:])
+
+def admitted(
+    method:CADR, # its thresholds
+    probability:Tensor, # of the bins, (bins, m, K)
+)->Tensor: # ones and zeros, (m, K)
+    "Whose winning bin is more probable than its threshold asks."
     confidence, winner = probability.max(0)
     threshold = bin_thresholds(method.marginal, method.threshold, method.power).gather(0, winner)
-    return prediction, (confidence >= threshold).to(prediction.dtype)
+    return (confidence >= threshold).to(probability.dtype)

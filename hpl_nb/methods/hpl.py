@@ -48,10 +48,10 @@ class LearnerMethod(Method):
         self.log_variance_bound, self.residual_input = log_variance_bound, residual_input
 
     def inspect(self, weak:Tensor, strong:Tensor)->dict[str, Tensor]:
-        "Pseudo-label, strong prediction and log-variance, (m, K) each."
+        "Pseudo-label, strong prediction, log-variance and weight, (m, K) each."
         views = super().inspect(weak, strong)
         pair = learner_input(views["strong_prediction"], views["pseudo_label"], self.residual_input)
-        return views | {"log_variance": self.learner(pair)}
+        return views | {"log_variance": (z := self.learner(pair)), "weight": pseudo_label_weight(z)}
 
 # %% ../../nbs/61_methods.hpl.ipynb #32d9b3b6
 class JointUncertainty(LearnerMethod):
@@ -190,11 +190,11 @@ def predict(self:HPL, x:Tensor)->Tensor:
 
 @patch
 def inspect(self:HPL, weak:Tensor, strong:Tensor)->dict[str, Tensor]:
-    "Pseudo-label, strong prediction and log-variance as in training, (m, K) each."
+    "Pseudo-label, strong prediction, log-variance and weight as in training, (m, K) each."
     pseudo_label, features = (self.teacher or self.regressor)(weak), self.regressor.features(strong)
     prediction, further = self.regressor.head(features), further_inputs(self, weak, strong, features)
     z = self.learner(learner_input(prediction, pseudo_label, self.residual_input, further=further))
-    return {"pseudo_label": pseudo_label, "strong_prediction": prediction, "log_variance": z}
+    return {"pseudo_label": pseudo_label, "strong_prediction": prediction, "log_variance": z, "weight": batch_weights(self, z)}
 
 def outer_stream(
     chosen:HPLSettings, # the method's

@@ -86,7 +86,12 @@ class SimRegMatch(Method):
 
     def prepare(self, data:SemiSupervisedData)->SemiSupervisedData: return require_dropout(self, self.regressor) or data
     def inspect(self, weak:Tensor, strong:Tensor)->dict[str, Tensor]:
-        return {"pseudo_label": calibrated(self, self.regressor.features(weak)[None])[0], "strong_prediction": self.regressor(strong)}
+        "The pseudo-label and the prediction without dropout; whether the variance of passes with dropout is below the threshold."
+        pseudo_label, strong_prediction = calibrated(self, self.regressor.features(weak)[None])[0], self.regressor(strong)
+        with torch.random.fork_rng([weak.device] if weak.is_cuda else []):
+            torch.manual_seed(0) # the same masks each time
+            _, u = calibrated(self, dropout_features(self.regressor, weak, self.passes))
+        return {"pseudo_label": pseudo_label, "strong_prediction": strong_prediction, "weight": (u < self.threshold).to(u.dtype)}
 
 # %% ../../nbs/66_methods.simregmatch.ipynb #8438e40e
 def check_arguments(

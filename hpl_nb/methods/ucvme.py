@@ -130,7 +130,8 @@ class UCVME(TwoNetworks):
     def predict(self, x:Tensor)->Tensor: return expectation(self, x)[0]
     def inspect(self, weak:Tensor, strong:Tensor)->dict[str, Tensor]:
         pseudo_label, log_variance = expectation(self, weak)
-        return {"pseudo_label": pseudo_label, "strong_prediction": self.predict(strong), "log_variance": log_variance}
+        return {"pseudo_label": pseudo_label, "strong_prediction": self.predict(strong), "log_variance": log_variance,
+                "weight": pseudo_label_weight(log_variance)}
 
 # %% ../../nbs/67_methods.ucvme.ipynb #ea1c903f
 def expectation(

@@ -39,5 +39,6 @@ class UPSReg(DropoutPseudoLabel):
         return passes.pseudo_label.mean(0), agreement(passes.pseudo_label, self.threshold)
 
     def inspect(self, weak:Tensor, strong:Tensor)->dict[str, Tensor]:
-        "The mean of the passes, selected or not."
-        return {"pseudo_label": self.guess(weak).mean(0), "strong_prediction": self.regressor(strong)}
+        "The mean of the passes, and whether they agree."
+        guesses = self.guess(weak)
+        return {"pseudo_label": guesses.mean(0), "strong_prediction": self.regressor(strong), "weight": agreement(guesses, self.threshold)}

@@ -1,0 +1,335 @@
+"The estimator keeps scikit-learn's rules, reaches every method, and its intervals are MAPIE's."
+import pickle
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import skops.io
+import torch
+from scipy import sparse
+from sklearn.base import BaseEstimator, clone
+from sklearn.compose import make_column_transformer
+from sklearn.impute import SimpleImputer
+from sklearn.model_selection import GridSearchCV, KFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
+from small_runs import on_cpu  # noqa: F401
+
+from hpl_nb.cli import METHODS, PRESETS, method_names
+from hpl_nb.core import HplError
+from hpl_nb.estimator import SemiSupervisedRegressor, build_method, default_network, table
+from hpl_nb.models import mlp
+from hpl_nb.predictor import Predictor
+
+QUICK = dict(epochs=3, iterations_per_epoch=10, learning_rate=.01, random_state=0)
+NOT_HERE = {"fully_supervised"} # needs the labels that are NaN here
+
+
+def rows(n=120, labelled=40, outputs=1, seed=0):
+    "A table, labels with NaN, and the labels without."
+    random = np.random.default_rng(seed)
+    x = random.normal(size=(n, 4))
+    y = 3*x @ random.normal(size=(4, outputs)) + 10 + .1*random.normal(size=(n, outputs))
+    y = y[:, 0] if outputs == 1 else y
+    known = np.arange(n) < labelled
+    return x, np.where(known if outputs == 1 else known[:, None], y, np.nan), y
+
+
+def same(a, b, x):
+    "Two fitted estimators predict the same to the bit."
+    return all(np.array_equal(p, q) for p, q in zip(a.predict_interval(x, .5), b.predict_interval(x, .5)))
+
+
+def mlp_of(shape, outputs): return mlp(shape[0], (8,), outputs, dropout=.1)
+
+
+class Doubler(BaseEstimator):
+    "A transformer that scikit-learn does not know."
+    def fit(self, X, y=None): return self
+    def transform(self, X): return 2*np.asarray(X, dtype=float)
+
+
+@pytest.mark.parametrize("spec", [spec for spec in method_names() if spec not in NOT_HERE])
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_every_method(spec, outputs, tmp_path):
+    "Fits, says what it thinks of the unlabelled rows, and comes back from its file and from pickle with the same bits."
+    if outputs == 2 and spec.startswith("rankup"): pytest.skip("RankUp ranks one number")
+    x, y, _ = rows(outputs=outputs)
+    name, _, preset = spec.partition(":")
+    model = SemiSupervisedRegressor(name, preset=preset or None, **QUICK).fit(x, y)
+    assert model.predict(x).shape == y.shape and np.isfinite(model.predict(x)).all()
+    assert same(model, clone(model).fit(x, y), x)
+    path = model.save(tmp_path/"model.safetensors")
+    for copy in (SemiSupervisedRegressor.load(path), pickle.loads(pickle.dumps(model))):
+        assert same(model, copy, x) and copy.pseudo_labels_.equals(model.pseudo_labels_)
+    guesses = model.pseudo_labels_
+    assert len(guesses) == (80*outputs) and set(guesses["row"]) == set(range(40, 120))
+    assert guesses["weight"].between(0, np.inf).all() and np.isfinite(guesses["pseudo_label"]).all()
+    has_variance = name in ("hpl", "joint_uncertainty", "ucvme", "ssdkl")
+    assert guesses["variance"].notna().all() == has_variance and (model.predictor_.deviations is not None) == has_variance
+
+
+def test_all_methods_are_named():
+    assert {spec.partition(":")[0] for spec in method_names()} == set(METHODS) and PRESETS
+    with pytest.raises(HplError, match="fully supervised training needs the true labels"):
+        SemiSupervisedRegressor("fully_supervised", **QUICK).fit(*rows()[:2])
+
+
+def test_weights_are_those_of_the_loss():
+    "HPL's weight is exp(-z) in normalised units: the scale's square over the variance; the release has half of it."
+    x, y, _ = rows()
+    for preset, factor in (("paper", 1), ("release", .5)):
+        model = SemiSupervisedRegressor("hpl", preset=preset, **QUICK).fit(x, y)
+        scale = model.predictor_.normalizer.scale[0]
+        assert np.allclose(model.pseudo_labels_["weight"], factor*scale**2/model.pseudo_labels_["variance"], rtol=1e-5)
+    ups = SemiSupervisedRegressor("ups_reg", **QUICK).fit(x, y).pseudo_labels_["weight"]
+    assert set(ups) <= {0., 1.} and ups.nunique() > 1
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_intervals_are_mapies(scaled):
+    "MAPIE's split conformal regression, with absolute and with normalised residuals, gives the same limits."
+    regression = pytest.importorskip("mapie.regression")
+    from mapie.conformity_scores import AbsoluteConformityScore
+    class Scaled(AbsoluteConformityScore):
+        def get_signed_conformity_scores(self, y, y_pred, X=None, **others): return (y - y_pred)/sigma(X)
+        def get_estimation_distribution(self, y_pred, scores, X=None, **others): return y_pred + scores*sigma(X)
+    x, _, y = rows(400)
+    model = SemiSupervisedRegressor("hpl", **QUICK).fit(x[:100], rows(400)[1][:100]).calibrate(x[100:200], y[100:200])
+    def sigma(X):
+        p = model.predictor_
+        with torch.no_grad(): z = p.method.eval().inspect(p.view(torch.as_tensor(X)), p.view(torch.as_tensor(X)))["log_variance"]
+        return (np.exp(z.double().numpy()/2)*p.normalizer.scale[0])
+    def flat(X): return sigma(X)[:, 0]
+    score = AbsoluteConformityScore() if not scaled else Scaled()
+    if scaled:
+        Scaled.get_signed_conformity_scores = lambda self, y, y_pred, X=None, **others: (y - y_pred)/flat(X)
+        Scaled.get_estimation_distribution = lambda self, y_pred, scores, X=None, **others: (
+            np.reshape(y_pred, (-1, 1)) + np.asarray(scores)*flat(X)[:, None])
+        score.consistency_check = False
+    oracle = regression.SplitConformalRegressor(model, confidence_level=.8, conformity_score=score, prefit=True)
+    oracle.conformalize(x[100:200], y[100:200])
+    _, limits = oracle.predict_interval(x[200:])
+    interval = model.predict_interval(x[200:], .8, scaled=scaled)
+    np.testing.assert_allclose(limits[:, 0, 0], interval.low, rtol=1e-6)
+    np.testing.assert_allclose(limits[:, 1, 0], interval.high, rtol=1e-6)
+
+
+def test_global_generators_go_on():
+    "What a caller draws after `fit` does not depend on it."
+    x, y, _ = rows()
+    def draws(): return np.random.random(), torch.rand(1).item()
+    np.random.seed(0), torch.manual_seed(0)
+    before = draws()
+    np.random.seed(0), torch.manual_seed(0)
+    SemiSupervisedRegressor(**QUICK).fit(x, y)
+    assert draws() == before
+
+
+def test_random_state():
+    "A number is the seed; a generator is drawn from; None draws from NumPy's own."
+    x, y, _ = rows()
+    quick = {**QUICK, "method": "supervised"}
+    def prediction(state): return SemiSupervisedRegressor(**{**quick, "random_state": state}).fit(x, y).predict(x)
+    assert np.array_equal(prediction(np.random.RandomState(3)), prediction(np.random.RandomState(3)))
+    assert not np.array_equal(prediction(3), prediction(4))
+    np.random.seed(5)
+    first, second = prediction(None), prediction(None)
+    np.random.seed(5)
+    assert np.array_equal(first, prediction(None)) and not np.array_equal(first, second)
+
+
+def test_run_folder_is_resumed(tmp_path):
+    "A killed fit goes on by the same call, with the bits of one that was not."
+    x, y, _ = rows()
+    model = SemiSupervisedRegressor("hpl", **QUICK)
+    whole = clone(model).fit(x, y)
+    code = ("import os, signal\nimport sys; sys.path.insert(0, 'tests')\nfrom test_estimator import *\n"
+            "from hpl_nb import trainer\nsave, count = trainer.save_checkpoint, []\n"
+            "def killing(session):\n    save(session); count.append(0)\n    if len(count) == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+            f"trainer.save_checkpoint = killing\nx, y, _ = rows()\nSemiSupervisedRegressor('hpl', folder={str(tmp_path/'run')!r}, **QUICK).fit(x, y)\n")
+    killed = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], env=environment(), capture_output=True, text=True)
+    assert killed.returncode == -9, killed.stderr
+    again = clone(model).set_params(folder=tmp_path/"run").fit(x, y)
+    assert same(whole, again, x) and whole.pseudo_labels_.equals(again.pseudo_labels_)
+    finished = clone(model).set_params(folder=tmp_path/"run").fit(x, y)
+    assert same(whole, finished, x) and whole.pseudo_labels_.equals(finished.pseudo_labels_)
+    with pytest.raises(HplError, match="holds another run"): clone(model).set_params(folder=tmp_path/"run", learning_rate=.1).fit(x, y)
+
+
+def environment():
+    import os
+    return {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONWARNINGS": "ignore"}
+
+
+def test_fully_labelled_rows_say_so():
+    x, _, y = rows()
+    with pytest.warns(UserWarning, match="'supervised' is trained"): model = SemiSupervisedRegressor("hpl", preset="release", **QUICK).fit(x, y)
+    assert model.method_ == "supervised" and model.pseudo_labels_.empty
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert same(model, SemiSupervisedRegressor("supervised", **QUICK).fit(x, y), x)
+
+
+class TestFrames:
+    frame = pd.DataFrame(rows()[0], columns=list("abcd")).assign(kind=np.tile(["p", "q", "r"], 40), flag=np.arange(120) % 2 == 0)
+    y = pd.Series(rows()[1], index=frame.index)
+
+    def test_new_text_has_no_feature(self):
+        model = SemiSupervisedRegressor(**QUICK).fit(self.frame, self.y)
+        encoded = table(model, self.frame.assign(kind="new"))
+        assert encoded.shape == (120, 8) and not encoded[:, 5:].any()
+
+    def test_rows_keep_their_names(self):
+        named = self.frame.set_axis([f"sample {i}" for i in range(120)])
+        model = SemiSupervisedRegressor(**QUICK).fit(named, self.y.set_axis(named.index))
+        assert list(model.pseudo_labels_["row"]) == list(named.index[40:])
+
+    def test_names_of_columns(self):
+        model = SemiSupervisedRegressor(**QUICK).fit(self.frame, self.y)
+        with pytest.raises(ValueError, match="feature names"): model.predict(self.frame[list("dabc") + ["kind", "flag"]])
+        with pytest.raises(ValueError, match="feature names"): model.predict(self.frame.drop(columns="a"))
+        with pytest.warns(UserWarning, match="feature names"): by_position = model.predict(self.frame.to_numpy(dtype=object))
+        assert np.array_equal(by_position, model.predict(self.frame))
+
+    def test_columns_without_names(self, tmp_path):
+        numbered = self.frame.set_axis([10, 3, 7, 0, 1, 2], axis=1)
+        model = SemiSupervisedRegressor(**QUICK).fit(numbered, self.y)
+        assert same(model, SemiSupervisedRegressor(**QUICK).fit(self.frame, self.y), numbered)
+        assert same(model, SemiSupervisedRegressor.load(model.save(tmp_path/"m.safetensors")), numbered)
+
+    def test_missing_values(self):
+        holes = self.frame.mask(np.random.default_rng(0).random(self.frame.shape) < .05)
+        with pytest.raises(HplError, match="features are missing"): SemiSupervisedRegressor(**QUICK).fit(holes, self.y)
+        model = SemiSupervisedRegressor(**QUICK).fit(self.frame, self.y)
+        with pytest.raises(HplError, match="features are missing"): model.predict(holes)
+        numbers = make_column_transformer((make_pipeline(SimpleImputer(), StandardScaler()), list("abcd")))
+        filled = SemiSupervisedRegressor(preprocessor=numbers, **QUICK).fit(holes, self.y)
+        assert np.isfinite(filled.predict(holes)).all()
+
+    def test_dates_and_names_are_refused(self):
+        with pytest.raises(HplError, match="datetime64"):
+            SemiSupervisedRegressor(**QUICK).fit(self.frame.assign(day=pd.Timestamp("2026-01-01")), self.y)
+        with pytest.raises(HplError, match="different values"):
+            SemiSupervisedRegressor(**QUICK).fit(self.frame.assign(name=[f"n{i}" for i in range(120)]), self.y)
+
+    def test_own_preprocessor_travels_if_it_is_trusted(self, tmp_path):
+        x, y, _ = rows()
+        plain = SemiSupervisedRegressor(preprocessor=StandardScaler(), **QUICK).fit(x, y)
+        loaded = SemiSupervisedRegressor.load(plain.save(tmp_path/"plain.safetensors"))
+        assert same(plain, loaded, x) and isinstance(loaded.preprocessor, StandardScaler)
+        own = SemiSupervisedRegressor(preprocessor=Doubler(), **QUICK).fit(x, y)
+        path = own.save(tmp_path/"own.safetensors")
+        with pytest.raises(HplError, match=r"Doubler.*trusted="): SemiSupervisedRegressor.load(path)
+        assert same(own, SemiSupervisedRegressor.load(path, trusted=[f"{Doubler.__module__}.Doubler"]), x)
+
+    def test_a_file_runs_nothing(self, tmp_path):
+        "A function hidden in the preprocessor is named and not called."
+        x, y, _ = rows()
+        own = SemiSupervisedRegressor(preprocessor=FunctionTransformer(abs), **QUICK).fit(x, y)
+        own.preprocessor_ = FunctionTransformer(print)
+        path = own.save(tmp_path/"own.safetensors")
+        assert "print" in " ".join(skops.io.get_untrusted_types(data=skops.io.dumps(own.preprocessor_)))
+        with pytest.raises(HplError, match="print"): SemiSupervisedRegressor.load(path)
+
+
+def test_own_network(tmp_path):
+    x, y, _ = rows()
+    model = SemiSupervisedRegressor("ucvme", network=mlp_of, **QUICK).fit(x, y)
+    path = model.save(tmp_path/"model.safetensors")
+    with pytest.raises(HplError, match="network of your own"): SemiSupervisedRegressor.load(path)
+    with pytest.raises(HplError, match="checkpoint of another method or model"):
+        SemiSupervisedRegressor.load(path, network=lambda shape, outputs: mlp(shape[0], (9,), outputs, dropout=.1))
+    assert same(model, SemiSupervisedRegressor.load(path, network=mlp_of), x)
+    with pytest.raises(HplError, match="dropout"):
+        SemiSupervisedRegressor("ucvme", network=lambda shape, outputs: mlp(shape[0], (8,), outputs), **QUICK).fit(x, y)
+
+
+def test_predictor_reads_an_estimators_file(tmp_path):
+    "For those who want the predictor alone; the other way round is refused."
+    x, y, _ = rows()
+    model = SemiSupervisedRegressor("pseudo_label", **QUICK).fit(x, y)
+    predictor = Predictor.load(model.save(tmp_path/"model.safetensors"), build_method(model, "pseudo_label", (4,), 1))
+    assert np.array_equal(predictor.predict(x), model.predict(x))
+    with pytest.raises(HplError, match="Predictor.load"): SemiSupervisedRegressor.load(predictor.save(tmp_path/"predictor.safetensors"))
+    with pytest.raises(HplError, match="damaged"):
+        broken = tmp_path/"broken.safetensors"
+        broken.write_bytes((tmp_path/"model.safetensors").read_bytes()[:-7])
+        SemiSupervisedRegressor.load(broken)
+
+
+def test_grid_search_over_processes():
+    "Folds without many labels, two processes, settings of a method."
+    x, y, true = rows()
+    grid = {"settings": [{"decay": .9}, {"decay": .99}]}
+    search = GridSearchCV(SemiSupervisedRegressor("mean_teacher", **QUICK), grid, cv=KFold(3, shuffle=True, random_state=0), n_jobs=2)
+    results = search.fit(x, y).cv_results_["mean_test_score"]
+    assert np.isfinite(results).all() and results[0] != results[1] and np.isfinite(search.score(x, true))
+
+
+class TestRefusals:
+    "Before training, naming the argument."
+    x, y, _ = rows()
+
+    def refuses(self, message, x=None, y=None, error=HplError, **parameters):
+        with pytest.raises(error, match=message): SemiSupervisedRegressor(**{**QUICK, **parameters}).fit(self.x if x is None else x, self.y if y is None else y)
+
+    def test_labels(self):
+        text = self.y.astype(object)
+        text[3] = "12,5"
+        self.refuses(r"row 3 \(the first is 0\)", y=text)
+        self.refuses("Input y contains infinity", y=np.where(np.arange(120) == 3, np.inf, self.y), error=ValueError)
+        self.refuses("no training row has a label", y=np.full(120, np.nan))
+        self.refuses("120 inputs but 119 targets", y=self.y[:-1])
+        self.refuses("some of its labels only", y=np.stack([self.y, np.full(120, 1.)], 1))
+        self.refuses("requires y to be passed", y=None) if False else None
+        with pytest.raises(HplError, match="requires y to be passed"): SemiSupervisedRegressor(**QUICK).fit(self.x, None)
+
+    def test_inputs(self):
+        self.refuses("Sparse data was passed", x=sparse.csr_array(self.x), error=TypeError)
+        self.refuses("contains NaN", x=np.where(self.x > 2, np.nan, self.x), error=ValueError)
+        self.refuses("Expected 2D array", x=self.x[:, 0], error=ValueError)
+        self.refuses("channels last", x=np.zeros((120, 8, 8, 3), np.uint8))
+        self.refuses("there is no picture", x=[f"picture{i}.png" for i in range(120)])
+        model = SemiSupervisedRegressor(**QUICK).fit(self.x, self.y)
+        with pytest.raises(ValueError, match="X has 3 features, but SemiSupervisedRegressor is expecting 4"): model.predict(self.x[:, :3])
+
+    def test_parameters(self):
+        self.refuses("choose supervised", method="hlp")
+        self.refuses("method 'hpl:best' is unknown", preset="best")
+        self.refuses("settings has|--settings has", settings={"nonsense": 1})
+        self.refuses("validation_fraction is 1", validation_fraction=1)
+        self.refuses("epochs is 0", epochs=0)
+        self.refuses("batch_size is 0", batch_size=0)
+        self.refuses("unlabelled_weight is -1", unlabelled_weight=-1)
+        self.refuses("RowStrengths", strengths=SemiSupervisedRegressor())
+
+    def test_intervals(self):
+        few = SemiSupervisedRegressor(**QUICK).fit(*rows(labelled=10)[:2])
+        with pytest.raises(HplError, match=r"needs 9 rows .* validation_fraction, or calibrate\(X, y\)"): few.predict_interval(self.x)
+        without = SemiSupervisedRegressor("pseudo_label", **QUICK).fit(self.x, self.y)
+        with pytest.raises(HplError, match="no variance of its own"): without.predict_interval(self.x, .5, scaled=True)
+        with pytest.raises(HplError, match="nothing to compare with"): without.score(self.x, np.full(120, np.nan))
+
+    def test_an_unfitted_one(self):
+        from sklearn.exceptions import NotFittedError
+        for call in (lambda m: m.predict(self.x), lambda m: m.save("never.safetensors"), lambda m: m.predict_interval(self.x)):
+            with pytest.raises(NotFittedError): call(SemiSupervisedRegressor())
+
+
+def test_calibration_by_other_rows():
+    "Coverage on fresh rows is the nominal one within what 500 calibration rows and 3,000 new ones let it vary."
+    x, y, true = rows(4000, 100)
+    model = SemiSupervisedRegressor("pseudo_label", **QUICK).fit(x[:500], y[:500]).calibrate(x[500:1000], true[500:1000])
+    _, low, high = model.predict_interval(x[1000:], .9)
+    assert abs(((low <= true[1000:]) & (true[1000:] <= high)).mean() - .9) < .05
+
+
+def test_default_networks():
+    assert default_network((7,), 2)(torch.zeros(3, 7)).shape == (3, 2)
+    assert default_network((1, 28, 28), 1)(torch.zeros(2, 1, 28, 28)).shape == (2, 1)
+    assert default_network((3, 96, 96), 1).eval()(torch.zeros(2, 3, 96, 96)).shape == (2, 1)
