@@ -9,13 +9,14 @@ import json
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib.resources import files
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -58,10 +59,10 @@ __all__ = ['RECIPES', 'METHODS', 'PRESETS', 'WITH_DROPOUT', 'DEMO_METHODS', 'Bac
            'digit_network', 'recipe_of', 'train_settings', 'method_names', 'make_method', 'with_changes', 'method_list',
            'start_weight', 'method_settings', 'given_settings', 'parse_pairs', 'parse_value', 'field_names',
            'hpl_settings', 'Job', 'train_job', 'check_job', 'options_of', 'hpl_train', 'run_path', 'describe_run',
-           'exit_on_error', 'run_jobs', 'is_finished', 'local_processes', 'train_quietly', 'results_frame',
-           'results_table', 'compact', 'parse_list', 'write_results', 'selected', 'pseudo_labels', 'one_of_each',
-           'joined_logs', 'report', 'run_folders', 'finished_runs', 'hpl_figures', 'search_candidates', 'demo_options',
-           'search_demo', 'demo_search', 'tuned_options', 'hpl_demo']
+           'exit_on_error', 'run_jobs', 'is_finished', 'local_processes', 'train_quietly', 'begin_worker',
+           'results_frame', 'results_table', 'compact', 'parse_list', 'write_results', 'selected', 'pseudo_labels',
+           'one_of_each', 'joined_logs', 'report', 'run_folders', 'finished_runs', 'hpl_figures', 'search_candidates',
+           'demo_options', 'search_demo', 'demo_search', 'tuned_options', 'hpl_demo']
 
 # %% ../nbs/80_cli.ipynb #905e9c1a
 @dataclass(frozen=True)
@@ -511,7 +512,7 @@ def local_processes(
     if parallel == 1: yield from (job for job in jobs if train_quietly(job, until))
     else:
         threads = max(1, (os.cpu_count() or 1)//parallel)
-        with ProcessPoolExecutor(parallel, get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+        with ProcessPoolExecutor(parallel, get_context("spawn"), initializer=begin_worker, initargs=(threads,)) as pool:
             futures = {pool.submit(train_quietly, job, until): job for job in jobs}
             for future in as_completed(futures):
                 if future.exception(): pool.shutdown(cancel_futures=True)
@@ -523,6 +524,18 @@ def train_quietly(
 )->bool: # whether it is finished
     "Train one run without a bar, unless its time has come."
     return (until is None or time.time() < until) and train_job(job, progress=False, until=until).finished
+
+# %% ../nbs/80_cli.ipynb #a84e7b13
+def begin_worker(
+    threads:int, # of the CPU
+)->None:
+    "Prepare a process that trains: its share of the cores, and an end with the process that started it."
+    torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+def _end_with_parent():
+    parent_process().join()
+    os._exit(1)
 
 # %% ../nbs/80_cli.ipynb #34d3ba37
 def results_frame(

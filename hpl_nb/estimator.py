@@ -127,9 +127,12 @@ def table(
         return validate_data(model, X, dtype=np.float64, reset=fitting, ensure_min_samples=1 + fitting)
     X = validate_data(model, X, skip_check_array=True, reset=fitting)
     names = getattr(model, "feature_names_in_", None)
-    if names is not None and not isinstance(X, pd.DataFrame): X = pd.DataFrame(X, columns=names)
+    if names is not None: X = X.set_axis(names, axis=1) if isinstance(X, pd.DataFrame) else pd.DataFrame(X, columns=names)
+    if not isinstance(X, pd.DataFrame): X = check_array(X, dtype=None, ensure_all_finite=False, input_name="X")
     if model.preprocessor is None: refuse_missing(X, "X")
-    if fitting: model.preprocessor_ = (model.preprocessor_ or default_preprocessor(X.iloc[train])).fit(X.iloc[train])
+    if fitting:
+        rows = X.iloc[train] if isinstance(X, pd.DataFrame) else X[train]
+        model.preprocessor_ = (model.preprocessor_ or default_preprocessor(rows)).fit(rows)
     return check_array(model.preprocessor_.transform(X), dtype=np.float64, input_name="X after the preprocessor")
 
 # %% ../nbs/83_estimator.ipynb #79c36597
@@ -137,7 +140,7 @@ def are_files(
     X:Any, # inputs of an estimator
 )->bool:
     "Whether they are paths of pictures."
-    return not isinstance(X, (str, pd.DataFrame)) and hasattr(X, "__len__") and len(X) > 0 and all(isinstance(x, (str, Path)) for x in X)
+    return not isinstance(X, (str, pd.DataFrame)) and hasattr(X, "__len__") and row_count(X) > 0 and all(isinstance(x, (str, Path)) for x in X)
 
 def are_pixels(
     X:Any, # inputs of an estimator

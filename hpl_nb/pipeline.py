@@ -257,7 +257,7 @@ def protocol_jobs(
 # %% ../nbs/80b_pipeline.ipynb #6194ba8a
 @call_parse
 def hpl_queue(
-    protocol:str="cpu", # cpu, gpu, or a CSV file like data/protocols.csv
+    protocol:Param("cpu, gpu, or a CSV file like data/protocols.csv", str, opt=False, nargs="?")="cpu",
     utkface:str="", # Folder of the data set; what has no folder is left out
     imdb_wiki:str="", # The same
     stsb:str="", # The same

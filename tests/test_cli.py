@@ -1,12 +1,15 @@
 "The commands, as a user types them: results on disk, what is printed, and sentences instead of tracebacks."
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from fastcore.script import anno_parser
 
-from hpl_nb import cli, pipeline
+from hpl_nb import bench, cli, pipeline
 from hpl_nb.core import PREDICTION_COLUMNS
 from hpl_nb.models import mlp
 
@@ -111,3 +114,14 @@ def test_bad_arguments_cost_a_sentence(arguments, says, tmp_path):
     done = subprocess.run([Path(sys.executable).parent/command, *rest], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and says in done.stderr and "Traceback" not in done.stderr
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_documented_lines_are_understood(root):
+    "Each command in README and in the experiments' README parses; placeholders in capitals are words like any other."
+    commands = {"hpl_demo": cli.hpl_demo, "hpl_train": cli.hpl_train, "hpl_figures": cli.hpl_figures, "hpl_compare": pipeline.hpl_compare,
+                "hpl_queue": pipeline.hpl_queue, "hpl_store": pipeline.hpl_store, "hpl_bench": bench.hpl_bench}
+    text = "".join((root/name).read_text() for name in ("README.md", "nbs/experiments/README.md"))
+    lines = {line.strip() for line in re.findall(r"(?:^|`)(hpl_[a-z]+ [^`\n]+)(?:$|`)", text, re.MULTILINE)}
+    found = {line: anno_parser(commands[shlex.split(line)[0]]).parse_args(shlex.split(line.replace(" ...", ""))[1:]) for line in lines}
+    assert {line.split()[0] for line in found} == set(commands) and len(found) > 12
+    assert found["hpl_queue cpu --stsb FOLDER --vectors FILE"].protocol == "cpu" and anno_parser(pipeline.hpl_queue).parse_args([]).protocol == "cpu"

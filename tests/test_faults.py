@@ -19,11 +19,13 @@ from functools import lru_cache, partial
 from multiprocessing import active_children, get_context
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from small_runs import METHODS, differences, make, on_cpu, vectors  # noqa: F401
 
 import hpl_nb.core
+from hpl_nb import cli
 from hpl_nb.core import HplError, RunFolder, lock_path, random_states, run_lock, set_random_states
 from hpl_nb.data.core import StreamSettings
 from hpl_nb.models import mlp
@@ -512,6 +514,26 @@ def test_clock_set_back(jump, tmp_path, monkeypatch):
     assert same(train(folder=tmp_path, checkpoint_seconds=0))
     seconds = load_run(tmp_path).log["seconds"]
     assert (seconds.diff().dropna() >= 0).all() and (seconds >= 0).all()
+
+
+# ---- a command whose workers train
+
+def many_runs(out):
+    "Two runs that take minutes, side by side."
+    options = cli.Options(dataset="rotated_digits", epochs=10_000)
+    cli.run_jobs([cli.Job("supervised", seed, options, str(out/str(seed))) for seed in range(2)], 2, progress=False)
+
+
+def test_workers_end_with_the_command_that_began_them(start, tmp_path):
+    "Otherwise they would hold the folders of the same command, started again."
+    process = start(many_runs, tmp_path)
+    wait_for(lambda: all((tmp_path/seed/"log.csv").exists() for seed in "01"), process)
+    workers = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+    process.kill()
+    process.join()
+    assert len(workers) == 2 and not psutil.wait_procs(workers, timeout=60)[1]
+    for seed in "01":
+        with run_lock(RunFolder(tmp_path/seed)): pass
 
 
 # ---- two processes
