@@ -140,7 +140,8 @@ def are_files(
     X:Any, # inputs of an estimator
 )->bool:
     "Whether they are paths of pictures."
-    return not isinstance(X, (str, pd.DataFrame)) and hasattr(X, "__len__") and row_count(X) > 0 and all(isinstance(x, (str, Path)) for x in X)
+    is_list = isinstance(X, (list, tuple, np.ndarray, pd.Series, pd.Index)) and getattr(X, "ndim", 1) == 1
+    return is_list and len(X) > 0 and all(isinstance(x, (str, Path)) for x in X)
 
 def are_pixels(
     X:Any, # inputs of an estimator
