@@ -195,8 +195,9 @@ def require_file(
 
 def reason(
     error:BaseException, # that was raised
-)->str: # one line of at most 200 letters
-    "What an error says; its type, where it says nothing."
+)->str: # one line, of another's at most 200 letters
+    "What an error says, ours in full; its type, where it says nothing."
+    if isinstance(error, HplError): return str(error)
     text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
     return text.splitlines()[0][:200]
 
@@ -256,9 +257,7 @@ class RunFolder:
     def read_json(self, name:str)->dict|None:
         "Content of a JSON file of the folder, or None where there is none."
         if not os.path.lexists(path := self.path/name): return None
-        with reading(path, partial(damaged, path)): content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict): raise damaged(path, "it holds no names and values")
-        return content
+        with reading(path, partial(damaged, path)): return dict(json.loads(path.read_text(encoding="utf-8")))
 
     def write_json(self, name:str, content:dict)->Path:
         "Write a JSON file of the folder atomically."

@@ -33,8 +33,8 @@ from .trainer import TrainSettings, evaluating, load_run, load_state, read_check
 
 # %% auto #0
 __all__ = ['KINDS', 'PARTS', 'conformal_radius', 'Arrays', 'Frames', 'Pictures', 'reader_for', 'pack', 'unpack', 'checksum',
-           'write_content', 'read_content', 'not_saved', 'make_room', 'method_identity', 'refuse_other', 'probe',
-           'predict_probe', 'check_probe', 'Interval', 'map_samples', 'predict_samples', 'predict_deviation',
+           'write_content', 'check_parts', 'not_saved', 'read_content', 'make_room', 'method_identity', 'refuse_other',
+           'probe', 'predict_probe', 'check_probe', 'Interval', 'map_samples', 'predict_samples', 'predict_deviation',
            'Predictor', 'is_stored', 'predictor_content', 'stored_view', 'predictor_of']
 
 # %% ../nbs/75_predictor.ipynb #0b71337b
@@ -173,6 +173,22 @@ PARTS = {"version": str, "identity": dict, "state": dict, "buffers": list, "read
          "normalizer": LabelNormalizer, "probe_shape": (tuple, type(None)), "probe_prediction": (Tensor, type(None)), "name": str,
          "unit": str}
 
+def check_parts(
+    content:dict[str, Any], # of a file
+)->dict[str, Any]: # the same
+    "Refuse a part that is missing or of another type."
+    wrong = [name for name, kind in PARTS.items() if not isinstance(content.get(name), kind)]
+    if wrong: raise ValueError(f"{wrong[0]} is missing or of another type")
+    return content
+
+def not_saved(
+    path:str|Path, # of a file whose checksum is right
+    why:str, # it is no predictor all the same
+)->HplError: # to be raised
+    "The sentence for a file that somebody has made, or changed."
+    return HplError(f"{path} does not hold what predictor.save(...) writes ({why}); use a file from somebody you trust, or save again.")
+
+# %% ../nbs/75_predictor.ipynb #74ce00a1
 def read_content(
     path:str|Path, # written by `write_content`
 )->dict[str, Any]: # with all tensors on the CPU
@@ -190,17 +206,9 @@ def read_content(
         content = json.loads(text)["dict"]
         if (number := content["format"]) != 1:
             raise HplError(f"{path} is of format {number!r:.50}, which hpl_nb {__version__} does not know; update hpl_nb.")
-        content = unpack({"dict": content}, tensors)
-        wrong = [name for name, kind in PARTS.items() if not isinstance(content.get(name), kind)]
-        if wrong: raise ValueError(f"{wrong[0]} is missing or of another type")
-    return content
+        return check_parts(unpack({"dict": content}, tensors))
 
-def not_saved(
-    path:str|Path, # of a file whose checksum is right
-    why:str, # it is no predictor all the same
-)->HplError: # to be raised
-    "The sentence for a file that somebody has made, or changed."
-    return HplError(f"{path} does not hold what predictor.save(...) writes ({why}); use a file from somebody you trust, or save again.")
+
 
 # %% ../nbs/75_predictor.ipynb #c9990584
 def make_room(

@@ -13,10 +13,13 @@ from random import Random
 
 import numpy as np
 
-HEADERS = (b"PK\x03\x04", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"\xff\xd8\xff\xe0", b"\x93NUMPY\x01\x00", b"PAR1", b"\x80\x02}q\x00.", b"BM", b"{",
-           b"II*\x00", b"RIFF\x10\x00\x00\x00WEBP", b"\x1f\x8b\x08\x00", b"\xef\xbb\xbf", b"\xff\xfe", b"P6\n", b"%!PS-Adobe", b"")
-NUMBERS = (b"1e999", b"-1", b"9"*400, b"nan", b"-inf", b"0x10", b"1_000", "１２".encode(), b"1e-400", b"", b"0", b"2147483648", b"18446744073709551616")
-TEXTS = (b"../../evil", b"/etc/passwd", b"\x00", b"\xff\xfe", b'"', b"\t", b"\r", b"\n", b",", b"\xf0\x9f\x98\x80", b"\xed\xa0\x80", b"=cmd()", b"{}", b"\x1b[31m")
+HEADERS = (b"PK\x03\x04", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"\xff\xd8\xff\xe0", b"\x93NUMPY\x01\x00", b"PAR1", b"\x80\x02}q\x00.",
+           b"BM", b"{", b"II*\x00", b"RIFF\x10\x00\x00\x00WEBP", b"\x1f\x8b\x08\x00", b"\xef\xbb\xbf", b"\xff\xfe", b"P6\n",
+           b"%!PS-Adobe", b"")
+NUMBERS = (b"1e999", b"-1", b"9"*400, b"nan", b"-inf", b"0x10", b"1_000", "１２".encode(), b"1e-400", b"", b"0",
+           b"2147483648", b"18446744073709551616")
+TEXTS = (b"../../evil", b"/etc/passwd", b"\x00", b"\xff\xfe", b'"', b"\t", b"\r", b"\n", b",",
+         b"\xf0\x9f\x98\x80", b"\xed\xa0\x80", b"=cmd()", b"{}", b"\x1b[31m")
 
 
 # ---- at random
@@ -106,7 +109,8 @@ CHANGES = {
     "head lost": lambda c, d: c[d.randrange(len(c) + 1):], "zeros": zero_run, "doubled": doubled, "removed": removed,
     "random bytes": lambda c, d: put(c, d, d.randbytes(d.randrange(1, 40))), "noise": lambda c, d: d.randbytes(d.randrange(600)),
     "header": lambda c, d: d.choice(HEADERS) + c[d.choice((0, 2, 4, 8)):], "length": length_field, "number": other_number,
-    "text": lambda c, d: insert(c, d, d.choice(TEXTS)), "long line": lambda c, d: insert(c, d, d.choice((b"a", b"1 ", b"\x00", b"["))*200_000),
+    "text": lambda c, d: insert(c, d, d.choice(TEXTS)),
+    "long line": lambda c, d: insert(c, d, d.choice((b"a", b"1 ", b"\x00", b"["))*200_000),
     "lines": swapped_lines, "nested": nested, "encoding": encoded, "trailing": lambda c, d: c + d.randbytes(d.randrange(1, 300))}
 
 
@@ -118,7 +122,8 @@ def mutate(content, draw):
 
 # ---- with checksums that are right
 
-ODD = (None, True, -1, 0, 10**30, 1e308, "", "../../evil", "\x00", [], {}, [None], {"a": 1}, [[]], "nan", [1, 2, 3], {"dict": {}}, {"tensor": "no"},
+ODD = (None, True, -1, 0, 10**30, 1e308, "", "../../evil", "\x00", [], {}, [None], {"a": 1}, [[]], "nan", [1, 2, 3], {"dict": {}},
+       {"tensor": "no"},
        {"list": 3}, {"ImageView": {"dict": {}}}, {"a": 1, "b": 2})
 
 
@@ -157,7 +162,8 @@ def forge_zip(content, draw):
     if kind == 0: del members[name]
     elif kind == 1: members[draw.choice(("../../evil", "/tmp/evil", name + "x", "a"*3000, "ü\x01"))] = members.pop(name)
     else: members[name] = mutate(members[name], draw)
-    with zipfile.ZipFile(file, "w", draw.choice((zipfile.ZIP_STORED, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA))) as archive:
+    packing = draw.choice((zipfile.ZIP_STORED, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA))
+    with zipfile.ZipFile(file, "w", packing) as archive:
         for name, inside in members.items(): archive.writestr(name, inside)
     return file.getvalue()
 
@@ -187,7 +193,8 @@ def forge_tar(content, draw):
     "A field of a member's header is damaged, its checksum is right."
     block = bytearray(content[:512])
     start, stop = draw.choice(((0, 100), (124, 136), (156, 157), (157, 257), (345, 500)))
-    value = draw.choice((b"\xff"*12, b"\x80" + b"\xff"*11, b"../../../evil", b"/etc/passwd", b"77777777777", b"x", b"L", b"S", b"2", b"1", draw.randbytes(8)))
+    value = draw.choice((b"\xff"*12, b"\x80" + b"\xff"*11, b"../../../evil", b"/etc/passwd", b"77777777777", b"x", b"L", b"S", b"2", b"1",
+                         draw.randbytes(8)))
     block[start:stop] = value[:stop - start].ljust(stop - start, b"\0")
     return signed_tar_header(block) + content[512:]
 
@@ -216,7 +223,8 @@ def packed(members, stored=True):
     return file.getvalue()
 
 
-def evil_zip(canary): return packed({"../../evil": b"x", f"{canary}/evil": b"x", "data.pkl": pickled(canary), "archive/data.pkl": pickled(canary)})
+def evil_zip(canary):
+    return packed({"../../evil": b"x", f"{canary}/evil": b"x", "data.pkl": pickled(canary), "archive/data.pkl": pickled(canary)})
 
 
 def evil_tar(canary):
@@ -249,11 +257,11 @@ def huge_npy(shape="(1000000000000,)", kind="<f4"):
 
 
 def zip_of_zeros(name, head, gigabytes):
-    "A small archive of a large member: what follows its head are zeros; the same packed block of them over and over."
+    "A small archive of a large member: what follows its head are zeros; the same packed block over and over, with a wrong checksum."
     packer, count = zlib.compressobj(9, wbits=-15), 64*gigabytes
     start, block = packer.compress(head) + packer.flush(zlib.Z_FULL_FLUSH), packer.compress(bytes(2**24)) + packer.flush(zlib.Z_FULL_FLUSH)
     content, name = start + block*count + packer.flush(), name.encode()
-    fields = struct.pack("<HHHHHIIIHH", 20, 0, 8, 0, 0, 0, len(content), len(head) + count*2**24, len(name), 0) # its checksum is wrong, at the end
+    fields = struct.pack("<HHHHHIIIHH", 20, 0, 8, 0, 0, 0, len(content), len(head) + count*2**24, len(name), 0)
     before = b"PK\x03\x04" + fields + name + content
     directory = b"PK\x01\x02\x14\x00" + fields + bytes(14) + name
     return before + directory + b"PK\x05\x06" + struct.pack("<HHHHIIH", 0, 0, 1, 1, len(directory), len(before), 0)
@@ -285,7 +293,8 @@ TRAPS = {"a folder": folder, "a pipe": pipe, "a link to itself": loop, "a link t
          "deep": content(lambda _: b"["*200_000), "deep and closed": content(lambda _: b'{"a":'*50_000 + b"1" + b"}"*50_000),
          "UTF-16": content(lambda _: "file,age\na,1\n".encode("utf-16")), "a BOM": content(lambda _: b"\xef\xbb\xbf"),
          "a number with a million digits": content(lambda _: b'{"a": ' + b"9"*1_000_000 + b"}"),
-         "zeros": content(lambda _: bytes(1_000_000)), "zipped zeros": content(lambda _: packed({"a.txt": bytes(50_000_000)}, stored=False))}
+         "zeros": content(lambda _: bytes(1_000_000)),
+         "zipped zeros": content(lambda _: packed({"a.txt": bytes(50_000_000)}, stored=False))}
 
 
 def draws(seed): return Random(seed) # the same on every machine: a text is hashed by SHA-512

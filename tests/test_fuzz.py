@@ -31,10 +31,12 @@ Tables and registries in hpl_nb/resources are the package's own and are not read
 import io
 import json
 import os
+import pickle
 import resource
 import shutil
 import signal
 import sys
+import tarfile
 import traceback
 import warnings
 from collections import Counter
@@ -75,7 +77,7 @@ from hpl_nb.trainer import OptimizerSettings, TrainSettings, fit, load_run, read
 
 MANY = 1000 # inputs per reader, beside the traps
 ROOM = 2**31 # bytes that a reader may ask for beyond what the process has
-SECONDS = 15 # for one input, on a machine that is busy with something else
+SECONDS = 120 # for one input, on a machine that is busy with something else
 
 
 # ---- good files, and who reads them
@@ -106,13 +108,24 @@ def picture_folder(root, table, lines, below=""):
 SPLITS = ("train", "train", "train", "train", "val", "val", "test", "test")
 
 
-def faces(root): return picture_folder(root, "utkface.csv", ["FileName,age,SPLIT", *(f"{n}.png,{20 + n},{s}" for n, s in enumerate(SPLITS))], "UTKFace")
+def faces(root):
+    lines = [f"{number}.png,{20 + number},{split}" for number, split in enumerate(SPLITS)]
+    return picture_folder(root, "utkface.csv", ["FileName,age,SPLIT", *lines], "UTKFace")
 
 
-def actors(root): return picture_folder(root, "imdb_wiki.csv", ["age,path,split", *(f"{20 + n},crop/{n}.png,{s}" for n, s in enumerate(SPLITS))], "crop")
+def actors(root):
+    lines = [f"{20 + number},crop/{number}.png,{split}" for number, split in enumerate(SPLITS)]
+    return picture_folder(root, "imdb_wiki.csv", ["age,path,split", *lines], "crop")
 
 
 def own(root): return picture_folder(root, "mine.csv", ["file,y,split", *(f"{n}.png,{n/7},{s}" for n, s in enumerate(SPLITS))])
+
+
+def own_parquet(root):
+    table = own(root)
+    pd.read_csv(table).to_parquet(table.with_suffix(".parquet"))
+    table.unlink()
+    return table.with_suffix(".parquet")
 
 
 def own_picture(root): return own(root).with_name("2.png")
@@ -120,7 +133,6 @@ def own_picture(root): return own(root).with_name("2.png")
 
 def tarred(root):
     table = faces(root)
-    import tarfile
     with tarfile.open(root/"images-0.tar", "w") as archive:
         for path in sorted((root/"UTKFace").iterdir()): archive.add(path, f"a/{path.name}")
     shutil.rmtree(root/"UTKFace")
@@ -130,7 +142,8 @@ def tarred(root):
 def simple_table(name):
     def make(root):
         root.mkdir()
-        frame = pd.DataFrame({"file": [f"{n}.png" for n in range(6)], "age": np.arange(6)*1.5, "note": ['a "b"', "ü", "x, y", "", "z\nz", "é"]})
+        notes = ['a "b"', "ü", "x, y", "", "z\nz", "é"]
+        frame = pd.DataFrame({"file": [f"{n}.png" for n in range(6)], "age": np.arange(6)*1.5, "note": notes})
         if name.endswith("parquet"): frame.to_parquet(root/name)
         else: frame.to_csv(root/name, index=False, sep="\t" if name.endswith("tsv") else ",")
         return root/name
@@ -228,7 +241,8 @@ def signed(content, draw):
     text = broken.forge_json(text, draw).decode()
     if draw.random() < .3:
         name = draw.choice(sorted(tensors))
-        tensors[name] = draw.choice((torch.zeros(0), torch.full((3,), float("nan")), torch.ones(2, 3, 4, dtype=torch.uint8), -tensors[name]))
+        others = torch.zeros(0), torch.full((3,), float("nan")), torch.ones(2, 3, 4, dtype=torch.uint8), -tensors[name]
+        tensors[name] = draw.choice(others)
     return save_safetensors(tensors, {"predictor": f"{checksum(text, tensors)} {text}"})
 
 
@@ -247,6 +261,10 @@ def stored(suffix):
         store_run(root/"run", root/"stored"/"0")
         return root/"stored"/f"0{suffix}"
     return make
+
+
+def stored_as(path): return path.with_suffix("")
+def read_stored(path): return load_run(stored_as(path))
 
 
 def held(root):
@@ -314,7 +332,8 @@ def read_actors(path):
 
 
 def read_own(path, skip_broken=False):
-    data = from_images(path.parent, path.parent/"mine.csv", "file", "y", split="split", size=32, deduplicate=True, skip_broken=skip_broken)
+    table = path if path.suffix in (".csv", ".parquet") else path.parent/"mine.csv"
+    data = from_images(path.parent, table, "file", "y", split="split", size=32, deduplicate=True, skip_broken=skip_broken)
     return data.plain(data.inputs[data.labelled], None)
 
 
@@ -326,25 +345,35 @@ def holding(make): return broken.content(make)
 
 
 def traps_of_vectors():
-    arrays = {"pickled objects": lambda c: broken.packed({"words.npy": broken.npy(["cat"]), "vectors.npy": broken.npy(np.array([broken.Trap(c)], object), True)}),
-              "an array alone": lambda c: broken.npy([1., 2.]), "a huge array alone": lambda c: broken.huge_npy(),
-              "no arrays": lambda c: broken.packed({"words": b"cat", "vectors": b"1 2"}),
-              "vectors of text": lambda c: broken.packed({"words.npy": broken.npy(["cat"]), "vectors.npy": broken.npy([["x", "y"]])}),
-              "vectors of dates": lambda c: broken.packed({"words.npy": broken.npy(["cat"]), "vectors.npy": broken.npy(np.zeros((1, 2), "M8[s]"))}),
-              "complex vectors": lambda c: broken.packed({"words.npy": broken.npy(["cat"]), "vectors.npy": broken.npy(np.zeros((1, 2), complex))}),
-              "no numbers": lambda c: broken.packed({"words.npy": broken.npy(["cat"]), "vectors.npy": broken.npy(np.zeros((1, 0)))}),
-              "records": lambda c: broken.packed({"words.npy": broken.npy(np.zeros(1, "U3,i4")), "vectors.npy": broken.npy(np.zeros((1, 1), "f4,f4"))}),
-              "a header that claims much": lambda c: broken.packed({"words.npy": broken.npy(["cat"]), "vectors.npy": broken.huge_npy("(1, 400000000000)")}),
-              "words that claim much": lambda c: broken.packed({"words.npy": broken.huge_npy("(1,)", "<U400000000"), "vectors.npy": broken.npy([[1., 2.]])}),
-              "zeros that are packed": lambda c: broken.zip_of_zeros("vectors.npy", broken.huge_npy("(2, 402653184)"), 3)}
+    def npz(words, vectors): return broken.packed({"words.npy": words, "vectors.npy": vectors})
+    word, npy = broken.npy(["cat"]), broken.npy
+    arrays = {"pickled objects": lambda c: npz(word, npy(np.array([broken.Trap(c)], object), True)),
+              "an array alone": lambda _: npy([1., 2.]), "a huge array alone": lambda _: broken.huge_npy(),
+              "no arrays": lambda _: npz(b"cat", b"1 2"), "vectors of text": lambda _: npz(word, npy([["x", "y"]])),
+              "vectors of dates": lambda _: npz(word, npy(np.zeros((1, 2), "M8[s]"))),
+              "complex vectors": lambda _: npz(word, npy(np.zeros((1, 2), complex))),
+              "no numbers": lambda _: npz(word, npy(np.zeros((1, 0)))),
+              "records": lambda _: npz(npy(np.zeros(1, "U3,i4")), npy(np.zeros((1, 1), "f4,f4"))),
+              "a header that claims much": lambda _: npz(word, broken.huge_npy("(1, 400000000000)")),
+              "words that claim much": lambda _: npz(broken.huge_npy("(1,)", "<U400000000"), npy([[1., 2.]])),
+              "zeros that are packed": lambda _: broken.zip_of_zeros("vectors.npy", broken.huge_npy("(2, 402653184)"), 3),
+              "words of zeros that are packed": lambda _: broken.zip_of_zeros("words.npy", broken.huge_npy("(1,)", "<U805306368"), 3)}
     return {name: holding(make) for name, make in arrays.items()}
 
 
-def outside(line, then=lambda root: None):
+def encrypted(_):
+    "The flags of a member say that it is."
+    content = broken.packed({"a.txt": GLOVE})
+    for header in (b"PK\x03\x04\x14\x00", b"PK\x01\x02\x14\x03\x14\x00"): content = content.replace(header + b"\x00", header + b"\x01")
+    return content
+
+
+def outside(line):
     "A table whose picture lies outside the folder."
     def write(path, canary):
         pixels(0).save(canary.parent/"outside.png")
-        path.write_text(line.format(up=os.path.relpath(canary.parent/"outside.png", path.parent), whole=canary.parent/"outside.png"))
+        whole = canary.parent/"outside.png"
+        path.write_text(line.format(up=os.path.relpath(whole, path.parent), whole=whole))
     return write
 
 
@@ -375,23 +404,25 @@ def checkpoint_traps():
 def run_traps(name):
     def list_of(*names): return holding(lambda _: json.dumps({n: "0"*64 for n in names}).encode())
     if name != "checksums.json": return {}
-    return {"checksum of /dev/zero": list_of("/dev/zero"), "of a file further up": list_of("../../../../../../../../dev/zero"), "of a folder": list_of("checkpoints", ".", "")}
+    return {"checksum of /dev/zero": list_of("/dev/zero"), "of a file further up": list_of("../../../../../../../../dev/zero"),
+            "of a folder": list_of("checkpoints", ".", "")}
 
 
 def huge_pictures():
-    sizes = {"a picture of 2^31 x 2^31": (2**31 - 1, 2**31 - 1), "of 20,000 x 20,000": (20_000, 20_000), "of 10^9 x 1": (10**9, 1), "of 1 x 10^9": (1, 10**9)}
+    sizes = {"a picture of 2^31 x 2^31": (2**31 - 1, 2**31 - 1), "of 20,000 x 20,000": (20_000, 20_000), "of 10^9 x 1": (10**9, 1),
+             "of 1 x 10^9": (1, 10**9)}
     return {name: holding(lambda _, size=size: broken.huge_png(*size)) for name, size in sizes.items()} | {
-        "EPS, which runs a program": holding(lambda c: f"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n({c}) (w) file\nshowpage\n".encode())}
+        "EPS, which runs a program": holding(
+            lambda c: f"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n({c}) (w) file\nshowpage\n".encode())}
 
 
 def extension_parquet(path, canary):
     "An extension type whose description is a pickle."
-    import pickle
-
     import pyarrow as pa
     import pyarrow.parquet
-    marked = pa.field("file", pa.string(), metadata={"ARROW:extension:name": "arrow.py_extension_type", "ARROW:extension:metadata": pickle.dumps(broken.Trap(canary))})
-    pyarrow.parquet.write_table(pa.table([pa.array(["a"]), pa.array(["1"])], schema=pa.schema([marked, pa.field("age", pa.string())])), path)
+    marks = {"ARROW:extension:name": "arrow.py_extension_type", "ARROW:extension:metadata": pickle.dumps(broken.Trap(canary))}
+    schema = pa.schema([pa.field("file", pa.string(), metadata=marks), pa.field("age", pa.string())])
+    pyarrow.parquet.write_table(pa.table([pa.array(["a"]), pa.array(["1"])], schema=schema), path)
 
 
 def parquet_of(*columns):
@@ -399,10 +430,12 @@ def parquet_of(*columns):
     return write
 
 
-PARQUET = {"an extension type": extension_parquet, "other columns": parquet_of(("a", [1])), "lists": parquet_of(("file", [["a"]]), ("age", [{"b": 1}])),
-           "bytes": parquet_of(("file", [b"\xff"]), ("age", [b"\x00"]))}
+PARQUET = {"an extension type": extension_parquet, "other columns": parquet_of(("a", [1])),
+           "lists": parquet_of(("file", [["a"]]), ("age", [{"b": 1}])), "bytes": parquet_of(("file", [b"\xff"]), ("age", [b"\x00"]))}
 TAR = {"an endless tar": holding(broken.endless_tar)}
-FACES, ACTORS, OWN = "FileName,age,SPLIT\n1.png,3,train\n@,20,train\n2.png,1,val\n3.png,1,test\n", "age,path,split\n3,crop/1.png,train\n20,@,train\n", "file,y,split\n@,1,train\n1.png,2,train\n2.png,2,val\n"
+FACES = "FileName,age,SPLIT\n1.png,3,train\n@,20,train\n2.png,1,val\n3.png,1,test\n"
+ACTORS = "age,path,split\n3,crop/1.png,train\n20,@,train\n"
+OWN = "file,y,split\n@,1,train\n1.png,2,train\n2.png,2,val\n"
 
 READERS = {
     "table: csv": Reader(simple_table("t.csv"), partial(read_table, columns=["file", "age"])),
@@ -412,25 +445,30 @@ READERS = {
     "imdb_wiki": Reader(actors, read_actors, traps=names(ACTORS), quick=300, speaks_of=root_of),
     "own pictures": Reader(own, read_own, traps=names(OWN), quick=300, speaks_of=root_of),
     "own pictures, broken ones skipped": Reader(own, partial(read_own, skip_broken=True), traps=names(OWN), quick=300, speaks_of=root_of),
+    "own pictures, parquet": Reader(own_parquet, read_own, quick=100, speaks_of=root_of, traps={
+        **PARQUET, "lists of labels": parquet_of(("file", ["1.png"]), ("y", [[1, 2]]), ("split", [["train"]])),
+        "labels that are dates": parquet_of(("file", ["1.png"]), ("y", pd.to_datetime(["2020-01-01"])), ("split", ["train"])),
+        "names that are bytes": parquet_of(("file", [b"1.png"]), ("y", [b"1"]), ("split", [b"train"]))}),
     "checked pictures": Reader(own, checked, traps=names(OWN), quick=100, most_accepted=1),
     "checked faces": Reader(faces, checked, traps=names(FACES), quick=100, most_accepted=1),
     "checked pairs": Reader(pairs, checked, quick=100, most_accepted=1),
     "checked tar": Reader(tarred, checked, broken.forge_tar, quick=100, traps=TAR, most_accepted=1),
     "picture in a data set": Reader(own_picture, read_own, broken.forge_png, quick=200, traps=huge_pictures(), most_accepted=1),
-    "picture in a data set, skipped": Reader(own_picture, partial(read_own, skip_broken=True), broken.forge_png, quick=200, traps=huge_pictures(), most_accepted=1),
+    "picture in a data set, skipped": Reader(own_picture, partial(read_own, skip_broken=True), broken.forge_png, quick=200,
+                                             traps=huge_pictures(), most_accepted=1),
     "tar": Reader(tarred, read_tar, broken.forge_tar, traps=TAR),
     "faces in a tar": Reader(tarred, read_faces, broken.forge_tar, quick=200, traps=TAR, speaks_of=root_of),
-    **{f"picture: {kind}": Reader(image(kind, mode, **how), read_image, forge, quick=300, traps=huge_pictures()) for kind, mode, how, forge in (
-        ("png", "RGB", {}, broken.forge_png), ("jpg", "RGB", {}, None), ("bmp", "RGB", {}, None), ("gif", "P", {}, None), ("tif", "RGB", {}, None),
-        ("tiff", "L", {"compression": "tiff_lzw"}, None), ("webp", "RGB", {}, None), ("ppm", "RGB", {}, None), ("jp2", "RGB", {}, None))},
+    **{f"picture: {kind}": Reader(image(kind, **how), read_image, broken.forge_png if kind == "png" else None, quick=300,
+                                 traps=huge_pictures())
+       for kind, how in {"png": {}, "jpg": {}, "bmp": {}, "gif": {"mode": "P"}, "tif": {}, "tiff": {"mode": "L", "compression": "tiff_lzw"},
+                         "webp": {}, "ppm": {}, "jp2": {}}.items()},
     "decoded pictures": Reader(cached, read_cache, quick=300, most_accepted=1),
     "fetched table": Reader(fetched, lambda path: fetch(path.name, path.parent, progress=False), most_accepted=0),
     "stsb": Reader(pairs, lambda path: stsb(path.parent, .5).plain(torch.zeros(1, 2, 2, 4)), quick=300, speaks_of=root_of),
     "word vectors: npz": Reader(vectors("npz"), partial(load_vectors, words=WORDS), broken.forge_zip, traps=traps_of_vectors()),
     "word vectors: txt": Reader(vectors("txt"), partial(load_vectors, words=WORDS)),
     "word vectors: zip": Reader(vectors("zip"), partial(load_vectors, words=WORDS), broken.forge_zip, traps={
-        "zeros that are packed": holding(lambda _: broken.zip_of_zeros("a", b"cat ", 3)), "encrypted": holding(
-            lambda _: broken.packed({"a.txt": GLOVE}).replace(b"PK\x03\x04\x14\x00\x00", b"PK\x03\x04\x14\x00\x01").replace(b"PK\x01\x02\x14\x03\x14\x00\x00", b"PK\x01\x02\x14\x03\x14\x00\x01"))}),
+        "zeros that are packed": holding(lambda _: broken.zip_of_zeros("a", b"cat ", 3)), "encrypted": holding(encrypted)}),
     "wordnet: data": Reader(wordnet("data.noun"), lambda path: read_wordnet(path.parent), speaks_of=root_of),
     "wordnet: exceptions": Reader(wordnet("verb.exc"), lambda path: read_wordnet(path.parent), speaks_of=root_of, most_accepted=1),
     "weights: safetensors": Reader(weights("w.safetensors"), read_weights, broken.forge_safetensors, traps=predictor_traps()),
@@ -438,13 +476,15 @@ READERS = {
     "weights: legacy pth": Reader(weights("w.pth", legacy=True), read_weights, claims=True, traps=checkpoint_traps()),
     "predictor": Reader(saved_predictor, read_predictor, signed, traps=predictor_traps()),
     "estimator": Reader(saved_estimator, read_estimator, signed, quick=200, traps=predictor_traps()),
-    **{f"run: {name}": Reader(trained(name, name == "checksums.json"), lambda path: load_run(path.parent), forge, quick=quick, traps=traps, speaks_of=root_of, most_accepted=1)
+    **{f"run: {name}": Reader(trained(name, name == "checksums.json"), lambda path: load_run(path.parent), forge, quick=quick, traps=traps,
+                              speaks_of=root_of, most_accepted=1)
        for name, forge, quick, traps in (
-           ("config.json", broken.forge_json, 200, {}), ("metrics.json", broken.forge_json, 200, {}), ("environment.json", broken.forge_json, 100, {}),
+           ("config.json", broken.forge_json, 200, {}), ("metrics.json", broken.forge_json, 200, {}),
+           ("environment.json", broken.forge_json, 100, {}),
            ("options.json", broken.forge_json, 100, {}), ("checksums.json", broken.forge_json, 200, run_traps("checksums.json")),
            ("log.csv", None, 300, {}), ("predictions.parquet", None, 200, PARQUET))},
-    "stored run: json": Reader(stored(".json"), lambda path: load_run(path.with_suffix("")), broken.forge_json, quick=300, speaks_of=lambda path: path.with_suffix("")),
-    "stored run: parquet": Reader(stored(".parquet"), lambda path: load_run(path.with_suffix("")), quick=300, traps=PARQUET, speaks_of=lambda path: path.with_suffix(""), most_accepted=1),
+    "stored run: json": Reader(stored(".json"), read_stored, broken.forge_json, quick=300, speaks_of=stored_as),
+    "stored run: parquet": Reader(stored(".parquet"), read_stored, quick=300, traps=PARQUET, speaks_of=stored_as, most_accepted=1),
     "checkpoint": Reader(trained("checkpoints/last.pt"), read_place, broken.forge_zip, quick=300, traps=checkpoint_traps()),
     "lock": Reader(held, second_process, quick=200, most_accepted=0, speaks_of=root_of),
     "protocol": Reader(protocol, lambda path: read_protocol(str(path))),
@@ -469,7 +509,7 @@ class Watch:
         if not writes and event not in WRITES: return
         below = isinstance(args[-1], int) and args[-1] >= 0 and event != "open" # relative to a folder that is open: `tree` looks there
         paths = [os.fsdecode(a) for a in args[:2] if isinstance(a, (str, bytes, os.PathLike))][:1 if event == "open" else 2]
-        self.seen += [(event, path) for path in paths if not below and not os.path.abspath(path).startswith(self.inside) and path != os.devnull]
+        if not below: self.seen += [(event, path) for path in paths if not os.path.abspath(path).startswith((self.inside, os.devnull))]
 
 
 class Hang(BaseException):
@@ -511,17 +551,17 @@ def verdict(reader, path, watch, top):
     except HplError as error:
         named = str(reader.speaks_of(path))
         if named not in str(error): end = f"does not name {named}: {str(error)[:300]}"
-        elif not reader.claims and any(isinstance(cause, MemoryError) or "allocate memory" in str(cause) for cause in causes(error)): end = f"asked for too much memory: {error}"
+        elif not reader.claims and any(isinstance(cause, MemoryError) or "allocate memory" in str(cause) for cause in causes(error)):
+            end = f"asked for too much memory: {error}"
         elif len(str(error)) > 5000: end = f"a message of {len(str(error))} letters: {str(error)[:200]}"
         else: end = "refused"
     except BaseException as error:
         end = "".join(traceback.format_exception_only(error))[:400].strip() + " at " + " < ".join(
             f"{Path(f.filename).name}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)[::-1][:6])
     if watch.seen: return f"did {watch.seen[:3]}"
-    after = {name: state for name, state in tree(top).items() if not name.startswith(writable)}
-    if changed := {name for name, state in before.items() if not name.startswith(writable) and after.get(name) != state} | (after.keys() - before.keys()):
-        return f"changed {sorted(changed)[:3]}"
-    return end
+    after = tree(top)
+    changed = [name for name in before.keys() | after.keys() if before.get(name) != after.get(name) and not name.startswith(writable)]
+    return f"changed {sorted(changed)[:3]}" if changed else end
 
 
 def limit_memory():
@@ -605,7 +645,8 @@ def run(context, name, count, tmp_path):
     ends = {label: end for label, end in lines if label}
     wrong = {label: end for label, end in ends.items() if end not in ("accepted", "refused")}
     kinds = Counter(end.split(" at ")[0][:80] for end in wrong.values())
-    assert not wrong, f"{len(wrong)} of {len(ends)}: {dict(kinds.most_common(12))}\n" + "\n".join(f"{k}: {v}" for k, v in list(wrong.items())[:25])
+    examples = "\n".join(f"{label}: {end}" for label, end in list(wrong.items())[:25])
+    assert not wrong, f"{len(wrong)} of {len(ends)}: {dict(kinds.most_common(12))}\n{examples}"
     found = Counter(ends.values())
     assert found["accepted"] <= READERS[name].most_accepted*len(ends), found
     return found

@@ -96,6 +96,7 @@ def read_table(
     if not len(table): raise HplError(f"{path} has no rows.")
     return table
 
+# %% ../../nbs/11b_data.images.ipynb #de316cba
 def listed(
     names:Iterable[str], # maybe many, maybe long
 )->str: # for a message

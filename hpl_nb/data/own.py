@@ -652,4 +652,5 @@ def from_images(
         warnings.warn(f"{name}: {len(extra):,} pictures in {folder} are in no row of the table and are left out, for example {extra[0]}; "
                       "give each a row without a label to train on it.", stacklevel=2)
     views = views or randaugment_mc_views(round(.04*size), "reflect", round(.08*size))
-    return image_data(name, files, labels, sets, views, deduplicate, skip_broken, compare=True, unit=unit, sample_names=names)
+    try: return image_data(name, files, labels, sets, views, deduplicate, skip_broken, compare=True, unit=unit, sample_names=names)
+    except HplError as error: raise HplError(f"{source}: {str(error).removeprefix(f'{name}: ')}") from error
