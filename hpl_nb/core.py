@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import pickletools
 import platform
 import random
 import shutil
@@ -31,8 +32,8 @@ from torch import Tensor
 # %% auto #0
 __all__ = ['PREDICTION_COLUMNS', 'HplError', 'not_negative', 'whole_number', 'one_of', 'derive_seed', 'seed_everything',
            'random_states', 'set_random_states', 'LabelNormalizer', 'atomic_write', 'not_written', 'sync_folder',
-           'content_digest', 'require_file', 'reason', 'reading', 'check_archive', 'RunFolder', 'json_bytes', 'damaged',
-           'claim_run', 'lock_file', 'lock_path', 'open_lock', 'is_at', 'run_lock']
+           'content_digest', 'require_file', 'reason', 'reading', 'check_pickles', 'check_archive', 'RunFolder',
+           'json_bytes', 'damaged', 'claim_run', 'lock_file', 'lock_path', 'open_lock', 'is_at', 'run_lock']
 
 # %% ../nbs/00_core.ipynb #d3d92fe2
 class HplError(ValueError):
@@ -216,6 +217,15 @@ def reading(
         raise refusal(reason(error)) from error
 
 # %% ../nbs/00_core.ipynb #9d09390a
+def check_pickles(
+    file:BinaryIO, # at the first of them
+    count:int, # how many follow each other
+)->None:
+    "Refuse names that no class has: PyTorch's sentence about a name it does not trust takes the square of its length to make."
+    for _ in range(count):
+        for opcode, argument, _ in pickletools.genops(file): # which runs nothing
+            if opcode.name == "GLOBAL" and len(argument) > 500: raise ValueError(f"it names a class by {len(argument):,} letters")
+
 def check_archive(
     path:str|Path, # a file of `torch.save`
 )->None:
@@ -226,6 +236,8 @@ def check_archive(
         packed = [member.filename for member in archive.infolist() if member.compress_type != zipfile.ZIP_STORED]
         if packed: raise zipfile.BadZipFile(f"{packed[0]} is compressed, which PyTorch does not do")
         if wrong := archive.testzip(): raise zipfile.BadZipFile(f"{wrong} does not have its checksum")
+        for name in archive.namelist():
+            if name.endswith("data.pkl"): check_pickles(archive.open(name), 1)
 
 # %% ../nbs/00_core.ipynb #3e7f0fcc
 PREDICTION_COLUMNS = ("run", "method", "dataset", "label_ratio", "seed", "epoch", "split", "index", "output", "y_true",

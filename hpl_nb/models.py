@@ -7,6 +7,7 @@ __all__ = ['Head', 'Body', 'Regressor', 'count_parameters', 'mlp', 'small_cnn', 
            'BiLSTMBody', 'backwards', 'encode_group', 'encode_sentences', 'bilstm']
 
 # %% ../nbs/30_models.ipynb #d7a8a3d6
+import mmap
 import tarfile
 import zipfile
 import zlib
@@ -19,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from .core import HplError, check_archive, reading
+from .core import HplError, check_archive, check_pickles, reading
 
 # %% ../nbs/30_models.ipynb #cf91e056
 class Head(nn.Linear):
@@ -188,6 +189,9 @@ def _read_weights(
                 return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
         if zipfile.is_zipfile(path): check_archive(path)
         elif tarfile.is_tarfile(path): raise ValueError("a tar file, which PyTorch would unpack")
+        else:
+            with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                check_pickles(content, 5) # of PyTorch before 1.6
         state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
         raise HplError(f"weights file {path} must hold a flat state dict (name -> tensor): save model.state_dict()")

@@ -169,7 +169,8 @@ def check_results(
 )->None:
     "Refuse results that are not what was written (runs of version 0.1 and before did not say)."
     for name, digest in (folder.read_json("checksums.json") or {}).items():
-        if Path(name).name != name: raise damaged(folder.path/"checksums.json", f"it names {name[:100]!r}, which is not in the folder")
+        if Path(name).name != name or len(name) > 99:
+            raise damaged(folder.path/"checksums.json", f"it names {name[:100]!r}, which is not in the folder")
         if content_digest(folder.path/name) != digest: raise damaged(folder.path/name, "it does not have its checksum")
 
 def read_table(

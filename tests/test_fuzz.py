@@ -88,7 +88,7 @@ class Reader:
     make: Callable[[Path], Path]
     read: Callable[[Path], Any]
     forge: Callable[[bytes, Any], bytes]|None = None # half of the inputs: damaged inside, with checksums that are right
-    quick: int = MANY # inputs in the default run; the slow one takes all
+    quick: int = 200 # inputs in the default run; the slow one takes all
     traps: dict[str, Callable] = field(default_factory=dict) # beside those that every reader meets: (path, canary) -> None
     speaks_of: Callable[[Path], Path] = lambda path: path # what a refusal must name
     claims: bool = False # may memory be reserved that a file only claims to need (and is never touched)?
@@ -440,11 +440,11 @@ OWN = "file,y,split\n@,1,train\n1.png,2,train\n2.png,2,val\n"
 READERS = {
     "table: csv": Reader(simple_table("t.csv"), partial(read_table, columns=["file", "age"])),
     "table: tsv": Reader(simple_table("t.tsv"), partial(read_table, columns=["file", "age"])),
-    "table: parquet": Reader(simple_table("t.parquet"), partial(read_table, columns=["file", "age"]), quick=400, traps=PARQUET),
-    "utkface": Reader(faces, read_faces, traps=names(FACES), quick=300, speaks_of=root_of),
-    "imdb_wiki": Reader(actors, read_actors, traps=names(ACTORS), quick=300, speaks_of=root_of),
-    "own pictures": Reader(own, read_own, traps=names(OWN), quick=300, speaks_of=root_of),
-    "own pictures, broken ones skipped": Reader(own, partial(read_own, skip_broken=True), traps=names(OWN), quick=300, speaks_of=root_of),
+    "table: parquet": Reader(simple_table("t.parquet"), partial(read_table, columns=["file", "age"]), traps=PARQUET),
+    "utkface": Reader(faces, read_faces, traps=names(FACES), speaks_of=root_of),
+    "imdb_wiki": Reader(actors, read_actors, traps=names(ACTORS), speaks_of=root_of),
+    "own pictures": Reader(own, read_own, traps=names(OWN), speaks_of=root_of),
+    "own pictures, broken ones skipped": Reader(own, partial(read_own, skip_broken=True), traps=names(OWN), speaks_of=root_of),
     "own pictures, parquet": Reader(own_parquet, read_own, quick=100, speaks_of=root_of, traps={
         **PARQUET, "lists of labels": parquet_of(("file", ["1.png"]), ("y", [[1, 2]]), ("split", [["train"]])),
         "labels that are dates": parquet_of(("file", ["1.png"]), ("y", pd.to_datetime(["2020-01-01"])), ("split", ["train"])),
@@ -453,18 +453,18 @@ READERS = {
     "checked faces": Reader(faces, checked, traps=names(FACES), quick=100, most_accepted=1),
     "checked pairs": Reader(pairs, checked, quick=100, most_accepted=1),
     "checked tar": Reader(tarred, checked, broken.forge_tar, quick=100, traps=TAR, most_accepted=1),
-    "picture in a data set": Reader(own_picture, read_own, broken.forge_png, quick=200, traps=huge_pictures(), most_accepted=1),
+    "picture in a data set": Reader(own_picture, read_own, broken.forge_png, traps=huge_pictures(), most_accepted=1),
     "picture in a data set, skipped": Reader(own_picture, partial(read_own, skip_broken=True), broken.forge_png, quick=200,
                                              traps=huge_pictures(), most_accepted=1),
     "tar": Reader(tarred, read_tar, broken.forge_tar, traps=TAR),
-    "faces in a tar": Reader(tarred, read_faces, broken.forge_tar, quick=200, traps=TAR, speaks_of=root_of),
+    "faces in a tar": Reader(tarred, read_faces, broken.forge_tar, traps=TAR, speaks_of=root_of),
     **{f"picture: {kind}": Reader(image(kind, **how), read_image, broken.forge_png if kind == "png" else None, quick=300,
                                  traps=huge_pictures())
        for kind, how in {"png": {}, "jpg": {}, "bmp": {}, "gif": {"mode": "P"}, "tif": {}, "tiff": {"mode": "L", "compression": "tiff_lzw"},
                          "webp": {}, "ppm": {}, "jp2": {}}.items()},
-    "decoded pictures": Reader(cached, read_cache, quick=300, most_accepted=1),
+    "decoded pictures": Reader(cached, read_cache, most_accepted=1),
     "fetched table": Reader(fetched, lambda path: fetch(path.name, path.parent, progress=False), most_accepted=0),
-    "stsb": Reader(pairs, lambda path: stsb(path.parent, .5).plain(torch.zeros(1, 2, 2, 4)), quick=300, speaks_of=root_of),
+    "stsb": Reader(pairs, lambda path: stsb(path.parent, 1).plain(torch.zeros(1, 2, 2, 4)), speaks_of=root_of),
     "word vectors: npz": Reader(vectors("npz"), partial(load_vectors, words=WORDS), broken.forge_zip, traps=traps_of_vectors()),
     "word vectors: txt": Reader(vectors("txt"), partial(load_vectors, words=WORDS)),
     "word vectors: zip": Reader(vectors("zip"), partial(load_vectors, words=WORDS), broken.forge_zip, traps={
@@ -475,18 +475,18 @@ READERS = {
     "weights: pth": Reader(weights("w.pth"), read_weights, broken.forge_zip, traps=checkpoint_traps()),
     "weights: legacy pth": Reader(weights("w.pth", legacy=True), read_weights, claims=True, traps=checkpoint_traps()),
     "predictor": Reader(saved_predictor, read_predictor, signed, traps=predictor_traps()),
-    "estimator": Reader(saved_estimator, read_estimator, signed, quick=200, traps=predictor_traps()),
+    "estimator": Reader(saved_estimator, read_estimator, signed, traps=predictor_traps()),
     **{f"run: {name}": Reader(trained(name, name == "checksums.json"), lambda path: load_run(path.parent), forge, quick=quick, traps=traps,
                               speaks_of=root_of, most_accepted=1)
        for name, forge, quick, traps in (
-           ("config.json", broken.forge_json, 200, {}), ("metrics.json", broken.forge_json, 200, {}),
+           ("config.json", broken.forge_json, 100, {}), ("metrics.json", broken.forge_json, 100, {}),
            ("environment.json", broken.forge_json, 100, {}),
-           ("options.json", broken.forge_json, 100, {}), ("checksums.json", broken.forge_json, 200, run_traps("checksums.json")),
-           ("log.csv", None, 300, {}), ("predictions.parquet", None, 200, PARQUET))},
-    "stored run: json": Reader(stored(".json"), read_stored, broken.forge_json, quick=300, speaks_of=stored_as),
-    "stored run: parquet": Reader(stored(".parquet"), read_stored, quick=300, traps=PARQUET, speaks_of=stored_as, most_accepted=1),
-    "checkpoint": Reader(trained("checkpoints/last.pt"), read_place, broken.forge_zip, quick=300, traps=checkpoint_traps()),
-    "lock": Reader(held, second_process, quick=200, most_accepted=0, speaks_of=root_of),
+           ("options.json", broken.forge_json, 100, {}), ("checksums.json", broken.forge_json, 100, run_traps("checksums.json")),
+           ("log.csv", None, 100, {}), ("predictions.parquet", None, 100, PARQUET))},
+    "stored run: json": Reader(stored(".json"), read_stored, broken.forge_json, speaks_of=stored_as),
+    "stored run: parquet": Reader(stored(".parquet"), read_stored, traps=PARQUET, speaks_of=stored_as, most_accepted=1),
+    "checkpoint": Reader(trained("checkpoints/last.pt"), read_place, broken.forge_zip, traps=checkpoint_traps()),
+    "lock": Reader(held, second_process, most_accepted=0, speaks_of=root_of),
     "protocol": Reader(protocol, lambda path: read_protocol(str(path))),
 }
 

@@ -105,19 +105,23 @@ _ABBREVIATIONS = frozenset(
     "sept oct nov dec mass calif fla wash minn conn colo ariz wis ore tex ala ill pa va".split())
 
 # %% ../../nbs/14_data.stsb.ipynb #5538e426
+_CLOSING, _NEXT = re.compile(r"""[\])}>"'»”’\s]*"""), re.compile(r"""['"”’)]*\s+['"`“‘(]*[A-Z0-9]""")
+
 def _ends_sentence(
     word:str, # ends in a full stop
-    rest:str, # text that follows
+    sentence:str, # that it stands in
+    end:int, # where the word ends
 )->bool:
     "Whether the full stop ends a sentence."
-    if re.fullmatch(r"""[\])}>"'»”’\s]*""", rest): return True
+    if _CLOSING.fullmatch(sentence, end): return True
     stem = word[:-1].lower()
     is_abbreviation = len(stem) == 1 or "." in stem or stem in _ABBREVIATIONS
-    return not is_abbreviation and re.match(r"""['"”’)]*\s+['"`“‘(]*[A-Z0-9]""", rest) is not None
+    return not is_abbreviation and _NEXT.match(sentence, end) is not None
 
 # %% ../../nbs/14_data.stsb.ipynb #ddc466f4
 def _split_word(word:str)->list[str]:
     "Split contractions and possessives off."
+    if len(word) > 100: return [word] # no word of a language: a broken file
     if position := _PHRASES.get(word.lower()): return [word[:position], word[position:]]
     if match := _SUFFIX.fullmatch(word): return [*_split_word(match[1]), match[2]]
     return [word]
@@ -129,11 +133,11 @@ def tokenize(
     "Split a sentence after the conventions of the Penn Treebank."
     tokens = []
     for match in _PIECE.finditer(sentence):
-        piece, rest = match[0], sentence[match.end():]
+        piece = match[0]
         if piece in ('"', "''"):
             opens = match.start() == 0 or sentence[match.start() - 1] in " ([{<"
             tokens.append("``" if opens else "''")
-        elif len(piece) > 1 and piece[-1] == "." and piece[-2] != "." and _ends_sentence(piece, rest):
+        elif len(piece) > 1 and piece[-1] == "." and piece[-2] != "." and _ends_sentence(piece, sentence, match.end()):
             tokens += [*_split_word(piece[:-1]), "."]
         else: tokens += _split_word(piece)
     return tokens
@@ -487,6 +491,7 @@ def stsb(
     split = partial(sentence_words, lowercase=lowercase, split_underscores=split_underscores)
     inputs, table = _inputs(pairs, split, None if wordnet is None else read_wordnet(wordnet), max_tokens)
     train, val, test = (np.flatnonzero(pairs["split"] == name) for name in ("train", "dev", "test"))
+    if not len(train): raise HplError(f"{find_table(root)} has no row of the split train; use the release's sts.tsv.")
     labelled = labelled_rows(train, label_ratio, split_seed)
     return SemiSupervisedData(
         "stsb", inputs, pairs["score"].to_numpy(), labelled, np.setdiff1d(train, labelled), val, test,
