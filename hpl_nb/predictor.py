@@ -188,7 +188,7 @@ def not_saved(
     "The sentence for a file that somebody has made, or changed."
     return HplError(f"{path} does not hold what predictor.save(...) writes ({why}); use a file from somebody you trust, or save again.")
 
-# %% ../nbs/75_predictor.ipynb #74ce00a1
+# %% ../nbs/75_predictor.ipynb #ca871e7f
 def read_content(
     path:str|Path, # written by `write_content`
 )->dict[str, Any]: # with all tensors on the CPU
