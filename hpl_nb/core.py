@@ -32,8 +32,9 @@ from torch import Tensor
 # %% auto #0
 __all__ = ['PREDICTION_COLUMNS', 'HplError', 'not_negative', 'whole_number', 'one_of', 'derive_seed', 'seed_everything',
            'random_states', 'set_random_states', 'LabelNormalizer', 'atomic_write', 'not_written', 'sync_folder',
-           'content_digest', 'require_file', 'reason', 'reading', 'check_pickles', 'check_archive', 'RunFolder',
-           'json_bytes', 'damaged', 'claim_run', 'lock_file', 'lock_path', 'open_lock', 'is_at', 'run_lock']
+           'content_digest', 'require_file', 'reason', 'reading', 'check_header', 'check_pickles', 'check_archive',
+           'RunFolder', 'json_bytes', 'damaged', 'claim_run', 'lock_file', 'lock_path', 'open_lock', 'is_at',
+           'run_lock']
 
 # %% ../nbs/00_core.ipynb #d3d92fe2
 class HplError(ValueError):
@@ -215,6 +216,16 @@ def reading(
     except Exception as error: # a damaged file can raise anything
         if isinstance(error, HplError) and str(path) in str(error): raise
         raise refusal(reason(error)) from error
+
+# %% ../nbs/00_core.ipynb #3508efa0
+def check_header(
+    path:str|Path, # of a table as text
+    separator:bytes, # of its fields
+    most:int=1000, # columns that it may have
+)->None:
+    "Refuse a table that has far more columns than it should."
+    with open(path, "rb") as file: columns = file.readline(2**20).count(separator) + 1
+    if columns > most: raise ValueError(f"its header has {columns:,} columns")
 
 # %% ../nbs/00_core.ipynb #9d09390a
 def check_pickles(

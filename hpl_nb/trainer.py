@@ -33,8 +33,8 @@ from tqdm.auto import tqdm
 
 from . import __version__
 from .core import (
-    PREDICTION_COLUMNS, HplError, RunFolder, atomic_write, claim_run, check_archive, content_digest, damaged, derive_seed, json_bytes,
-    not_negative, random_states, reading, run_lock, seed_everything, set_random_states, whole_number)
+    PREDICTION_COLUMNS, HplError, RunFolder, atomic_write, claim_run, check_archive, check_header, content_digest, damaged, derive_seed,
+    json_bytes, not_negative, random_states, reading, run_lock, seed_everything, set_random_states, whole_number)
 from .data.core import SemiSupervisedData, Streams, StreamSettings, batch_rows
 from .data.pixels import DeviceView, Pixels
 from .metrics import mean_absolute_error, mean_squared_error, r2_score, variance_summary
@@ -42,16 +42,17 @@ from .models import Regressor
 
 # %% auto #0
 __all__ = ['Clock', 'Trainable', 'OptimizerSettings', 'TrainSettings', 'epoch_length', 'Run', 'load_run', 'check_results',
-           'read_table', 'stored_run', 'Progress', 'Session', 'train_step', 'micro_batches', 'scale_gradients',
-           'average_gradients', 'keep_record', 'not_numbers', 'Watched', 'watch_losses', 'stop_if_bad', 'suspects',
-           'step_batches', 'broken_samples', 'broken_inputs', 'bad_rows', 'far_samples', 'name_rows', 'batch_words',
-           'halted', 'blaming_samples', 'evaluating', 'map_rows', 'predict_rows', 'check_predictions',
-           'predictions_table', 'inspect_rows', 'log_row', 'variance_row', 'check_finite', 'end_epoch',
-           'average_buffers', 'process_state', 'checkpoint_content', 'save_checkpoint', 'write_log', 'save_best',
-           'save_snapshot', 'read_checkpoint', 'load_state', 'check_origin', 'resume', 'last_checkpoint', 'read_place',
-           'check_best', 'make_accelerator', 'run_config', 'check_settings', 'open_session', 'claimed', 'with_others',
-           'place_method', 'fit', 'run_steps', 'any_process', 'is_due', 'has_ended', 'batches', 'is_on_gpu',
-           'one_ahead', 'hardware', 'environment', 'finish', 'write_results', 'kept_tables', 'selected_metrics']
+           'read_log', 'read_table', 'stored_run', 'Progress', 'Session', 'train_step', 'micro_batches',
+           'scale_gradients', 'average_gradients', 'keep_record', 'not_numbers', 'Watched', 'watch_losses',
+           'stop_if_bad', 'suspects', 'step_batches', 'broken_samples', 'broken_inputs', 'bad_rows', 'far_samples',
+           'name_rows', 'batch_words', 'halted', 'blaming_samples', 'evaluating', 'map_rows', 'predict_rows',
+           'check_predictions', 'predictions_table', 'inspect_rows', 'log_row', 'variance_row', 'check_finite',
+           'end_epoch', 'average_buffers', 'process_state', 'checkpoint_content', 'save_checkpoint', 'write_log',
+           'save_best', 'save_snapshot', 'read_checkpoint', 'load_state', 'check_origin', 'resume', 'last_checkpoint',
+           'read_place', 'check_best', 'make_accelerator', 'run_config', 'check_settings', 'open_session', 'claimed',
+           'with_others', 'place_method', 'fit', 'run_steps', 'any_process', 'is_due', 'has_ended', 'batches',
+           'is_on_gpu', 'one_ahead', 'hardware', 'environment', 'finish', 'write_results', 'kept_tables',
+           'selected_metrics']
 
 # %% ../nbs/50_trainer.ipynb #4dfea6d9
 class Clock(NamedTuple):
@@ -160,7 +161,7 @@ def load_run(
     if metrics is None: raise HplError(f"the run in {folder.path} is not finished; continue it with the command that began it.")
     environment, options = (folder.read_json(name) or {} for name in ("environment.json", "options.json"))
     check_results(folder)
-    tables = read_table(folder.log, pd.read_csv), read_table(folder.predictions, pd.read_parquet)
+    tables = read_table(folder.log, read_log), read_table(folder.predictions, pd.read_parquet)
     return Run(config, tables[0], metrics, tables[1], True, environment, options)
 
 # %% ../nbs/50_trainer.ipynb #34aad49c
@@ -172,6 +173,13 @@ def check_results(
         if Path(name).name != name or len(name) > 99:
             raise damaged(folder.path/"checksums.json", f"it names {name[:100]!r}, which is not in the folder")
         if content_digest(folder.path/name) != digest: raise damaged(folder.path/name, "it does not have its checksum")
+
+def read_log(
+    path:Path, # log.csv
+)->pd.DataFrame: # one row per epoch
+    "Read the table of epochs."
+    check_header(path, b",")
+    return pd.read_csv(path)
 
 def read_table(
     path:Path, # a table
