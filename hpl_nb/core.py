@@ -9,15 +9,18 @@ import errno
 import hashlib
 import json
 import os
+import pickletools
 import platform
 import random
 import shutil
 import tempfile
 import warnings
 import weakref
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -29,8 +32,9 @@ from torch import Tensor
 # %% auto #0
 __all__ = ['PREDICTION_COLUMNS', 'HplError', 'not_negative', 'whole_number', 'one_of', 'derive_seed', 'seed_everything',
            'random_states', 'set_random_states', 'LabelNormalizer', 'atomic_write', 'not_written', 'sync_folder',
-           'content_digest', 'RunFolder', 'json_bytes', 'damaged', 'claim_run', 'lock_file', 'lock_path', 'open_lock',
-           'is_at', 'run_lock']
+           'content_digest', 'require_file', 'reason', 'reading', 'check_header', 'check_pickles', 'check_archive',
+           'RunFolder', 'json_bytes', 'damaged', 'claim_run', 'lock_file', 'lock_path', 'open_lock', 'is_at',
+           'run_lock']
 
 # %% ../nbs/00_core.ipynb #d3d92fe2
 class HplError(ValueError):
@@ -179,8 +183,72 @@ def content_digest(
     content:Path|bytes, # a file, or what is in it
 )->str: # 64 hexadecimal digits; empty where there is no such file
     "SHA-256 of a file's content."
-    if isinstance(content, Path): content = content.read_bytes() if content.exists() else None
+    if isinstance(content, Path): content = content.read_bytes() if content.is_file() else None
     return "" if content is None else hashlib.sha256(content).hexdigest()
+
+# %% ../nbs/00_core.ipynb #e841aca6
+def require_file(
+    path:str|Path, # to be read
+)->None:
+    "Refuse what is missing, or a folder, a pipe or a device, as the operating system would: with an `OSError`."
+    if Path(path).is_file(): return
+    there = os.path.lexists(path) if "\0" not in str(path) else False
+    raise FileNotFoundError(errno.ENOENT, "it is a folder, a pipe or a link to no file" if there else "there is no such file", str(path))
+
+def reason(
+    error:BaseException, # that was raised
+)->str: # one line, of another's at most 200 letters
+    "What an error says, ours in full; its type, where it says nothing."
+    if isinstance(error, HplError): return str(error)
+    text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]
+
+# %% ../nbs/00_core.ipynb #711bdeb2
+@contextmanager
+def reading(
+    path:str|Path, # a file that may hold anything
+    refusal:Callable[[str], HplError], # makes an error of the reason; it names the file and says what to do
+)->Iterator[None]:
+    "Whatever goes wrong within the block is an `HplError` that names the file."
+    try:
+        require_file(path)
+        yield
+    except Exception as error: # a damaged file can raise anything
+        if isinstance(error, HplError) and str(path) in str(error): raise
+        raise refusal(reason(error)) from error
+
+# %% ../nbs/00_core.ipynb #3508efa0
+def check_header(
+    path:str|Path, # of a table as text
+    separator:bytes, # of its fields
+    most:int=1000, # columns that it may have
+)->None:
+    "Refuse a table that has far more columns than it should."
+    with open(path, "rb") as file: columns = file.readline(2**20).count(separator) + 1
+    if columns > most: raise ValueError(f"its header has {columns:,} columns")
+
+# %% ../nbs/00_core.ipynb #9d09390a
+def check_pickles(
+    file:BinaryIO, # at the first of them
+    count:int, # how many follow each other
+)->None:
+    "Refuse names that no class has: PyTorch's sentence about a name it does not trust takes the square of its length to make."
+    for _ in range(count):
+        for opcode, argument, _ in pickletools.genops(file): # which runs nothing
+            if opcode.name == "GLOBAL" and len(argument) > 500: raise ValueError(f"it names a class by {len(argument):,} letters")
+
+def check_archive(
+    path:str|Path, # a file of `torch.save`
+)->None:
+    "Raise `BadZipFile` where something stands before the archive, or a member is compressed or does not have its checksum."
+    with open(path, "rb") as file: start = file.read(4)
+    if start != b"PK\x03\x04": raise zipfile.BadZipFile("it does not begin as a zip file does") # PyTorch would take it for something else
+    with zipfile.ZipFile(path) as archive:
+        packed = [member.filename for member in archive.infolist() if member.compress_type != zipfile.ZIP_STORED]
+        if packed: raise zipfile.BadZipFile(f"{packed[0]} is compressed, which PyTorch does not do")
+        if wrong := archive.testzip(): raise zipfile.BadZipFile(f"{wrong} does not have its checksum")
+        for name in archive.namelist():
+            if name.endswith("data.pkl"): check_pickles(archive.open(name), 1)
 
 # %% ../nbs/00_core.ipynb #3e7f0fcc
 PREDICTION_COLUMNS = ("run", "method", "dataset", "label_ratio", "seed", "epoch", "split", "index", "output", "y_true",
@@ -211,8 +279,8 @@ class RunFolder:
 
     def read_json(self, name:str)->dict|None:
         "Content of a JSON file of the folder, or None where there is none."
-        try: return json.loads(path.read_text()) if (path := self.path/name).exists() else None
-        except ValueError as error: raise damaged(path, error) from error
+        if not os.path.lexists(path := self.path/name): return None
+        with reading(path, partial(damaged, path)): return dict(json.loads(path.read_text(encoding="utf-8")))
 
     def write_json(self, name:str, content:dict)->Path:
         "Write a JSON file of the folder atomically."
@@ -285,10 +353,10 @@ def open_lock(
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
         while True:
-            file = open(path, "a+")
+            file = open(path, "a+", errors="replace")
             if not lock_file(file):
                 file.seek(0)
-                with file: raise HplError(f"{folder.path} is in use: {file.read().strip() or 'another process'} is training in it. Wait "
+                with file: raise HplError(f"{folder.path} is in use: {file.read(200).strip() or 'another process'} is training in it. Wait "
                                           "for it or stop it, and run the same command again; or choose another folder.")
             if is_at(file, path): break
             file.close()

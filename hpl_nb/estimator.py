@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from .cli import WITH_DROPOUT, Options, make_method
-from .core import HplError, derive_seed, random_states, seed_everything, set_random_states, whole_number
+from .core import HplError, derive_seed, random_states, reading, seed_everything, set_random_states, whole_number
 from .data.core import SemiSupervisedData
 from .data.images import ImageFiles, image_data, randaugment_mc_views
 from hpl_nb.data.own import (
@@ -35,9 +36,9 @@ from hpl_nb.data.own import (
     refuse_missing)
 from .methods.core import Method, require_dropout
 from .models import Regressor, mlp, resnet, small_cnn
-from hpl_nb.predictor import (
-    Interval, Pictures, Predictor, predict_deviation, predict_samples, predictor_content, predictor_of, read_content,
-    write_content)
+from .predictor import (
+    Interval, Pictures, Predictor, not_saved, predict_deviation, predict_samples, predictor_content, predictor_of,
+    read_content, write_content)
 from .trainer import OptimizerSettings, TrainSettings, epoch_length, evaluating
 from .trainer import fit as train
 
@@ -372,10 +373,11 @@ def load(cls:SemiSupervisedRegressor,
     "Read an estimator; a damaged file, another network or a type that is not trusted is refused."
     content = read_content(path)
     if "estimator" not in content: raise HplError(f"{path} holds a predictor but no estimator; read it with Predictor.load(path, method).")
-    own = content["estimator"]
-    if own["own_network"] and network is None:
-        raise HplError(f"{path} was trained with a network of your own: pass the same function, load(path, network=...).")
-    return fitted_estimator(cls(**own["parameters"], network=network), content, path, trusted)
+    with reading(path, partial(not_saved, path)):
+        own = content["estimator"]
+        if own["own_network"] and network is None:
+            raise HplError(f"{path} was trained with a network of your own: pass the same function, load(path, network=...).")
+        return fitted_estimator(cls(**own["parameters"], network=network), content, path, trusted)
 
 # %% ../nbs/83_estimator.ipynb #5b451569
 def fitted_estimator(

@@ -7,18 +7,20 @@ __all__ = ['Head', 'Body', 'Regressor', 'count_parameters', 'mlp', 'small_cnn', 
            'BiLSTMBody', 'backwards', 'encode_group', 'encode_sentences', 'bilstm']
 
 # %% ../nbs/30_models.ipynb #d7a8a3d6
-import pickle
+import mmap
+import tarfile
+import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torchvision
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from .core import HplError
+from .core import HplError, check_archive, check_pickles, reading
 
 # %% ../nbs/30_models.ipynb #cf91e056
 class Head(nn.Linear):
@@ -180,15 +182,18 @@ def _read_weights(
     "Read a state dict; `HplError` where the file cannot be read as one."
     if not path.is_file():
         raise HplError(f"weights file {path} does not exist: pass a .pth or .safetensors file, or 'torchvision'")
-    try:
+    advice = "it may be damaged or not a state dict; fetch it again"
+    with reading(path, lambda why: HplError(f"weights file {path} cannot be read ({why}): {advice}")):
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+        if zipfile.is_zipfile(path): check_archive(path)
+        elif tarfile.is_tarfile(path): raise ValueError("a tar file, which PyTorch would unpack")
+        else:
+            with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                check_pickles(content, 5) # of PyTorch before 1.6
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, SafetensorError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise HplError(f"weights file {path} cannot be read ({error}): it may be damaged or not a state dict; "
-                       "fetch it again") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
         raise HplError(f"weights file {path} must hold a flat state dict (name -> tensor): save model.state_dict()")
     return state, {}
 

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from . import __version__
-from .core import HplError, LabelNormalizer, RunFolder, atomic_write
+from .core import HplError, LabelNormalizer, RunFolder, atomic_write, reading
 from .data.core import SemiSupervisedData, View, plain_view
 from .data.images import ImageFiles, ImageSource, ImageView
 from .data.own import FrameEncoder, PixelStrengths, RowStrengths, Standardizer, input_tensor
@@ -31,10 +32,10 @@ from .methods.core import Method
 from .trainer import TrainSettings, evaluating, load_run, load_state, read_checkpoint, run_config
 
 # %% auto #0
-__all__ = ['KINDS', 'conformal_radius', 'Arrays', 'Frames', 'Pictures', 'reader_for', 'pack', 'unpack', 'checksum',
-           'write_content', 'read_content', 'make_room', 'method_identity', 'refuse_other', 'probe', 'predict_probe',
-           'check_probe', 'Interval', 'map_samples', 'predict_samples', 'predict_deviation', 'Predictor', 'is_stored',
-           'predictor_content', 'stored_view', 'predictor_of']
+__all__ = ['KINDS', 'PARTS', 'conformal_radius', 'Arrays', 'Frames', 'Pictures', 'reader_for', 'pack', 'unpack', 'checksum',
+           'write_content', 'check_parts', 'not_saved', 'read_content', 'make_room', 'method_identity', 'refuse_other',
+           'probe', 'predict_probe', 'check_probe', 'Interval', 'map_samples', 'predict_samples', 'predict_deviation',
+           'Predictor', 'is_stored', 'predictor_content', 'stored_view', 'predictor_of']
 
 # %% ../nbs/75_predictor.ipynb #0b71337b
 def conformal_radius(
@@ -168,25 +169,46 @@ def write_content(
     return atomic_write(path, lambda file: file.write(whole))
 
 # %% ../nbs/75_predictor.ipynb #36120b67
+PARTS = {"version": str, "identity": dict, "state": dict, "buffers": list, "reader": (Arrays, Frames, Pictures), "errors": Tensor,
+         "normalizer": LabelNormalizer, "probe_shape": (tuple, type(None)), "probe_prediction": (Tensor, type(None)), "name": str,
+         "unit": str}
+
+def check_parts(
+    content:dict[str, Any], # of a file
+)->dict[str, Any]: # the same
+    "Refuse a part that is missing or of another type."
+    wrong = [name for name, kind in PARTS.items() if not isinstance(content.get(name), kind)]
+    if wrong: raise ValueError(f"{wrong[0]} is missing or of another type")
+    return content
+
+def not_saved(
+    path:str|Path, # of a file whose checksum is right
+    why:str, # it is no predictor all the same
+)->HplError: # to be raised
+    "The sentence for a file that somebody has made, or changed."
+    return HplError(f"{path} does not hold what predictor.save(...) writes ({why}); use a file from somebody you trust, or save again.")
+
+# %% ../nbs/75_predictor.ipynb #ca871e7f
 def read_content(
     path:str|Path, # written by `write_content`
 )->dict[str, Any]: # with all tensors on the CPU
     "Read a predictor's content; a missing, damaged or foreign file is an `HplError`."
     if not Path(path).is_file(): raise HplError(f"there is no file {path}; predictor.save(...) writes one.")
-    try:
-        with safe_open(path, "pt") as file:
-            metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-    except Exception as error: # a damaged file can raise anything
-        raise HplError(f"{path} cannot be read ({error}): it is damaged or no safetensors file; restore a copy, or save again.") from error
+    advice = "it is damaged or no safetensors file; restore a copy, or save again."
+    with reading(path, lambda why: HplError(f"{path} cannot be read ({why}): {advice}")), safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
     if "predictor" not in metadata:
         raise HplError(f"{path} holds tensors but no predictor; give a file that predictor.save(...) has written.")
     digest, _, text = metadata["predictor"].partition(" ")
     if checksum(text, tensors) != digest:
         raise HplError(f"{path} does not have its checksum: it is damaged; restore a copy, or save it again.")
-    content = json.loads(text)["dict"]
-    if (number := content["format"]) != 1:
-        raise HplError(f"{path} is of format {number}, which hpl_nb {__version__} does not know; update hpl_nb.")
-    return unpack({"dict": content}, tensors)
+    with reading(path, partial(not_saved, path)):
+        content = json.loads(text)["dict"]
+        if (number := content["format"]) != 1:
+            raise HplError(f"{path} is of format {number!r:.50}, which hpl_nb {__version__} does not know; update hpl_nb.")
+        return check_parts(unpack({"dict": content}, tensors))
+
+
 
 # %% ../nbs/75_predictor.ipynb #c9990584
 def make_room(
@@ -452,4 +474,5 @@ def load(cls:Predictor,
     data:SemiSupervisedData|None=None, # what it was trained on: only where their plain view is a function of your own
 )->Predictor:
     "Read a predictor; a damaged file or another method or network is refused."
-    return predictor_of(read_content(path), method, path, data)
+    content = read_content(path)
+    with reading(path, partial(not_saved, path)): return predictor_of(content, method, path, data)

@@ -6,15 +6,16 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import time
 import warnings
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -32,8 +33,8 @@ from tqdm.auto import tqdm
 
 from . import __version__
 from .core import (
-    PREDICTION_COLUMNS, HplError, RunFolder, atomic_write, claim_run, content_digest, damaged, derive_seed, json_bytes, not_negative,
-    random_states, run_lock, seed_everything, set_random_states, whole_number)
+    PREDICTION_COLUMNS, HplError, RunFolder, atomic_write, claim_run, check_archive, check_header, content_digest, damaged, derive_seed,
+    json_bytes, not_negative, random_states, reading, run_lock, seed_everything, set_random_states, whole_number)
 from .data.core import SemiSupervisedData, Streams, StreamSettings, batch_rows
 from .data.pixels import DeviceView, Pixels
 from .metrics import mean_absolute_error, mean_squared_error, r2_score, variance_summary
@@ -41,16 +42,17 @@ from .models import Regressor
 
 # %% auto #0
 __all__ = ['Clock', 'Trainable', 'OptimizerSettings', 'TrainSettings', 'epoch_length', 'Run', 'load_run', 'check_results',
-           'read_table', 'stored_run', 'Progress', 'Session', 'train_step', 'micro_batches', 'scale_gradients',
-           'average_gradients', 'keep_record', 'not_numbers', 'Watched', 'watch_losses', 'stop_if_bad', 'suspects',
-           'step_batches', 'broken_samples', 'broken_inputs', 'bad_rows', 'far_samples', 'name_rows', 'batch_words',
-           'halted', 'blaming_samples', 'evaluating', 'map_rows', 'predict_rows', 'check_predictions',
-           'predictions_table', 'inspect_rows', 'log_row', 'variance_row', 'check_finite', 'end_epoch',
-           'average_buffers', 'process_state', 'checkpoint_content', 'save_checkpoint', 'write_log', 'save_best',
-           'save_snapshot', 'read_checkpoint', 'load_state', 'check_origin', 'resume', 'last_checkpoint', 'read_place',
-           'check_best', 'make_accelerator', 'run_config', 'check_settings', 'open_session', 'claimed', 'with_others',
-           'place_method', 'fit', 'run_steps', 'any_process', 'is_due', 'has_ended', 'batches', 'is_on_gpu',
-           'one_ahead', 'hardware', 'environment', 'finish', 'write_results', 'kept_tables', 'selected_metrics']
+           'read_log', 'read_table', 'stored_run', 'Progress', 'Session', 'train_step', 'micro_batches',
+           'scale_gradients', 'average_gradients', 'keep_record', 'not_numbers', 'Watched', 'watch_losses',
+           'stop_if_bad', 'suspects', 'step_batches', 'broken_samples', 'broken_inputs', 'bad_rows', 'far_samples',
+           'name_rows', 'batch_words', 'halted', 'blaming_samples', 'evaluating', 'map_rows', 'predict_rows',
+           'check_predictions', 'predictions_table', 'inspect_rows', 'log_row', 'variance_row', 'check_finite',
+           'end_epoch', 'average_buffers', 'process_state', 'checkpoint_content', 'save_checkpoint', 'write_log',
+           'save_best', 'save_snapshot', 'read_checkpoint', 'load_state', 'check_origin', 'resume', 'last_checkpoint',
+           'read_place', 'check_best', 'make_accelerator', 'run_config', 'check_settings', 'open_session', 'claimed',
+           'with_others', 'place_method', 'fit', 'run_steps', 'any_process', 'is_due', 'has_ended', 'batches',
+           'is_on_gpu', 'one_ahead', 'hardware', 'environment', 'finish', 'write_results', 'kept_tables',
+           'selected_metrics']
 
 # %% ../nbs/50_trainer.ipynb #4dfea6d9
 class Clock(NamedTuple):
@@ -153,13 +155,13 @@ def load_run(
 )->Run:
     "Read a finished run; a missing or unfinished one raises `HplError`."
     folder = RunFolder(folder)
-    if folder.stored.exists(): return stored_run(folder)
+    if os.path.lexists(folder.stored): return stored_run(folder)
     config, metrics = folder.read_json("config.json"), folder.read_json("metrics.json")
     if config is None: raise HplError(f"{folder.path} holds no run (no config.json); train one there with hpl_train --out.")
     if metrics is None: raise HplError(f"the run in {folder.path} is not finished; continue it with the command that began it.")
     environment, options = (folder.read_json(name) or {} for name in ("environment.json", "options.json"))
     check_results(folder)
-    tables = read_table(folder.log, pd.read_csv), read_table(folder.predictions, pd.read_parquet)
+    tables = read_table(folder.log, read_log), read_table(folder.predictions, pd.read_parquet)
     return Run(config, tables[0], metrics, tables[1], True, environment, options)
 
 # %% ../nbs/50_trainer.ipynb #34aad49c
@@ -168,15 +170,23 @@ def check_results(
 )->None:
     "Refuse results that are not what was written (runs of version 0.1 and before did not say)."
     for name, digest in (folder.read_json("checksums.json") or {}).items():
+        if Path(name).name != name or len(name) > 99:
+            raise damaged(folder.path/"checksums.json", f"it names {name[:100]!r}, which is not in the folder")
         if content_digest(folder.path/name) != digest: raise damaged(folder.path/name, "it does not have its checksum")
+
+def read_log(
+    path:Path, # log.csv
+)->pd.DataFrame: # one row per epoch
+    "Read the table of epochs."
+    check_header(path, b",")
+    return pd.read_csv(path)
 
 def read_table(
     path:Path, # a table
     read:Callable[[Path], pd.DataFrame], # reads its format
 )->pd.DataFrame:
     "Read a table of a run; a damaged one raises `HplError`."
-    try: return read(path)
-    except Exception as error: raise damaged(path, (str(error) or type(error).__name__).splitlines()[0]) from error # can be anything
+    with reading(path, partial(damaged, path)): return read(path)
 
 # %% ../nbs/50_trainer.ipynb #d8d7d5a8
 def stored_run(
@@ -185,11 +195,12 @@ def stored_run(
     "Read a stored run."
     content, parquet = RunFolder(folder.path.parent).read_json(folder.stored.name), folder.stored.with_suffix(".parquet")
     parts = ("config", "log", "metrics", "environment", "options")
-    if missing := [name for name in parts if name not in content]:
+    if missing := [name for name in parts if not isinstance(content.get(name), dict)]:
         raise HplError(f"{folder.stored} has no {', '.join(missing)}: it is no stored run. Restore it, or delete it and store the run "
                        "again.")
-    table = pd.read_parquet(parquet) if parquet.exists() else pd.DataFrame(columns=PREDICTION_COLUMNS)
-    return Run(content["config"], pd.DataFrame(content["log"]), content["metrics"], table, True, content["environment"], content["options"])
+    with reading(folder.stored, partial(damaged, folder.stored)): log = pd.DataFrame(content["log"])
+    table = read_table(parquet, pd.read_parquet) if os.path.lexists(parquet) else pd.DataFrame(columns=PREDICTION_COLUMNS)
+    return Run(content["config"], log, content["metrics"], table, True, content["environment"], content["options"])
 
 # %% ../nbs/50_trainer.ipynb #9680aa10
 @dataclass
@@ -687,14 +698,13 @@ def read_checkpoint(
     path:Path, # written by `save_checkpoint` or `save_best`
 )->dict[str, Any]: # with all tensors on the CPU
     "Load tensors and plain values only (`weights_only=True`); a damaged file raises `HplError`."
-    try:
-        with zipfile.ZipFile(path) as archive: damaged = archive.testzip() # torch does not look at the checksums
-        if damaged: raise zipfile.BadZipFile(f"{damaged} does not have its checksum")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error: # a damaged file can raise anything
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise HplError(f"{path} cannot be read as a checkpoint ({reason}). It is damaged or not ours: restore a copy, or delete it and "
-                       "run the same command again, which goes on from the checkpoint before it or, without one, starts over.") from error
+    advice = ("It is damaged or not ours: restore a copy, or delete it and run the same command again, which goes on from the checkpoint "
+              "before it or, without one, starts over.")
+    with reading(path, lambda why: HplError(f"{path} cannot be read as a checkpoint ({why}). {advice}")):
+        check_archive(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict): raise ValueError(f"it holds a {type(content).__name__}")
+        return content
 
 # %% ../nbs/50_trainer.ipynb #47aa83c4
 def load_state(

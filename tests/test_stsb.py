@@ -206,7 +206,7 @@ class TestVectors:
         with zipfile.ZipFile(tmp_path/"v.zip", "w") as archive:
             archive.writestr("a.txt", "dog 1 2\n")
             archive.writestr("b.txt", "dog 1 2 3\n")
-        with pytest.raises(HplError, match="holds a.txt, b.txt: pass member="):
+        with pytest.raises(HplError, match="holds 'a.txt', 'b.txt': pass member="):
             S.load_vectors(tmp_path/"v.zip", self.words)
         assert S.load_vectors(tmp_path/"v.zip", self.words, member="b.txt")[0].shape == (5, 3)
 

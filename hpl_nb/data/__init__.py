@@ -125,10 +125,10 @@ def _own_layout(root, table, file_column, label_column, split_column):
 
 # %% ../../nbs/16_data.check.ipynb #91424073
 def _column(table, name, usual, argument, path):
+    from hpl_nb.data.images import listed
     found = [column for column in ((name,) if name else usual) if column in table]
     if not found:
-        there = ", ".join(table.columns)
-        raise HplError(f"{path} has no column {name or ' or '.join(usual)} (it has {there}); name it with {argument}=.")
+        raise HplError(f"{path} has no column {name or ' or '.join(usual)} (it has {listed(table.columns)}); name it with {argument}=.")
     return found[0]
 
 # %% ../../nbs/16_data.check.ipynb #d1756751

@@ -28,17 +28,17 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..core import HplError
+from ..core import HplError, reading, require_file
 from .core import SemiSupervisedData, View, announce
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'FORMATS', 'MOST_PIXELS', 'RELEASED_OPERATIONS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'registry', 'sha256',
-           'fetch', 'read_table', 'Problem', 'label_problems', 'split_problems', 'refuse', 'checked_columns',
-           'ImageSource', 'read_source', 'tar_index', 'find_images', 'require_images', 'to_rgb', 'open_image',
-           'decode_image', 'PixelCache', 'ImageFiles', 'load_image', 'broken_images', 'content_hashes', 'quick_keys',
-           'unlisted_images', 'duplicate_groups', 'drop_duplicates', 'shift_image', 'FlipCrop', 'cutout',
-           'RandAugmentMC', 'ImageView', 'ImageViews', 'image_views', 'published_views', 'randaugment_mc_views',
-           'pixel_statistics', 'image_data', 'repeated_rows', 'exact_count', 'prefix_sets']
+           'fetch', 'read_table', 'listed', 'Problem', 'label_problems', 'split_problems', 'refuse', 'checked_columns',
+           'ImageSource', 'read_source', 'ForwardTar', 'tar_index', 'find_images', 'is_below', 'require_images',
+           'to_rgb', 'open_image', 'decode_image', 'PixelCache', 'ImageFiles', 'load_image', 'broken_images',
+           'content_hashes', 'quick_keys', 'unlisted_images', 'duplicate_groups', 'drop_duplicates', 'shift_image',
+           'FlipCrop', 'cutout', 'RandAugmentMC', 'ImageView', 'ImageViews', 'image_views', 'published_views',
+           'randaugment_mc_views', 'pixel_statistics', 'image_data', 'repeated_rows', 'exact_count', 'prefix_sets']
 
 # %% ../../nbs/11b_data.images.ipynb #4dbc6c02
 def registry(
@@ -52,7 +52,7 @@ def sha256(
 )->str: # 64 hexadecimal digits
     "Checksum of a file, read in pieces."
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with reading(path, lambda why: HplError(f"{path} cannot be read ({why}); put the file there again.")), open(path, "rb") as file:
         while piece := file.read(2**20): digest.update(piece)
     return digest.hexdigest()
 
@@ -67,7 +67,7 @@ def fetch(
     if name not in (known := registry()):
         raise HplError(f"no address is known for {name}; fetch knows {', '.join(sorted(known))}.")
     entry, path = known[name], Path(folder)/name
-    if path.exists() and sha256(path) != entry["sha256"]:
+    if os.path.lexists(path) and not (path.is_file() and sha256(path) == entry["sha256"]):
         raise HplError(f"{path} is there already, but is not the file of {entry['url']}; move it away to fetch that one.")
     try:
         return Path(pooch.retrieve(entry["url"], f"sha256:{entry['sha256']}", name, folder, progressbar=progress))
@@ -84,25 +84,31 @@ def read_table(
     "Read a table, or say what is wrong with it."
     path = Path(path)
     if not path.is_file(): raise HplError(f"there is no table {path}. {hint}".strip())
-    try:
+    with reading(path, lambda why: HplError(f"{path} could not be read as a table ({why}); save it as UTF-8 .csv.")):
         if path.suffix.lower() == ".parquet": table = pd.read_parquet(path)
         else: table = _read_text(path, "\t" if path.suffix.lower() == ".tsv" else ",")
-    except Exception as error: # a damaged file can raise anything
-        raise HplError(f"{path} could not be read as a table ({str(error) or type(error).__name__}); save it as UTF-8 .csv.") from error
     table.columns = [str(column).strip() for column in table.columns]
     if twice := table.columns[table.columns.duplicated()].tolist():
-        raise HplError(f"{path} has two columns {twice[0]!r}; rename one.")
+        raise HplError(f"{path} has two columns {twice[0][:100]!r}; rename one.")
     for column in columns:
         if column not in table:
-            there = ", ".join(map(repr, table.columns))
-            raise HplError(f"{path} has no column {column!r} (it has {there}); rename one.")
+            raise HplError(f"{path} has no column {column!r} (it has {listed(table.columns)}); rename one.")
     if not len(table): raise HplError(f"{path} has no rows.")
     return table
+
+# %% ../../nbs/11b_data.images.ipynb #de316cba
+def listed(
+    names:Iterable[str], # maybe many, maybe long
+)->str: # for a message
+    "The first names of a list."
+    names = list(names)
+    return ", ".join(repr(name[:100]) for name in names[:20]) + (f", and {len(names) - 20} more" if len(names) > 20 else "")
 
 def _read_text(path, separator):
     with open(path, newline="", encoding="utf-8-sig") as file:
         rows = [row for row in csv.reader(file, delimiter=separator, strict=True) if len(row) > 1 or "".join(row).strip()]
     if not rows: raise ValueError("it is empty")
+    if len(rows[0]) > 10_000: raise ValueError(f"its header has {len(rows[0]):,} columns")
     header = [name.strip() or f"Unnamed: {place}" for place, name in enumerate(rows[0])] # as pandas calls a column of row names
     for number, row in enumerate(rows[1:]): # pandas fills a short row, and moves the columns where all rows are long
         if len(row) != len(header):
@@ -188,20 +194,28 @@ def read_source(
     source:ImageSource, # a picture
 )->bytes: # its encoded bytes
     "Read a picture's file, or its stretch of a tar file."
+    require_file(source.path)
     with open(source.path, "rb") as file:
         file.seek(source.offset)
         return file.read(source.size)
 
 # %% ../../nbs/11b_data.images.ipynb #fc53ec66
+class ForwardTar(tarfile.TarFile):
+    "Refuses a header that leads backwards: Python before 3.14 follows one of negative size in circles (CVE-2025-8194)."
+    def next(self)->tarfile.TarInfo|None:
+        before, member = self.offset, super().next()
+        if self.offset < before or member is not None and member.size < 0: raise tarfile.ReadError("a member has a negative size")
+        return member
+
 def tar_index(
     path:str|Path, # an uncompressed tar file
 )->dict[str, ImageSource]: # last part of the member's name -> where it is
     "Where each file of a tar file lies; nothing is unpacked."
     path = Path(path)
-    try:
-        with tarfile.open(path, "r:") as tar: members = [m for m in tar.getmembers() if m.isfile() and not m.issparse()]
-    except Exception as error: # a damaged file can raise anything
-        raise HplError(f"{path} is not an uncompressed tar file ({str(error) or type(error).__name__}); get it again, or unpack it.") from error
+    with reading(path, lambda why: HplError(f"{path} is not an uncompressed tar file ({why}); get it again, or unpack it.")):
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content: # which reads no more than there is
+            tar = ForwardTar.open(fileobj=content, mode="r:")
+            members = [m for m in tar.getmembers() if m.isfile() and not m.issparse()]
     if any(member.offset_data + member.size > path.stat().st_size for member in members):
         raise HplError(f"{path} is cut off; get it again.")
     return {Path(m.name).name: ImageSource(path, m.offset_data, m.size, m.name) for m in members}
@@ -218,13 +232,21 @@ def find_images(
     for tar in sorted(root.glob(tars)) if tars else (): packed.update(tar_index(tar))
     def place(name):
         for folder in folders:
-            path = root/folder/name
+            if not is_below(root, path := root/folder/name): continue
             if path.parent not in listings: listings[path.parent] = _listing(path.parent)
             if path.name in listings[path.parent]: return ImageSource(path)
         return packed.get(name)
     return [place(name) for name in names]
 
 # %% ../../nbs/11b_data.images.ipynb #eaf2534e
+def is_below(
+    root:str|Path, # folder of the data set
+    path:str|Path, # a place that a table has named
+)->bool:
+    "Whether a path stays within a folder as it is written; links below the folder may lead elsewhere, since its owner has set them."
+    root, path = os.path.abspath(root), os.path.abspath(path)
+    return path != root and os.path.commonpath([root, path]) == root
+
 def _listing(folder):
     try: return set(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError, ValueError): return set() # a name may hold what no path can
@@ -277,11 +299,9 @@ def decode_image(
     size:int|None=None, # side in pixels; None: as it is
 )->Image.Image: # 8-bit RGB
     "Read and decode a picture; what cannot be decoded is an `HplError` that names the file."
-    try:
+    advice = "replace the file, or pass skip_broken=True to leave such rows out."
+    with reading(source.path, lambda why: HplError(f"the picture {source} cannot be read ({why}); {advice}")):
         image = open_image(read_source(source))
-    except Exception as error: # broken bytes make Pillow's plugins raise many types
-        raise HplError(f"the picture {source} cannot be read ({str(error) or type(error).__name__}); replace the file, "
-                       "or pass skip_broken=True to leave such rows out.") from error
     if size is None or image.size == (size, size): return image
     return image.resize((size, size), Image.Resampling.BILINEAR)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..core import HplError, derive_seed
 from .core import BatchView, SemiSupervisedData, StreamSettings, View, announce, content_keys, split_rows
-from .images import (ImageFiles, ImageSource, ImageViews, exact_count, find_images, image_data, label_problems,
+from .images import (ImageFiles, ImageSource, ImageViews, exact_count, find_images, image_data, is_below, label_problems,
                                 randaugment_mc_views, read_table, repeated_rows, require_images, split_problems, unlisted_images)
 
 # %% auto #0
@@ -618,6 +618,9 @@ def picture_sources(
 )->list[ImageSource]: # one per name
     "Where each picture is."
     if not Path(folder).is_dir(): raise HplError(f"there is no folder {folder}.")
+    if outside := [row for row, name in enumerate(names) if not is_below(folder, Path(folder)/name)]:
+        raise row_error(str(folder), outside, f"the picture {names[outside[0]][:200]!r} is not below this folder",
+                        "Pass the folder that holds all pictures, and name them from there.")
     sources = find_images(folder, names)
     if skip_missing: return [source or ImageSource(Path(folder)/name) for name, source in zip(names, sources)]
     return require_images(sources, names, folder, "Correct the names in the table, put the pictures there, or pass "
@@ -640,12 +643,14 @@ def from_images(
     name:str="own data", unit:str="", # for tables, figures and messages; of the targets
 )->SemiSupervisedData: # notes["skipped"] is {row: reason}, notes["duplicates"] the rows dropped
     "A data set from a folder of pictures and a table."
-    frame, names = picture_table(table, file, name)
-    labels, splits, _ = frame_labels(frame, target, split, name)
-    sets = make_sets(labels, splits, val_share, test_share, label_ratio, seed, name)
+    source = name if isinstance(table, pd.DataFrame) else f"{name} ({table})"
+    frame, names = picture_table(table, file, source)
+    labels, splits, _ = frame_labels(frame, target, split, source)
+    sets = make_sets(labels, splits, val_share, test_share, label_ratio, seed, source)
     files = ImageFiles(picture_sources(folder, names, skip_broken), size, cache_in_memory)
     if extra := unlisted_images(folder, files.sources):
         warnings.warn(f"{name}: {len(extra):,} pictures in {folder} are in no row of the table and are left out, for example {extra[0]}; "
                       "give each a row without a label to train on it.", stacklevel=2)
     views = views or randaugment_mc_views(round(.04*size), "reflect", round(.08*size))
-    return image_data(name, files, labels, sets, views, deduplicate, skip_broken, compare=True, unit=unit, sample_names=names)
+    try: return image_data(name, files, labels, sets, views, deduplicate, skip_broken, compare=True, unit=unit, sample_names=names)
+    except HplError as error: raise HplError(f"{source}: {str(error).removeprefix(f'{name}: ')}") from error

@@ -20,7 +20,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
-from ..core import HplError, atomic_write
+from ..core import HplError, atomic_write, reading
 from .core import SemiSupervisedData
 from .images import RELEASED_OPERATIONS, FlipCrop, ImageFiles, ImageView, RandAugmentMC, _factor, content_hashes, decode_image
 
@@ -61,8 +61,8 @@ def is_intact(
     skipped:Collection[int]=(), # rows that are black
 )->bool:
     "Whether the file is there, has the right shape and length, and agrees with three pictures that are decoded again."
-    try: pixels = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError): return False # not there, cut off, or something else
+    try: pixels = DiskCache(path).pixels
+    except HplError: return False # not there, cut off, or something else
     if pixels.shape != (len(files), files.size, files.size, 3) or pixels.dtype != np.uint8: return False
     some = {0, len(files)//2, len(files) - 1} - set(skipped)
     return all(np.array_equal(pixels[row], np.asarray(decode_image(files.sources[row], files.size))) for row in some)
@@ -73,7 +73,9 @@ class DiskCache:
     def __init__(self,
         path:str|Path, # a `.npy` file of shape (N, side, side, 3)
     ):
-        self.path, self.pixels = Path(path), np.lib.format.open_memmap(path, mode="r")
+        self.path = Path(path)
+        with reading(path, lambda why: HplError(f"{path} holds no decoded pictures ({why}); delete it.")):
+            self.pixels = np.lib.format.open_memmap(path, mode="r")
         self.known = np.ones(len(self.pixels), dtype=bool)
 
     def __reduce__(self): return DiskCache, (self.path,) # another program maps the same file

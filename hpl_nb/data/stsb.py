@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import csv
+import itertools
+import math
 import re
 import zipfile
 from collections import Counter
@@ -21,15 +23,15 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..core import HplError, LabelNormalizer, derive_seed
+from ..core import HplError, LabelNormalizer, check_header, derive_seed, reading, reason
 from .core import PerSample, SemiSupervisedData
-from .images import fetch
+from .images import fetch, listed
 
 # %% auto #0
 __all__ = ['PAIR_COLUMNS', 'STRONG_COLUMNS', 'find_table', 'read_pairs', 'labelled_rows', 'tokenize', 'sentence_words',
-           'Vocabulary', 'build_vocabulary', 'encode', 'load_vectors', 'coverage', 'WordNet', 'read_wordnet',
-           'synonyms', 'insert_synonyms', 'SynonymTransform', 'SentencePairs', 'original_view', 'stored_strong_view',
-           'synonym_table', 'stsb']
+           'Vocabulary', 'build_vocabulary', 'encode', 'short_lines', 'stored_array', 'load_vectors', 'coverage',
+           'WordNet', 'read_wordnet', 'synonyms', 'insert_synonyms', 'SynonymTransform', 'SentencePairs',
+           'original_view', 'stored_strong_view', 'synonym_table', 'stsb']
 
 # %% ../../nbs/14_data.stsb.ipynb #8fa72fef
 PAIR_COLUMNS = ["sentence1", "sentence2", "score", "split"]
@@ -51,12 +53,12 @@ def find_table(
 # %% ../../nbs/14_data.stsb.ipynb #20f6e16c
 def _read_table(path:Path)->pd.DataFrame:
     "All columns as text; a line number as index."
-    try: table = pd.read_csv(path, sep="\t", quoting=csv.QUOTE_NONE, keep_default_na=False, dtype=str, encoding="utf-8")
-    except (ValueError, OSError) as error: # pandas' parser errors and wrong encodings are ValueErrors
-        raise HplError(f"{path} cannot be read as a tab-separated UTF-8 table: {error}. Fetch it again.") from error
+    with reading(path, lambda why: HplError(f"{path} cannot be read as a tab-separated UTF-8 table: {why}. Fetch it again.")):
+        check_header(path, b"\t")
+        table = pd.read_csv(path, sep="\t", quoting=csv.QUOTE_NONE, keep_default_na=False, dtype=str, encoding="utf-8")
+        if not isinstance(table.index, pd.RangeIndex): raise ValueError("line 2 has more fields than the header") # it took row names
     if missing := [name for name in PAIR_COLUMNS if name not in table]:
-        raise HplError(f"{path} has no column {', '.join(missing)}; it has {', '.join(table.columns)}. "
-                       "Use the release's sts.tsv.")
+        raise HplError(f"{path} has no column {', '.join(missing)}; it has {listed(table.columns)}. Use the release's sts.tsv.")
     table.index = table.index + 2
     return table.reindex(columns=PAIR_COLUMNS + STRONG_COLUMNS)
 
@@ -75,7 +77,7 @@ def read_pairs(
     for name, (good, rule) in checks.items():
         if good.all(): continue
         line = good.index[~good][0]
-        raise HplError(f"{path} line {line}: {name} {rule}, but is {table[name][line]!r} "
+        raise HplError(f"{path} line {line}: {name} {rule}, but is {str(table[name][line])[:100]!r} "
                        f"({(~good).sum()} such line(s)). Correct or delete it.")
     return table.assign(score=score)
 
@@ -102,19 +104,23 @@ _ABBREVIATIONS = frozenset(
     "sept oct nov dec mass calif fla wash minn conn colo ariz wis ore tex ala ill pa va".split())
 
 # %% ../../nbs/14_data.stsb.ipynb #5538e426
+_CLOSING, _NEXT = re.compile(r"""[\])}>"'»”’\s]*"""), re.compile(r"""['"”’)]*\s+['"`“‘(]*[A-Z0-9]""")
+
 def _ends_sentence(
     word:str, # ends in a full stop
-    rest:str, # text that follows
+    sentence:str, # that it stands in
+    end:int, # where the word ends
 )->bool:
     "Whether the full stop ends a sentence."
-    if re.fullmatch(r"""[\])}>"'»”’\s]*""", rest): return True
+    if _CLOSING.fullmatch(sentence, end): return True
     stem = word[:-1].lower()
     is_abbreviation = len(stem) == 1 or "." in stem or stem in _ABBREVIATIONS
-    return not is_abbreviation and re.match(r"""['"”’)]*\s+['"`“‘(]*[A-Z0-9]""", rest) is not None
+    return not is_abbreviation and _NEXT.match(sentence, end) is not None
 
 # %% ../../nbs/14_data.stsb.ipynb #ddc466f4
 def _split_word(word:str)->list[str]:
     "Split contractions and possessives off."
+    if len(word) > 100: return [word] # no word of a language: a broken file
     if position := _PHRASES.get(word.lower()): return [word[:position], word[position:]]
     if match := _SUFFIX.fullmatch(word): return [*_split_word(match[1]), match[2]]
     return [word]
@@ -126,11 +132,11 @@ def tokenize(
     "Split a sentence after the conventions of the Penn Treebank."
     tokens = []
     for match in _PIECE.finditer(sentence):
-        piece, rest = match[0], sentence[match.end():]
+        piece = match[0]
         if piece in ('"', "''"):
             opens = match.start() == 0 or sentence[match.start() - 1] in " ([{<"
             tokens.append("``" if opens else "''")
-        elif len(piece) > 1 and piece[-1] == "." and piece[-2] != "." and _ends_sentence(piece, rest):
+        elif len(piece) > 1 and piece[-1] == "." and piece[-2] != "." and _ends_sentence(piece, sentence, match.end()):
             tokens += [*_split_word(piece[:-1]), "."]
         else: tokens += _split_word(piece)
     return tokens
@@ -188,19 +194,27 @@ def encode(
 def _open_text(
     path:Path, # .txt, or .zip with .txt files
     member:str|None, # which file of a .zip
-)->Iterator[BinaryIO]:
-    "Open a vector file as bytes, also inside a .zip; `HplError` where it cannot be read."
-    try:
+)->Iterator[Iterator[bytes]]:
+    "Lines of a vector file, also inside a .zip; `HplError` where it cannot be read."
+    with reading(path, lambda why: HplError(f"{path} cannot be read: {why}. Pass the path of a GloVe .txt or .zip, or a .npz.")):
         if path.suffix != ".zip":
-            with open(path, "rb") as file: yield file
+            with open(path, "rb") as file: yield short_lines(file)
             return
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
             if member is None and len(names) == 1: member = names[0]
-            if member not in names: raise HplError(f"{path} holds {', '.join(names)}: pass member= with one of them")
-            with archive.open(member) as file: yield file
-    except (OSError, zipfile.BadZipFile, EOFError) as error:
-        raise HplError(f"{path} cannot be read: {error}. Pass the path of a GloVe .txt or .zip, or a .npz.") from error
+            if member not in names: raise HplError(f"{path} holds {listed(names)}: pass member= with one of them")
+            with archive.open(member) as file: yield short_lines(file)
+
+def short_lines(
+    file:BinaryIO, # of text
+    most:int=2**20, # bytes of a line
+)->Iterator[bytes]:
+    "Lines as they come; one that does not end is refused before it fills the memory."
+    for number in itertools.count(1):
+        if not (line := file.readline(most)): return
+        if len(line) == most: raise ValueError(f"line {number} is longer than {most:,} bytes")
+        yield line
 
 # %% ../../nbs/14_data.stsb.ipynb #00299c1c
 def _text_vectors(
@@ -220,18 +234,32 @@ def _text_vectors(
         if word not in words or line.count(b" ") > dimension: continue
         try: yield word, np.array(line.split(b" ")[1:], dtype=np.float32)
         except ValueError as error:
-            raise HplError(f"{path} line {number} ({word}): {error}. The file is broken; fetch it again.") from error
+            raise HplError(f"{path} line {number} ({word}): {reason(error)}. The file is broken; fetch it again.") from error
 
 # %% ../../nbs/14_data.stsb.ipynb #b9812ba1
+def stored_array(
+    archive:zipfile.ZipFile, # of `np.savez`
+    name:str, # of the array
+)->np.ndarray:
+    "An array that is no larger than its header says, and is not packed so tightly that only zeros can be in it."
+    member = archive.getinfo(f"{name}.npy")
+    if member.file_size > max(2**28, 100*member.compress_size):
+        raise ValueError(f"{name} unpacks to {member.file_size:,} bytes of {member.compress_size:,}")
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, kind = read(file)
+        if math.prod(shape)*kind.itemsize > member.file_size: raise ValueError(f"{name} should have shape {shape}, but is cut off")
+    with archive.open(member) as file: return np.lib.format.read_array(file, allow_pickle=False)
+
 def _stored_vectors(
     path:Path, # .npz with `words` (n,) and `vectors` (n, dimension)
 )->Iterator[tuple[str, np.ndarray]]:
     "Words and vectors of a .npz file, which may hold no pickled objects."
-    try:
-        with np.load(path, allow_pickle=False) as file: words, vectors = file["words"], file["vectors"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise HplError(f"{path} must hold the arrays `words` (text) and `vectors` (numbers): {error}") from error
-    if vectors.ndim != 2 or words.shape != vectors.shape[:1]:
+    with reading(path, lambda why: HplError(f"{path} must hold the arrays `words` (text) and `vectors` (numbers): {why}")):
+        with zipfile.ZipFile(path) as archive: words, vectors = (stored_array(archive, name) for name in ("words", "vectors"))
+        if words.dtype.kind != "U" or vectors.dtype.kind not in "iuf": raise ValueError(f"they are {words.dtype} and {vectors.dtype}")
+    if vectors.ndim != 2 or not vectors.shape[1] or words.shape != vectors.shape[:1]:
         raise HplError(f"{path}: words has shape {words.shape} but vectors {vectors.shape}; give one vector per word")
     return zip(words.tolist(), vectors)
 
@@ -320,11 +348,11 @@ def read_wordnet(
     if missing := [name for name in needed if not (folder/name).is_file()]:
         raise HplError(f"{folder} lacks {', '.join(missing)}: fetch WordNet 3's database files (wordnet.princeton.edu, "
                        "or NLTK's corpora/wordnet) and pass their folder, or use the stored strong sentences")
+    def refusal(path, kind): return lambda why: HplError(f"{path} is not a WordNet {kind} file ({why}): fetch it again")
     for part in _SUFFIX_RULES:
-        try: synonyms[part] = _read_synsets(folder, part)
-        except (ValueError, IndexError) as error: # a wrong encoding is a ValueError
-            raise HplError(f"{folder/f'data.{part}'} is not a WordNet data file ({error}): fetch it again") from error
-        lines = (folder/f"{part}.exc").read_text(encoding="utf-8").splitlines()
+        data, listing = folder/f"data.{part}", folder/f"{part}.exc"
+        with reading(data, refusal(data, "data")): synonyms[part] = _read_synsets(folder, part)
+        with reading(listing, refusal(listing, "exception")): lines = listing.read_text(encoding="utf-8").splitlines()
         exceptions[part] = {line.split()[0]: tuple(line.split()[1:]) for line in lines if line.strip()}
     return WordNet(synonyms, exceptions)
 
@@ -462,6 +490,7 @@ def stsb(
     split = partial(sentence_words, lowercase=lowercase, split_underscores=split_underscores)
     inputs, table = _inputs(pairs, split, None if wordnet is None else read_wordnet(wordnet), max_tokens)
     train, val, test = (np.flatnonzero(pairs["split"] == name) for name in ("train", "dev", "test"))
+    if not len(train): raise HplError(f"{find_table(root)} has no row of the split train; use the release's sts.tsv.")
     labelled = labelled_rows(train, label_ratio, split_seed)
     return SemiSupervisedData(
         "stsb", inputs, pairs["score"].to_numpy(), labelled, np.setdiff1d(train, labelled), val, test,
