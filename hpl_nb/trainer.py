@@ -188,7 +188,7 @@ def stored_run(
     if missing := [name for name in parts if name not in content]:
         raise HplError(f"{folder.stored} has no {', '.join(missing)}: it is no stored run. Restore it, or delete it and store the run "
                        "again.")
-    table = pd.read_parquet(parquet) if parquet.exists() else pd.DataFrame(columns=PREDICTION_COLUMNS)
+    table = read_table(parquet, pd.read_parquet) if parquet.exists() else pd.DataFrame(columns=PREDICTION_COLUMNS)
     return Run(content["config"], pd.DataFrame(content["log"]), content["metrics"], table, True, content["environment"], content["options"])
 
 # %% ../nbs/50_trainer.ipynb #9680aa10
