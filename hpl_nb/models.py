@@ -174,6 +174,8 @@ class ResNetBody(nn.Module):
         _set_strides(self.trunk, self.strides)
 
 # %% ../nbs/30_models.ipynb #55bf9bbf
+_UNREADABLE = (OSError, RuntimeError, SafetensorError, ValueError, EOFError, KeyError, pickle.UnpicklingError) # what broken files raise
+
 def _read_weights(
     path:Path, # .pth or .safetensors
 )->tuple[dict[str, Tensor], dict[str, str]]: # (state dict, metadata)
@@ -185,7 +187,7 @@ def _read_weights(
             with safe_open(path, "pt") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, SafetensorError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+    except _UNREADABLE as error:
         raise HplError(f"weights file {path} cannot be read ({error}): it may be damaged or not a state dict; "
                        "fetch it again") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
@@ -232,8 +234,8 @@ def _torchvision_trunk(
             known = torchvision.models.get_model_weights(f"resnet{depth}")[weights]
             trunk.load_state_dict(known.get_state_dict(progress=True, check_hash=True, weights_only=True))
         return trunk
-    except (OSError, pickle.UnpicklingError) as error:
-        raise HplError(f"torchvision's weights of resnet{depth} could not be downloaded ({error}): "
+    except _UNREADABLE as error:
+        raise HplError(f"torchvision's weights of resnet{depth} could not be downloaded or read ({error}): "
                        "pass weights=Path(...) to a local .pth or .safetensors file") from error
 
 # %% ../nbs/30_models.ipynb #66d56105
