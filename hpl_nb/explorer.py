@@ -20,7 +20,6 @@ import torch
 from fastcore.basics import patch
 from PIL import Image
 from torch import Tensor
-from traitlets import Unicode
 
 from . import figures
 from .data.core import SemiSupervisedData
@@ -28,7 +27,7 @@ from .metrics import known_rows, mean_absolute_error, require_columns, spearman
 
 # %% auto #0
 __all__ = ['HEIGHTS', 'explorable', 'point_errors', 'heights_of', 'as_picture', 'picture_html', 'sample_views', 'sample_cards',
-           'WidthWatcher', 'Plot', 'as_widget', 'side_by_side', 'Explorer', 'parts_of']
+           'WidthWatcher', 'as_widget', 'side_by_side', 'Explorer', 'parts_of']
 
 # %% ../nbs/22_explorer.ipynb #9fc1cf2b
 def explorable(
@@ -133,15 +132,12 @@ class WidthWatcher(anywidget.AnyWidget):
         return () => {watch.disconnect(); clearInterval(again)};
     }}"""
 
-class Plot(go.FigureWidget):
-    "Plotly's widget, which anywidget (issue 929) would keep for ever, to renew its script whenever the file changes."
-    _esm = Unicode(str(go.FigureWidget._esm)).tag(sync=True)
-
 def as_widget(
     figure:go.Figure, # any
-)->Plot: # the same as a widget that listens to the window
+)->go.FigureWidget: # the same as a widget that listens to the window
     "A figure whose data can be changed while it is on the page."
-    widget = Plot(figure)
+    widget = go.FigureWidget(figure)
+    go.FigureWidget._esm.changed.disconnect() # anywidget (issue 929) would keep it for ever, to renew its script when that file changes
     widget._config = dict(responsive=True, displaylogo=False, modeBarButtonsToRemove=["autoScale2d", "zoomIn2d", "zoomOut2d"])
     return widget
 
