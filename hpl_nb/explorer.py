@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import anywidget
@@ -27,7 +27,7 @@ from .metrics import known_rows, mean_absolute_error, require_columns, spearman
 
 # %% auto #0
 __all__ = ['HEIGHTS', 'explorable', 'point_errors', 'heights_of', 'as_picture', 'picture_html', 'sample_views', 'sample_cards',
-           'WidthWatcher', 'as_widget', 'side_by_side', 'Explorer']
+           'WidthWatcher', 'as_widget', 'side_by_side', 'Explorer', 'parts_of']
 
 # %% ../nbs/22_explorer.ipynb #9fc1cf2b
 def explorable(
@@ -137,6 +137,7 @@ def as_widget(
 )->go.FigureWidget: # the same as a widget that listens to the window
     "A figure whose data can be changed while it is on the page."
     widget = go.FigureWidget(figure)
+    go.FigureWidget._esm.changed.disconnect() # anywidget (issue 929) would keep it for ever, to renew its script when that file changes
     widget._config = dict(responsive=True, displaylogo=False, modeBarButtonsToRemove=["autoScale2d", "zoomIn2d", "zoomOut2d"])
     return widget
 
@@ -163,7 +164,7 @@ class Explorer:
         self.view = sample_views(data) if data is not None else "sample {}".format
         self.methods: dict[str, list[str]] = {} # runs of each method
         for run, epochs in self.runs.items(): self.methods.setdefault(str(next(iter(epochs.values()))["method"].iloc[0]), []).append(run)
-        self.chosen, self.drawing = np.array([], dtype=int), True
+        self.chosen, self.drawing, self.whole = np.array([], dtype=int), True, None
         self._make_controls()
         self._make_figures()
         self._connect()
@@ -290,7 +291,7 @@ def choose(self:Explorer,
 @patch
 def _connect(self:Explorer)->None:
     "What happens when a control is moved or points are dragged over."
-    widgets.jslink((self.play, "value"), (self.epoch, "index"))
+    self.link = widgets.jslink((self.play, "value"), (self.epoch, "index"))
     for control in (self.epoch, self.labels): control.observe(self._moved, "value")
     self.height.observe(self._rescaled, "value")
     self.run.observe(self._switched, "value")
@@ -356,6 +357,11 @@ def _cleared(self:Explorer, _=None)->None:
 @patch
 def panel(self:Explorer)->widgets.Widget:
     "All controls and views as one widget."
+    if self.whole is None: self.whole = self._arranged()
+    return self.whole
+
+@patch
+def _arranged(self:Explorer)->widgets.Widget:
     row = widgets.Layout(flex_flow="row wrap", align_items="center")
     rows = [widgets.HBox(pair, layout=row) for pair in ([self.epoch, self.play], [self.labels, self.reset])]
     return widgets.VBox([self.method, self.run, self.height, *rows, self.words, *side_by_side([self.scatter, self.boxes]), self.cards])
@@ -364,3 +370,18 @@ def panel(self:Explorer)->widgets.Widget:
 def _repr_mimebundle_(self:Explorer, include=None, exclude=None)->dict[str, Any]:
     page = "<p><em>The explorer needs Python: open this notebook in JupyterLab and run it.</em></p>"
     return {**self.panel()._repr_mimebundle_(), "text/html": page, "text/plain": repr(self)}
+
+# %% ../nbs/22_explorer.ipynb #ca8846bb
+def parts_of(
+    widget:widgets.Widget, # any
+)->Iterator[widgets.Widget]: # some of them more than once
+    "A widget and what it is made of: children, layouts and styles, and theirs."
+    yield widget
+    for value in (getattr(widget, name) for name in widget.keys):
+        for part in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(part, widgets.Widget): yield from parts_of(part)
+
+@patch
+def close(self:Explorer)->None:
+    "Take the explorer off the page, and let go of all that it holds."
+    for part in [*parts_of(self.panel()), self.link]: part.close()

@@ -22,7 +22,7 @@ from IPython.display import display
 
 from . import figures
 from .data.core import SemiSupervisedData
-from .explorer import as_widget, side_by_side
+from .explorer import as_widget, parts_of, side_by_side
 from .trainer import Run, Session, Trainable, TrainSettings, fit
 
 # %% auto #0
@@ -67,6 +67,7 @@ class LiveView:
         self.words = widgets.HTML("<p>Waiting for the first step.</p>")
         self.button = widgets.Button(description="Stop", icon="stop", tooltip="stop after this step; the same call goes on from there")
         self.button.on_click(lambda _: self.stop())
+        self.whole:widgets.Widget|None = None
         titles = {"Loss": "", "Mean log-variance": "", "Validation error": f"MAE ({unit})" if unit else "MAE"}
         self.losses, self.variance, self.validation = (empty_figure(*pair) for pair in titles.items())
 
@@ -100,9 +101,20 @@ def __repr__(self:LiveView)->str: return "Live view of a run. It needs JupyterLa
 @patch
 def _repr_mimebundle_(self:LiveView, include=None, exclude=None)->dict[str, Any]:
     page = "<p><em>The live view needs Python: open this notebook in JupyterLab and run it.</em></p>"
-    top = widgets.HBox([self.button, self.words], layout=widgets.Layout(flex_flow="row wrap", align_items="center"))
-    panel = widgets.VBox([top, *side_by_side([self.losses, self.variance, self.validation], "14rem")])
-    return {**panel._repr_mimebundle_(), "text/html": page, "text/plain": repr(self)}
+    return {**self.panel()._repr_mimebundle_(), "text/html": page, "text/plain": repr(self)}
+
+@patch
+def panel(self:LiveView)->widgets.Widget:
+    "Button, words and curves as one widget."
+    if self.whole is None:
+        top = widgets.HBox([self.button, self.words], layout=widgets.Layout(flex_flow="row wrap", align_items="center"))
+        self.whole = widgets.VBox([top, *side_by_side([self.losses, self.variance, self.validation], "14rem")])
+    return self.whole
+
+@patch
+def close(self:LiveView)->None:
+    "Take the view off the page, and let go of all that it holds."
+    for part in parts_of(self.panel()): part.close()
 
 @patch
 def draw(self:LiveView, session:Session)->None:
@@ -154,10 +166,11 @@ async def fit_live(
     method:Trainable, # what to train
     data:SemiSupervisedData, # on what
     settings:TrainSettings|None=None, # how; default: the paper's schedule
+    view:LiveView|None=None, # to be shown, and closed by you; None: a new one, which stays
     **arguments:Any, # of `fit`: folder, seed, workers ...
 )->Run:
     "`await fit_live(...)` is `fit` under a live view, whose button (or Jupyter's interrupt) stops it; with a folder the same call goes on."
-    view, threads = LiveView(data.unit), torch.get_num_threads()
+    view, threads = view or LiveView(data.unit), torch.get_num_threads()
     display(view)
     def train():
         torch.set_num_threads(threads) # a new thread would take all

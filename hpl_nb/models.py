@@ -231,9 +231,14 @@ def _torchvision_trunk(
 )->torchvision.models.ResNet: # with its classifier fc
     "Torchvision's ResNet of this depth."
     if depth not in (18, 34, 50, 101, 152): raise HplError(f"depth must be 18, 34, 50, 101 or 152, got {depth}")
-    try: return torchvision.models.get_model(f"resnet{depth}", weights=weights)
-    except OSError as error:
-        raise HplError(f"torchvision's weights of resnet{depth} could not be downloaded ({error}): "
+    try:
+        trunk = torchvision.models.get_model(f"resnet{depth}", weights=None)
+        if weights: # torchvision itself would unpickle them
+            known = torchvision.models.get_model_weights(f"resnet{depth}")[weights]
+            trunk.load_state_dict(known.get_state_dict(progress=True, check_hash=True, weights_only=True))
+        return trunk
+    except Exception as error: # a cut connection or a damaged file can raise anything
+        raise HplError(f"torchvision's weights of resnet{depth} could not be downloaded or read ({error}): "
                        "pass weights=Path(...) to a local .pth or .safetensors file") from error
 
 # %% ../nbs/30_models.ipynb #66d56105
