@@ -33,7 +33,7 @@ from torch import Tensor
 __all__ = ['PREDICTION_COLUMNS', 'HplError', 'not_negative', 'whole_number', 'one_of', 'derive_seed', 'seed_everything',
            'random_states', 'set_random_states', 'LabelNormalizer', 'atomic_write', 'not_written', 'sync_folder',
            'content_digest', 'require_file', 'reason', 'reading', 'check_header', 'check_pickles', 'check_archive',
-           'RunFolder', 'json_bytes', 'damaged', 'claim_run', 'lock_file', 'lock_path', 'open_lock', 'is_at',
+           'RunFolder', 'json_bytes', 'damaged', 'claim_run', 'lock_file', 'lock_path', 'is_at', 'open_lock',
            'run_lock']
 
 # %% ../nbs/00_core.ipynb #d3d92fe2
@@ -338,13 +338,21 @@ def _no_locks(file, reason):
     warnings.warn(f"{file.name} cannot be locked ({reason}): make sure that no other process trains in that folder.", stacklevel=4)
     return True
 
-# %% ../nbs/00_core.ipynb #ef5bc4ae
+# %% ../nbs/00_core.ipynb #c16598e5
 def lock_path(
     folder:RunFolder, # any
 )->Path: # where its lock is, while it is held
     "The file that stands for a run folder's lock; it is no part of the run."
     return folder.path/"training.lock"
 
+def is_at(
+    file:IO, # open or closed
+    path:Path, # where it was opened
+)->bool:
+    "Whether an open file is still the one that stands at `path`."
+    return not file.closed and path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+
+# %% ../nbs/00_core.ipynb #ef5bc4ae
 def open_lock(
     folder:RunFolder, # to be held
 )->IO: # its lock, held until it is closed
@@ -364,13 +372,6 @@ def open_lock(
         print(f"process {os.getpid()} on {platform.node()}", file=file, flush=True)
     except OSError as error: raise not_written(path, error) from error
     return file
-
-def is_at(
-    file:IO, # open or closed
-    path:Path, # where it was opened
-)->bool:
-    "Whether an open file is still the one that stands at `path`."
-    return not file.closed and path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
 
 # %% ../nbs/00_core.ipynb #e5d9586c
 @contextmanager

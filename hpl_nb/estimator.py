@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from numbers import Integral
 from pathlib import Path
@@ -20,6 +20,7 @@ import skops.io
 import torch
 from fastcore.basics import patch
 from pandas.api.types import is_numeric_dtype
+from scipy.sparse import issparse
 from sklearn.base import BaseEstimator, RegressorMixin, TransformerMixin, clone
 from sklearn.compose import ColumnTransformer
 from sklearn.metrics import r2_score
@@ -43,10 +44,10 @@ from .trainer import OptimizerSettings, TrainSettings, epoch_length, evaluating
 from .trainer import fit as train
 
 # %% auto #0
-__all__ = ['SemiSupervisedRegressor', 'row_count', 'label_columns', 'default_preprocessor', 'table', 'are_files', 'are_pixels',
-           'samples_of', 'training_data', 'default_network', 'build_method', 'random_states_kept', 'seed_of',
-           'method_name', 'schedule', 'pseudo_labels', 'as_fitted', 'estimator_content', 'fitted_estimator',
-           'read_transformer']
+__all__ = ['OWN_WORDS', 'NOT_IN_FILES', 'SemiSupervisedRegressor', 'own_words', 'row_count', 'label_columns',
+           'default_preprocessor', 'table', 'are_files', 'are_pixels', 'samples_of', 'forget_table', 'training_data',
+           'default_network', 'Recipe', 'recipe_for', 'build_method', 'random_states_kept', 'seed_of', 'method_name',
+           'schedule', 'pseudo_labels', 'as_fitted', 'estimator_content', 'fitted_estimator', 'read_transformer']
 
 # %% ../nbs/83_estimator.ipynb #23fd25e6
 class SemiSupervisedRegressor(RegressorMixin, BaseEstimator):
@@ -56,7 +57,7 @@ class SemiSupervisedRegressor(RegressorMixin, BaseEstimator):
         *,
         preset:str|None=None, # hpl: "paper" (default) or "release"; rankup: "arc"
         settings:Mapping[str, Any]|None=None, # of the method, such as {"decay": .99} for mean_teacher
-        unlabelled_weight:float=1., # of the unlabelled loss at the start, where the method has one
+        unlabelled_weight:float|None=None, # of the unlabelled loss at the start; None: the method's own, or 1
         network:Callable[[tuple[int, ...], int], Regressor]|None=None, # (shape of a row, K) -> network; None: `default_network`
         preprocessor:TransformerMixin|None=None, # for tables; None: `default_preprocessor` for a data frame, nothing for an array
         strengths:RowStrengths|PixelStrengths|None=None, # of the views of tables and of picture arrays; None: the defaults
@@ -83,6 +84,21 @@ class SemiSupervisedRegressor(RegressorMixin, BaseEstimator):
         tags.target_tags.multi_output = True
         return tags
 
+# %% ../nbs/83_estimator.ipynb #b61c7a90
+OWN_WORDS = {"pass impute='median'": "fill them before: make_pipeline(SimpleImputer(), ...), or preprocessor=",
+             "leave it out with columns=[...], make it numeric, or raise max_categories": "drop it, make it numeric, or pass preprocessor=",
+             "smaller val_share and test_share": "a smaller validation_fraction", "--settings": "settings",
+             "val_share, or calibration=": "validation_fraction, or calibrate(X, y)"}
+
+@contextmanager
+def own_words()->Iterator[None]:
+    "Errors from within the block name the estimator's arguments."
+    try: yield
+    except HplError as error:
+        text = str(error)
+        for theirs, ours in OWN_WORDS.items(): text = text.replace(theirs, ours)
+        raise (error if text == str(error) else HplError(text)) from error.__cause__
+
 # %% ../nbs/83_estimator.ipynb #adee7571
 def row_count(
     X:Any, # inputs or labels
@@ -96,7 +112,7 @@ def label_columns(
 )->np.ndarray: # (n, K) float64
     "Labels as numbers; text and infinity are refused."
     if y is None: raise HplError("This estimator requires y to be passed, but the target y is None; give labels, NaN where there is none.")
-    array = y.to_numpy(dtype=object, na_value=np.nan) if isinstance(y, (pd.Series, pd.DataFrame)) else np.asarray(y)
+    array = y.to_numpy(dtype=object, copy=True, na_value=np.nan) if isinstance(y, (pd.Series, pd.DataFrame)) else np.asarray(y)
     if array.dtype.kind in "biufc": check_array(array, ensure_2d=False, ensure_all_finite="allow-nan", input_name="y")
     return label_array(array, rows, "y")
 
@@ -123,7 +139,7 @@ def table(
 )->np.ndarray: # (n, d') float64
     "A table as numbers."
     fitting = train is not None
-    if fitting: model.preprocessor_ = clone(model.preprocessor) if model.preprocessor is not None else None
+    if fitting and model.preprocessor is not None: model.preprocessor_ = clone(model.preprocessor)
     if model.preprocessor_ is None and not (fitting and isinstance(X, pd.DataFrame)):
         return validate_data(model, X, dtype=np.float64, reset=fitting, ensure_min_samples=1 + fitting)
     X = validate_data(model, X, skip_check_array=True, reset=fitting)
@@ -134,7 +150,8 @@ def table(
     if fitting:
         rows = X.iloc[train] if isinstance(X, pd.DataFrame) else X[train]
         model.preprocessor_ = (model.preprocessor_ or default_preprocessor(rows)).fit(rows)
-    return check_array(model.preprocessor_.transform(X), dtype=np.float64, input_name="X after the preprocessor")
+    encoded = check_array(model.preprocessor_.transform(X), accept_sparse=True, dtype=np.float64, input_name="X after the preprocessor")
+    return encoded.toarray() if issparse(encoded) else encoded
 
 # %% ../nbs/83_estimator.ipynb #79c36597
 def are_files(
@@ -160,6 +177,14 @@ def samples_of(
     if are_files(X): return list(X)
     return input_tensor(X, "X") if are_pixels(X) else table(model, X, train)
 
+# %% ../nbs/83_estimator.ipynb #a90c4471
+def forget_table(
+    model:SemiSupervisedRegressor, # which may have been fitted before
+)->None:
+    "No preprocessor and no features, until a table brings some."
+    model.preprocessor_ = None
+    for name in ("n_features_in_", "feature_names_in_"): vars(model).pop(name, None)
+
 def training_data(
     model:SemiSupervisedRegressor, # with its parameters
     X:Any, # inputs of one of the four kinds
@@ -167,6 +192,9 @@ def training_data(
     seed:int, # of the cut
 )->SemiSupervisedData: # without a test set
     "The data set that a method is trained on."
+    forget_table(model)
+    if (are_files(X) or are_pixels(X)) and model.preprocessor is not None:
+        raise HplError("preprocessor is for tables, and X are pictures; leave it out, and change the pictures before.")
     if not 0 <= model.validation_fraction < 1:
         raise HplError(f"validation_fraction is {model.validation_fraction}; give a share of at least 0 and below 1.")
     sets = make_sets(labels, None, model.validation_fraction, 0., None, seed, "y")
@@ -186,20 +214,44 @@ def default_network(
     if max(shape[1:]) <= 64: return small_cnn(shape[0], 32, outputs, dropout)
     return resnet(18, outputs, dropout=dropout)
 
-def build_method(
+# %% ../nbs/83_estimator.ipynb #d7730b15
+@dataclass(frozen=True)
+class Recipe:
+    "What a method is built from: the parameters as they were when it was fitted, and what the rows were like."
+    method:str # a name of `METHODS`
+    preset:str|None # of the method
+    settings:dict[str, Any] # of the method
+    unlabelled_weight:float|None # None: the method's own
+    shape:tuple[int, ...] # of a row
+    outputs:int # K
+
+def recipe_for(
     model:SemiSupervisedRegressor, # with its parameters
-    name:str, # of the method
+    name:str, # of the method: the one asked for, or "supervised" where all rows have labels
     shape:tuple[int, ...], # of a row
     outputs:int, # K
-)->Method: # not trained yet
+)->Recipe:
     "The method that the parameters describe."
-    def network():
-        if model.network is not None: return model.network(shape, outputs)
-        return default_network(shape, outputs, .05*(name in WITH_DROPOUT))
-    preset, given = (model.preset, model.settings or {}) if name == model.method else (None, {}) # supervised, since all have labels
-    spec, settings = ":".join(filter(None, (name, preset))), ",".join(f"{key}={value}" for key, value in given.items())
-    method = make_method(spec, network, Options(unlabelled_weight=float(model.unlabelled_weight), settings=settings))
-    if name in WITH_DROPOUT: require_dropout(method, method.regressor)
+    preset, settings = (model.preset, model.settings or {}) if name == model.method else (None, {})
+    if not isinstance(settings, Mapping) or any(character in str(value) for value in settings.values() for character in ",="):
+        raise HplError(f"settings is {settings!r}; give a dictionary of names and single values, such as {{'decay': .99}}.")
+    weight = None if model.unlabelled_weight is None else float(model.unlabelled_weight)
+    return Recipe(name, preset, dict(settings), weight, tuple(shape), outputs)
+
+# %% ../nbs/83_estimator.ipynb #e2a91c64
+def build_method(
+    recipe:Recipe, # what to build
+    network:Callable[[tuple[int, ...], int], Regressor]|None=None, # of one's own
+)->Method: # not trained yet
+    "A method as the recipe says."
+    needs_dropout = recipe.method in WITH_DROPOUT
+    def make():
+        if network is not None: return network(recipe.shape, recipe.outputs)
+        return default_network(recipe.shape, recipe.outputs, .05*needs_dropout)
+    spec = ":".join(filter(None, (recipe.method, recipe.preset)))
+    settings = ",".join(f"{key}={value}" for key, value in recipe.settings.items())
+    with own_words(): method = make_method(spec, make, Options(unlabelled_weight=recipe.unlabelled_weight, settings=settings))
+    if needs_dropout: require_dropout(method, method.regressor)
     return method
 
 # %% ../nbs/83_estimator.ipynb #2e62afe4
@@ -236,7 +288,8 @@ def schedule(
     rate, decay, size = model.learning_rate, model.weight_decay, whole_number("batch_size", model.batch_size)
     optimizer = OptimizerSettings(lr_body=rate, lr_head=rate, weight_decay_body=decay, weight_decay_head=decay)
     settings = TrainSettings(model.epochs, streams=batches_for(data, size, size), optimizer=optimizer, patience=model.patience)
-    iterations = model.iterations_per_epoch or max(50, epoch_length(data, settings, settings.streams))
+    iterations = model.iterations_per_epoch
+    if iterations is None: iterations = max(50, epoch_length(data, settings, settings.streams))
     return replace(settings, iterations_per_epoch=iterations)
 
 # %% ../nbs/83_estimator.ipynb #d7357392
@@ -246,16 +299,18 @@ def fit(self:SemiSupervisedRegressor,
     y:Any, # (n,) or (n, K); NaN: unlabelled
 )->SemiSupervisedRegressor: # itself
     "Train. What is left: `predictor_`, `pseudo_labels_`, and `run_` with the curves."
+    if self.folder is not None and not isinstance(self.random_state, Integral):
+        raise HplError(f"random_state is {self.random_state!r}; a run folder goes on with the same numbers only if it is a whole number.")
     labels, seed = label_columns(y, row_count(X)), seed_of(self.random_state)
-    data = training_data(self, X, labels, seed)
-    name, shape = method_name(self, data), tuple(data.plain(data.inputs[np.array([0])], None).shape[1:])
+    with own_words(): data = training_data(self, X, labels, seed)
+    recipe = recipe_for(self, method_name(self, data), data.plain(data.inputs[np.array([0])], None).shape[1:], data.outputs)
     with random_states_kept():
         seed_everything(seed)
-        method = build_method(self, name, shape, data.outputs)
+        method = build_method(recipe, self.network)
         self.run_ = train(method, data, schedule(self, data), folder=self.folder, seed=seed, progress=self.verbose)
     self.predictor_ = Predictor.from_method(method, data)
     self.pseudo_labels_ = pseudo_labels(method, data, seed, X.index if isinstance(X, (pd.Series, pd.DataFrame)) else None)
-    self.method_, self.shape_, self.outputs_, self.is_column_ = name, shape, data.outputs, np.asarray(y).ndim == 1
+    self.recipe_, self.network_, self.is_column_ = recipe, self.network, getattr(y, "ndim", None) == 1 or np.ndim(y) == 1
     return self
 
 # %% ../nbs/83_estimator.ipynb #4760324e
@@ -288,7 +343,7 @@ def predict(self:SemiSupervisedRegressor,
 )->np.ndarray: # (n,), or (n, K) if y had columns
     "Predictions, label units."
     check_is_fitted(self)
-    return as_fitted(self, self.predictor_.predict(samples_of(self, X)))
+    with own_words(): return as_fitted(self, self.predictor_.predict(samples_of(self, X)))
 
 @patch
 def score(self:SemiSupervisedRegressor,
@@ -321,8 +376,7 @@ def predict_interval(self:SemiSupervisedRegressor,
     "Predictions with split conformal intervals."
     check_is_fitted(self)
     scaled = self.predictor_.deviations is not None if scaled is None else scaled
-    try: interval = self.predictor_.predict_interval(samples_of(self, X), coverage, scaled)
-    except HplError as error: raise HplError(str(error).replace("val_share, or calibration=", "validation_fraction, or calibrate(X, y)")) from error
+    with own_words(): interval = self.predictor_.predict_interval(samples_of(self, X), coverage, scaled)
     return Interval(*(as_fitted(self, values) for values in interval))
 
 @patch
@@ -339,21 +393,23 @@ def calibrate(self:SemiSupervisedRegressor,
     return self
 
 # %% ../nbs/83_estimator.ipynb #035b5fa7
+NOT_IN_FILES = ("network", "preprocessor", "folder", "random_state") # parameters
+
 def estimator_content(
     model:SemiSupervisedRegressor, # fitted
 )->dict[str, Any]: # of its predictor's file, and what is the estimator's own
     "What an estimator's file holds."
-    parameters = {name: value.item() if isinstance(value, np.generic) else value for name, value in model.get_params(deep=False).items()}
-    for name in ("network", "preprocessor", "folder", "random_state"): del parameters[name]
+    parameters = {name: value for name, value in model.get_params(deep=False).items() if name not in NOT_IN_FILES}
     frame = model.pseudo_labels_
-    columns = {name: torch.from_numpy(np.array(frame[name])) if is_numeric_dtype(frame[name]) else list(map(str, frame[name])) for name in frame}
-    fitted = {name: getattr(model, name) for name in ("method_", "shape_", "outputs_", "is_column_")}
-    if hasattr(model, "n_features_in_"): fitted["n_features_in_"] = model.n_features_in_
-    if hasattr(model, "feature_names_in_"): fitted["feature_names_in_"] = list(map(str, model.feature_names_in_))
-    transformer = None if model.preprocessor_ is None else torch.frombuffer(bytearray(skops.io.dumps(model.preprocessor_)), dtype=torch.uint8)
+    columns = {name: torch.from_numpy(np.array(column)) if is_numeric_dtype(column) else list(map(str, column))
+               for name, column in frame.items()}
+    fitted = {name: getattr(model, name, None) for name in ("is_column_", "n_features_in_")}
+    names = getattr(model, "feature_names_in_", None)
+    transformer = None if model.preprocessor_ is None else torch.tensor(bytearray(skops.io.dumps(model.preprocessor_)), dtype=torch.uint8)
     return predictor_content(model.predictor_) | {"estimator": {
-        "parameters": parameters, "own_network": model.network is not None, "own_preprocessor": model.preprocessor is not None,
-        "preprocessor": transformer, "pseudo_labels": columns, "fitted": fitted}}
+        "parameters": parameters, "recipe": asdict(model.recipe_), "own_network": model.network_ is not None,
+        "own_preprocessor": model.preprocessor is not None, "preprocessor": transformer, "pseudo_labels": columns,
+        "fitted": fitted, "feature_names": None if names is None else list(map(str, names))}}
 
 # %% ../nbs/83_estimator.ipynb #cb1e6ab5
 @patch
@@ -377,6 +433,9 @@ def load(cls:SemiSupervisedRegressor,
         own = content["estimator"]
         if own["own_network"] and network is None:
             raise HplError(f"{path} was trained with a network of your own: pass the same function, load(path, network=...).")
+        if different := set(own["parameters"]) ^ {name for name in cls().get_params(deep=False) if name not in NOT_IN_FILES}:
+            raise HplError(f"{path} is of another version of hpl_nb: {sorted(different)[0]!r:.50} is a parameter of one of them only. "
+                           "Save it again.")
         return fitted_estimator(cls(**own["parameters"], network=network), content, path, trusted)
 
 # %% ../nbs/83_estimator.ipynb #5b451569
@@ -388,10 +447,12 @@ def fitted_estimator(
 )->SemiSupervisedRegressor: # `model`, fitted
     "Put into an estimator what its file holds."
     own = content["estimator"]
-    for name, value in own["fitted"].items(): setattr(model, name, np.array(value, dtype=object) if name == "feature_names_in_" else value)
+    model.recipe_, model.network_, model.is_column_ = Recipe(**own["recipe"]), model.network, bool(own["fitted"]["is_column_"])
+    if own["fitted"]["n_features_in_"] is not None: model.n_features_in_ = own["fitted"]["n_features_in_"]
+    if own["feature_names"] is not None: model.feature_names_in_ = np.array(own["feature_names"], dtype=object)
     model.preprocessor_ = None if own["preprocessor"] is None else read_transformer(own["preprocessor"].numpy().tobytes(), path, trusted)
     if own["own_preprocessor"]: model.preprocessor = clone(model.preprocessor_)
-    with random_states_kept(): method = build_method(model, model.method_, model.shape_, model.outputs_)
+    with random_states_kept(): method = build_method(model.recipe_, model.network_)
     model.predictor_ = predictor_of(content, method, path)
     model.pseudo_labels_ = pd.DataFrame({name: column.numpy() if isinstance(column, torch.Tensor) else column
                                          for name, column in own["pseudo_labels"].items()})
@@ -422,5 +483,5 @@ def __setstate__(self:SemiSupervisedRegressor,
     "The inverse of `__getstate__`."
     BaseEstimator.__setstate__(self, state)
     if "predictor_" not in state: return
-    with random_states_kept(): method = build_method(self, self.method_, self.shape_, self.outputs_)
+    with random_states_kept(): method = build_method(self.recipe_, self.network_)
     self.predictor_ = predictor_of(state["predictor_"], method, "the pickled estimator")

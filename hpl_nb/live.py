@@ -116,6 +116,7 @@ def close(self:LiveView)->None:
     "Take the view off the page, and let go of all that it holds."
     for part in parts_of(self.panel()): part.close()
 
+# %% ../nbs/52_live.ipynb #99bfcf88
 @patch
 def draw(self:LiveView, session:Session)->None:
     "Bring figures and words to where the run is."

@@ -24,7 +24,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from . import __version__
-from .core import HplError, LabelNormalizer, RunFolder, atomic_write, reading
+from .core import HplError, LabelNormalizer, RunFolder, atomic_write, reading, seed_everything
 from .data.core import SemiSupervisedData, View, plain_view
 from .data.images import ImageFiles, ImageSource, ImageView
 from .data.own import FrameEncoder, PixelStrengths, RowStrengths, Standardizer, input_tensor
@@ -121,6 +121,7 @@ def pack(
     name:str="", # of the value, for its tensors
 )->Any: # for `json.dumps`
     "Separate tensors from what JSON can hold; anything else is an `HplError`."
+    if isinstance(value, np.generic): value = value.item()
     if value is None or isinstance(value, (bool, int, float, str)): return value
     if value is plain_view: return {"plain_view": None}
     if isinstance(value, Tensor):
@@ -314,10 +315,13 @@ def predict_deviation(
     normalizer:LabelNormalizer, # of the labels
 )->np.ndarray|None: # sigma, (len(rows), K), label units; None where the method has no log-variance
     "The standard deviation that the method gives to rows."
+    def inspect(x):
+        seed_everything(0) # some methods draw masks; the same rows get the same answer
+        return method.inspect(x, x)
     first = view(samples[np.array([0])], None).to(next(method.parameters()).device)
     with evaluating(method):
-        if "log_variance" not in method.inspect(first, first): return None
-    z = map_samples(method, lambda x: method.inspect(x, x)["log_variance"], samples, rows, view)
+        if "log_variance" not in inspect(first): return None
+    z = map_samples(method, lambda x: inspect(x)["log_variance"], samples, rows, view)
     return np.exp(z/2)*np.asarray(normalizer.scale)
 
 # %% ../nbs/75_predictor.ipynb #b85dbc5c

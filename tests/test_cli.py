@@ -124,4 +124,5 @@ def test_documented_lines_are_understood(root):
     lines = {line.strip() for line in re.findall(r"(?:^|`)(hpl_[a-z]+ [^`\n]+)(?:$|`)", text, re.MULTILINE)}
     found = {line: anno_parser(commands[shlex.split(line)[0]]).parse_args(shlex.split(line.replace(" ...", ""))[1:]) for line in lines}
     assert {line.split()[0] for line in found} == set(commands) and len(found) > 12
-    assert found["hpl_queue cpu --stsb FOLDER --vectors FILE"].protocol == "cpu" and anno_parser(pipeline.hpl_queue).parse_args([]).protocol == "cpu"
+    assert found["hpl_queue cpu --stsb FOLDER --vectors FILE"].protocol == "cpu"
+    assert anno_parser(pipeline.hpl_queue).parse_args([]).protocol == "cpu"

@@ -231,7 +231,8 @@ def test_hidden_labels_are_not_shown():
     y[60:] = 777 # true labels of unlabelled rows
     loaded = from_arrays(x, y, split={**SPLIT, "unlabelled": range(60, 120), "train": range(20)})
     x[61] = x[60]
-    assert "777" not in describe(loaded) + repr(loaded) + str(check(from_arrays(x, y, split={**SPLIT, "unlabelled": range(60, 120), "train": range(20)})))
+    report = check(from_arrays(x, y, split={**SPLIT, "unlabelled": range(60, 120), "train": range(20)}))
+    assert "777" not in describe(loaded) + repr(loaded) + str(report)
 
 
 def test_inputs_that_cannot_be_compared_are_said_so():

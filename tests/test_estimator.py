@@ -16,7 +16,7 @@ from sklearn.compose import make_column_transformer
 from sklearn.impute import SimpleImputer
 from sklearn.model_selection import GridSearchCV, KFold
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import FunctionTransformer, StandardScaler
+from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, StandardScaler
 from small_runs import on_cpu  # noqa: F401
 
 from hpl_nb.cli import METHODS, PRESETS, method_names
@@ -151,7 +151,8 @@ def test_run_folder_is_resumed(tmp_path):
     code = ("import os, signal\nimport sys; sys.path.insert(0, 'tests')\nfrom test_estimator import *\n"
             "from hpl_nb import trainer\nsave, count = trainer.save_checkpoint, []\n"
             "def killing(session):\n    save(session); count.append(0)\n    if len(count) == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
-            f"trainer.save_checkpoint = killing\nx, y, _ = rows()\nSemiSupervisedRegressor('hpl', folder={str(tmp_path/'run')!r}, **QUICK).fit(x, y)\n")
+            "trainer.save_checkpoint = killing\nx, y, _ = rows()\n"
+            f"SemiSupervisedRegressor('hpl', folder={str(tmp_path/'run')!r}, **QUICK).fit(x, y)\n")
     killed = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], env=environment(), capture_output=True, text=True)
     assert killed.returncode == -9, killed.stderr
     again = clone(model).set_params(folder=tmp_path/"run").fit(x, y)
@@ -168,8 +169,9 @@ def environment():
 
 def test_fully_labelled_rows_say_so():
     x, _, y = rows()
-    with pytest.warns(UserWarning, match="'supervised' is trained"): model = SemiSupervisedRegressor("hpl", preset="release", **QUICK).fit(x, y)
-    assert model.method_ == "supervised" and model.pseudo_labels_.empty
+    with pytest.warns(UserWarning, match="'supervised' is trained"):
+        model = SemiSupervisedRegressor("hpl", preset="release", **QUICK).fit(x, y)
+    assert model.recipe_.method == "supervised" and model.pseudo_labels_.empty
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert same(model, SemiSupervisedRegressor("supervised", **QUICK).fit(x, y), x)
@@ -254,7 +256,7 @@ def test_predictor_reads_an_estimators_file(tmp_path):
     "For those who want the predictor alone; the other way round is refused."
     x, y, _ = rows()
     model = SemiSupervisedRegressor("pseudo_label", **QUICK).fit(x, y)
-    predictor = Predictor.load(model.save(tmp_path/"model.safetensors"), build_method(model, "pseudo_label", (4,), 1))
+    predictor = Predictor.load(model.save(tmp_path/"model.safetensors"), build_method(model.recipe_))
     assert np.array_equal(predictor.predict(x), model.predict(x))
     with pytest.raises(HplError, match="Predictor.load"): SemiSupervisedRegressor.load(predictor.save(tmp_path/"predictor.safetensors"))
     with pytest.raises(HplError, match="damaged"):
@@ -277,7 +279,8 @@ class TestRefusals:
     x, y, _ = rows()
 
     def refuses(self, message, x=None, y=None, error=HplError, **parameters):
-        with pytest.raises(error, match=message): SemiSupervisedRegressor(**{**QUICK, **parameters}).fit(self.x if x is None else x, self.y if y is None else y)
+        model = SemiSupervisedRegressor(**{**QUICK, **parameters})
+        with pytest.raises(error, match=message): model.fit(self.x if x is None else x, self.y if y is None else y)
 
     def test_labels(self):
         text = self.y.astype(object)
@@ -301,7 +304,11 @@ class TestRefusals:
     def test_parameters(self):
         self.refuses("choose supervised", method="hlp")
         self.refuses("method 'hpl:best' is unknown", preset="best")
-        self.refuses("settings has|--settings has", settings={"nonsense": 1})
+        self.refuses("^settings has", settings={"nonsense": 1})
+        self.refuses("give a dictionary", settings="decay=.9")
+        self.refuses("give a dictionary", settings={"decay": ".9,unlabelled_weight=7"})
+        self.refuses("preprocessor is for tables", x=np.zeros((120, 8, 8), np.uint8), preprocessor=StandardScaler())
+        self.refuses("random_state is None; a run folder", folder="never", random_state=None)
         self.refuses("validation_fraction is 1", validation_fraction=1)
         self.refuses("epochs is 0", epochs=0)
         self.refuses("batch_size is 0", batch_size=0)
@@ -319,6 +326,54 @@ class TestRefusals:
         from sklearn.exceptions import NotFittedError
         for call in (lambda m: m.predict(self.x), lambda m: m.save("never.safetensors"), lambda m: m.predict_interval(self.x)):
             with pytest.raises(NotFittedError): call(SemiSupervisedRegressor())
+
+
+def test_parameters_may_change_after_fit(tmp_path):
+    "What was fitted is what is saved, pickled and loaded; NumPy's numbers are numbers."
+    x, y, _ = rows()
+    model = SemiSupervisedRegressor("mean_teacher", settings={"decay": np.float64(.9)}, **QUICK).fit(x, y)
+    expected = model.predict(x)
+    model.set_params(method="hpl", settings=None, unlabelled_weight=np.float32(2), epochs=np.int64(4))
+    for copy in (pickle.loads(pickle.dumps(model)), SemiSupervisedRegressor.load(model.save(tmp_path/"m.safetensors"))):
+        assert np.array_equal(copy.predict(x), expected) and copy.method == "hpl" and copy.recipe_.settings == {"decay": .9}
+
+
+def test_pictures_are_saved_and_forget_the_table_before(tmp_path):
+    x, y, _ = rows()
+    model = SemiSupervisedRegressor("supervised", **QUICK).fit(pd.DataFrame(x, columns=list("abcd")), y)
+    pixels = np.random.default_rng(0).integers(0, 255, (120, 8, 8), dtype=np.uint8)
+    model.fit(pixels, y)
+    assert not hasattr(model, "feature_names_in_") and not hasattr(model, "n_features_in_")
+    assert np.array_equal(SemiSupervisedRegressor.load(model.save(tmp_path/"m.safetensors")).predict(pixels), model.predict(pixels))
+
+
+def test_files_with_other_parameters_are_refused(tmp_path):
+    "A file cannot set what is no parameter, nor a folder to write to."
+    from hpl_nb.predictor import read_content, write_content
+    x, y, _ = rows()
+    path = SemiSupervisedRegressor("supervised", **QUICK).fit(x, y).save(tmp_path/"m.safetensors")
+    for name in ("folder", "frobnicate", "network"):
+        content = read_content(path)
+        content["estimator"]["parameters"][name] = "evil"
+        changed = write_content(tmp_path/"changed.safetensors", content)
+        with pytest.raises(HplError, match=f"changed.safetensors.*{name}"): SemiSupervisedRegressor.load(changed)
+
+
+def test_labels_in_frames_and_sparse_features():
+    x, y, _ = rows()
+    model = SemiSupervisedRegressor("supervised", **QUICK).fit(x, pd.DataFrame({"y": y}))
+    assert model.predict(x).shape == (120, 1)
+    sparse_output = make_column_transformer((OneHotEncoder(), ["kind"]), remainder="passthrough")
+    model = SemiSupervisedRegressor("supervised", preprocessor=sparse_output, **QUICK).fit(TestFrames.frame, y)
+    assert np.isfinite(model.predict(TestFrames.frame)).all()
+
+
+def test_scaled_intervals_repeat_themselves():
+    "Also where g reads passes with dropout."
+    x, y, _ = rows()
+    settings = {"learner_inputs": "pair+disagreement", "passes": 3}
+    model = SemiSupervisedRegressor("hpl", network=mlp_of, settings=settings, **QUICK).fit(x, y)
+    assert same(model, model, x)
 
 
 def test_calibration_by_other_rows():

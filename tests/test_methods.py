@@ -14,7 +14,7 @@ from hpl_nb.hypergrad import hypergradient_autograd, sgd_step
 from hpl_nb.loss import labelled_loss, pseudo_label_weight, unlabelled_loss
 from hpl_nb.methods.core import FullySupervised, PseudoLabel, Supervised, forward_batches
 from hpl_nb.methods.hpl import HPL, LEARNER_INPUTS, PAPER, RELEASE, HPLSettings, JointUncertainty, outer_features, step_passes, teach
-from hpl_nb.models import mlp
+from hpl_nb.models import mlp, small_cnn
 from hpl_nb.trainer import OptimizerSettings, TrainSettings, fit
 from hpl_nb.uncertainty import disagreement, learner_input, scaled_features
 
@@ -425,3 +425,13 @@ def test_fully_supervised_uses_all_training_rows():
     targets = data.targets.copy()
     targets[data.unlabelled[5]] = float("nan")
     with pytest.raises(HplError, match="needs the true labels"): trained(FullySupervised, replace(data, targets=targets))
+
+
+def test_inspecting_asks_no_other_row_and_no_other_process():
+    "Also with weights of mean one: processes inspect different numbers of batches, and would wait for each other for ever."
+    def never(tensor): raise AssertionError("a process would wait for the others")
+    method = HPL(small_cnn(width=4), replace(PAPER, preset="normalised", normalize_weights=True)).eval()
+    method.reduce = never
+    x = torch.randn(6, 1, 16, 16)
+    with torch.no_grad(): together, alone = method.inspect(x, x), method.inspect(x[:2], x[:2])
+    for name, values in together.items(): torch.testing.assert_close(values[:2], alone[name])

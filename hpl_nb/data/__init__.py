@@ -163,11 +163,12 @@ def scale_findings(
 
     from hpl_nb.data.core import label_doubts
     y, splits = np.asarray(labels, dtype=np.float64), np.asarray(splits, dtype=object)
-    order = sorted(dict.fromkeys(splits), key=lambda split: split in ("val", "dev", "test")) # what trains is what the others are compared with
+    order = sorted(dict.fromkeys(splits), key=lambda split: split in ("val", "dev", "test")) # what trains comes first
     sets = {split: rows for split in order if len(rows := np.flatnonzero((splits == split) & np.isfinite(y)))}
     if not sets: return [], []
     found = [Finding("warning", kind, row, names[row], splits[row], detail) for kind, row, detail in label_doubts(y[:, None], sets)]
-    ranges = [f"{split} {y[rows].min():.4g} to {y[rows].max():.4g} (mean {y[rows].mean():.4g}, {len(rows):,} rows)" for split, rows in sets.items()]
+    ranges = [f"{split} {y[rows].min():.4g} to {y[rows].max():.4g} (mean {y[rows].mean():.4g}, {len(rows):,} rows)"
+              for split, rows in sets.items()]
     return found, [f"Labels: {'; '.join(ranges)}."]
 
 # %% ../../nbs/16_data.check.ipynb #379fd01b
@@ -300,13 +301,15 @@ def check_data(
     splits, names = np.full(len(data.targets), "left out", dtype=object), [core.row_name(data, row) for row in range(len(data.targets))]
     for split in core.SETS: splits[data.rows(split)] = split
     broken = images.broken_images(data.inputs, progress) if isinstance(data.inputs, images.ImageFiles) else {}
-    findings = [Finding("error", "broken picture", row, names[row], splits[row], reason) for row, reason in broken.items() if splits[row] != "left out"]
+    findings = [Finding("error", "broken picture", row, names[row], splits[row], reason)
+                for row, reason in broken.items() if splits[row] != "left out"]
     labelled = {split: data.rows(split) for split in ("labelled", "val", "test")}
     for kind, row, detail in core.label_doubts(data.targets, labelled) + core.normalizer_doubts(data):
         findings.append(Finding("warning", kind, row, names[row] if row >= 0 else "", splits[row] if row >= 0 else "", detail))
     rows = np.concatenate([data.rows(split) for split in core.SETS])
     if (keys := core.content_keys(data.inputs, rows)) is None:
-        repeated, notes = [], [f"Samples are not compared with each other: {type(data.inputs).__name__} is neither a tensor nor pictures in files."]
+        repeated, notes = [], [f"Samples are not compared with each other: {type(data.inputs).__name__} is neither a tensor nor "
+                               "pictures in files."]
     else: repeated, notes = repeated_findings(dict(zip(rows.tolist(), keys)), _known(data), splits, names, "sample")
     return make_report(data.name, splits, findings + repeated, [*core.describe(data).splitlines()[1:], *notes])
 

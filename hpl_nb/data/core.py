@@ -105,7 +105,8 @@ class SemiSupervisedData:
 def _row_numbers(name, split, rows):
     rows = np.asarray(rows)
     if rows.ndim != 1 or rows.dtype.kind not in "iu" and rows.size:
-        raise HplError(f"{name}: {split} has shape {rows.shape} and type {rows.dtype}; give a list of row numbers, such as np.flatnonzero(mask).")
+        raise HplError(f"{name}: {split} has shape {rows.shape} and type {rows.dtype}; give a list of row numbers, such as "
+                       "np.flatnonzero(mask).")
     return rows.astype(np.int64)
 
 def _numbers(name, targets):
@@ -240,8 +241,8 @@ def normalizer_doubts(
     "A normaliser that leaves the labels far from zero, or with a spread far from one."
     y = data.normalizer.normalize(data.targets[data.labelled])
     fits = (np.abs(y.mean(0)) < 10) & (y.std(0) < 20) & ((y.std(0) > .02) | (np.ptp(y, axis=0) == 0))
-    return [Doubt("normaliser of another unit", -1, f"the normaliser makes the labelled labels of output {k} run from {y[:, k].min():.3g} to "
-                  f"{y[:, k].max():.3g}, where about -2 to 2 is expected. Leave normalizer out to fit it to them, or correct the unit.")
+    return [Doubt("normaliser of another unit", -1, f"the normaliser makes the labelled labels of output {k} run from {y[:, k].min():.3g} "
+                  f"to {y[:, k].max():.3g}, where about -2 to 2 is expected. Leave normalizer out to fit it to them, or correct the unit.")
             for k in np.flatnonzero(~fits)]
 
 # %% ../../nbs/10_data.core.ipynb #763119e0
@@ -279,15 +280,16 @@ def repeat_doubts(
     data:SemiSupervisedData, # any
 )->list[Doubt]: # at most one about held-out rows, and one about labelled and unlabelled ones
     "Repeated samples in words."
-    effects = {True: ("same sample in training and held out", "the error on held-out rows comes out too good. Pass deduplicate=True to leave "
-                      "such rows out of training, or put equal samples into one set"),
+    effects = {True: ("same sample in training and held out", "the error on held-out rows comes out too good. Pass deduplicate=True to "
+                      "leave such rows out of training, or put equal samples into one set"),
                False: ("same sample labelled and unlabelled", "a pseudo-label is made where the label is known. Pass deduplicate=True to "
                        "leave such unlabelled rows out")}
     found:dict[bool, list[tuple[int, str]]] = {True: [], False: []}
     for (one, other), pairs in repeated_samples(data).items():
-        shown = ", ".join(f"{row_name(data, row)} is {row_name(data, twin)}" for row, twin in pairs[:5]) + (", ..." if len(pairs) > 5 else "")
-        found[other in ("val", "test")].append((pairs[0][0], f"{len(pairs)} of {len(data.rows(one))} {one} rows are equal to a row of {other} "
-                                                f"(row {shown})"))
+        shown = ", ".join(f"{row_name(data, row)} is {row_name(data, twin)}" for row, twin in pairs[:5])
+        more = ", ..." if len(pairs) > 5 else ""
+        found[other in ("val", "test")].append((pairs[0][0], f"{len(pairs)} of {len(data.rows(one))} {one} rows are equal to a row "
+                                                f"of {other} (row {shown}{more})"))
     advice = ". Where features are coarse, different samples may be equal: then nothing is wrong."
     return [Doubt(effects[held_out][0], parts[0][0], f"{'; '.join(part for _, part in parts)}: {effects[held_out][1]}{advice}")
             for held_out, parts in found.items() if parts]

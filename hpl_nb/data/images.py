@@ -106,7 +106,7 @@ def listed(
 
 def _read_text(path, separator):
     with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = [row for row in csv.reader(file, delimiter=separator, strict=True) if len(row) > 1 or "".join(row).strip()]
+        rows = [row for row in csv.reader(file, delimiter=separator) if len(row) > 1 or "".join(row).strip()]
     if not rows: raise ValueError("it is empty")
     if len(rows[0]) > 10_000: raise ValueError(f"its header has {len(rows[0]):,} columns")
     header = [name.strip() or f"Unnamed: {place}" for place, name in enumerate(rows[0])] # as pandas calls a column of row names
@@ -374,7 +374,8 @@ def content_hashes(
     bar = tqdm(sources, desc="hashing", disable=not progress)
     try: return [hashlib.sha256(read_source(source)).hexdigest() for source in bar]
     except OSError as error:
-        raise HplError(f"the picture {error.filename} cannot be read ({error.strerror}); put it there again, or pass skip_broken=True.") from error
+        raise HplError(f"the picture {error.filename} cannot be read ({error.strerror}); put it there again, or pass "
+                       "skip_broken=True.") from error
 
 # %% ../../nbs/11b_data.images.ipynb #248bbd50
 def quick_keys(

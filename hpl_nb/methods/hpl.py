@@ -190,11 +190,12 @@ def predict(self:HPL, x:Tensor)->Tensor:
 
 @patch
 def inspect(self:HPL, weak:Tensor, strong:Tensor)->dict[str, Tensor]:
-    "Pseudo-label, strong prediction, log-variance and weight as in training, (m, K) each."
+    "Pseudo-label, strong prediction, log-variance and weight (before a batch's mean is made one), (m, K) each; no other row counts."
     pseudo_label, features = (self.teacher or self.regressor)(weak), self.regressor.features(strong)
     prediction, further = self.regressor.head(features), further_inputs(self, weak, strong, features)
     z = self.learner(learner_input(prediction, pseudo_label, self.residual_input, further=further))
-    return {"pseudo_label": pseudo_label, "strong_prediction": prediction, "log_variance": z, "weight": batch_weights(self, z)}
+    return {"pseudo_label": pseudo_label, "strong_prediction": prediction, "log_variance": z,
+            "weight": pseudo_label_weight(z, self.settings.half_weight)}
 
 def outer_stream(
     chosen:HPLSettings, # the method's

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core import HplError, not_negative, whole_number
@@ -85,13 +86,16 @@ class SimRegMatch(Method):
                 "unlabelled": self.unlabelled_weight*unlabelled_loss(prediction, pseudo_label, mask/share)}
 
     def prepare(self, data:SemiSupervisedData)->SemiSupervisedData: return require_dropout(self, self.regressor) or data
-    def inspect(self, weak:Tensor, strong:Tensor)->dict[str, Tensor]:
-        "The pseudo-label and the prediction without dropout; whether the variance of passes with dropout is below the threshold."
-        pseudo_label, strong_prediction = calibrated(self, self.regressor.features(weak)[None])[0], self.regressor(strong)
-        with torch.random.fork_rng([weak.device] if weak.is_cuda else []):
-            torch.manual_seed(0) # the same masks each time
-            _, u = calibrated(self, dropout_features(self.regressor, weak, self.passes))
-        return {"pseudo_label": pseudo_label, "strong_prediction": strong_prediction, "weight": (u < self.threshold).to(u.dtype)}
+
+# %% ../../nbs/66_methods.simregmatch.ipynb #8a1017b5
+@patch
+def inspect(self:SimRegMatch, weak:Tensor, strong:Tensor)->dict[str, Tensor]:
+    "The pseudo-label and the prediction without dropout; whether the variance of passes with dropout is below the threshold."
+    pseudo_label, strong_prediction = calibrated(self, self.regressor.features(weak)[None])[0], self.regressor(strong)
+    with torch.random.fork_rng([weak.device] if weak.is_cuda else []):
+        torch.manual_seed(0) # the same masks each time
+        _, u = calibrated(self, dropout_features(self.regressor, weak, self.passes))
+    return {"pseudo_label": pseudo_label, "strong_prediction": strong_prediction, "weight": (u < self.threshold).to(u.dtype)}
 
 # %% ../../nbs/66_methods.simregmatch.ipynb #8438e40e
 def check_arguments(
