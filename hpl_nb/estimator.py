@@ -310,7 +310,7 @@ def fit(self:SemiSupervisedRegressor,
         self.run_ = train(method, data, schedule(self, data), folder=self.folder, seed=seed, progress=self.verbose)
     self.predictor_ = Predictor.from_method(method, data)
     self.pseudo_labels_ = pseudo_labels(method, data, seed, X.index if isinstance(X, (pd.Series, pd.DataFrame)) else None)
-    self.recipe_, self.network_, self.is_column_ = recipe, self.network, getattr(y, "ndim", None) == 1 or np.ndim(y) == 1
+    self.recipe_, self.network_, self.is_column_ = recipe, self.network, np.asarray(y).ndim == 1
     return self
 
 # %% ../nbs/83_estimator.ipynb #4760324e

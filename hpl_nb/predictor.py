@@ -362,14 +362,17 @@ class Predictor:
         values = prediction, prediction - radius, prediction + radius
         return Interval(*(value if value.shape[1] > 1 else value[:, 0] for value in values))
 
-    def scores(self,
-        scaled:bool=False, # in units of sigma
-    )->np.ndarray: # (n, K)
-        "Sizes of the errors on the calibration rows."
-        if not scaled: return self.errors
-        if self.deviations is None:
-            raise HplError(f"{type(self.method).__name__} has no variance of its own that could scale intervals; use scaled=False.")
-        return self.errors/self.deviations
+
+# %% ../nbs/75_predictor.ipynb #97d2c5b8
+@patch
+def scores(self:Predictor,
+    scaled:bool=False, # in units of sigma
+)->np.ndarray: # (n, K)
+    "Sizes of the errors on the calibration rows."
+    if not scaled: return self.errors
+    if self.deviations is None:
+        raise HplError(f"{type(self.method).__name__} has no variance of its own that could scale intervals; use scaled=False.")
+    return self.errors/self.deviations
 
 # %% ../nbs/75_predictor.ipynb #23e087bc
 @patch(cls_method=True)

@@ -20,13 +20,13 @@ from hpl_nb.trainer import TrainSettings, fit, load_run
 
 EIGHT_LINES = '''
 import numpy as np
-from hpl_nb import models, trainer
-from hpl_nb.data import own
-from hpl_nb.methods.hpl import HPL
-x = np.random.default_rng(0).normal(size=(1000, 5))  # your features, one row per sample
+from hpl_nb.estimator import SemiSupervisedRegressor
+x = np.random.default_rng(0).normal(size=(1000, 5))  # your features: an array, a data frame, pictures, or picture files
 y = np.where(np.arange(1000) < 200, x[:, 0] + np.sin(2*x[:, 1]), np.nan)  # your labels, NaN where there is none
-run = trainer.fit(HPL(models.mlp(5)), own.from_arrays(x, y), trainer.TrainSettings(epochs=30))
-print(run.metrics["test_mae"], run.predictions[["index", "pseudo_label", "log_variance"]].dropna().head(), sep="\\n")
+model = SemiSupervisedRegressor(method="hpl", random_state=0).fit(x, y)
+print(model.pseudo_labels_.head())  # pseudo-label, variance and weight of rows without a label
+print(model.predict_interval(x[:3], coverage=.9))
+model.save("model.safetensors")
 '''.strip()
 
 
@@ -60,15 +60,16 @@ def refused(contains, function, *args, **kwargs):
 
 # the README
 
-def test_eight_lines(root):
+def test_eight_lines(tmp_path, monkeypatch):
     assert len(EIGHT_LINES.splitlines()) == 8 and max(map(len, EIGHT_LINES.splitlines())) <= 120
-    seed_everything(0)
+    monkeypatch.chdir(tmp_path)
     names, out = {}, io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()): exec(EIGHT_LINES, names)
-    spread = np.nanmean(np.abs(names["y"] - np.nanmean(names["y"])))
-    assert float(out.getvalue().split()[0]) < .75*spread # better than predicting the mean
-    assert "pseudo_label" in out.getvalue() and "log_variance" in out.getvalue()
-    assert out.getvalue().splitlines()[2].split()[1] == "200" # the first unlabelled row
+    x, model, true = names["x"], names["model"], names["x"][:, 0] + np.sin(2*names["x"][:, 1])
+    assert np.abs(model.predict(x[200:]) - true[200:]).mean() < .75*np.abs(true[200:] - true[200:].mean()).mean()
+    assert {"pseudo_label", "variance", "weight"} < set(out.getvalue().splitlines()[0].split()) and "low=" in out.getvalue()
+    assert out.getvalue().splitlines()[1].split()[1] == "200" # the first unlabelled row
+    assert np.array_equal(type(model).load("model.safetensors").predict(x), model.predict(x))
 
 
 # what never leaks
