@@ -42,17 +42,16 @@ from .models import Regressor
 
 # %% auto #0
 __all__ = ['Clock', 'Trainable', 'OptimizerSettings', 'TrainSettings', 'epoch_length', 'Run', 'load_run', 'check_results',
-           'read_log', 'read_table', 'stored_run', 'Progress', 'Session', 'train_step', 'micro_batches',
-           'scale_gradients', 'average_gradients', 'keep_record', 'not_numbers', 'Watched', 'watch_losses',
-           'stop_if_bad', 'suspects', 'step_batches', 'broken_samples', 'broken_inputs', 'bad_rows', 'far_samples',
-           'name_rows', 'batch_words', 'halted', 'blaming_samples', 'evaluating', 'map_rows', 'predict_rows',
-           'check_predictions', 'predictions_table', 'inspect_rows', 'log_row', 'variance_row', 'check_finite',
-           'end_epoch', 'average_buffers', 'process_state', 'checkpoint_content', 'save_checkpoint', 'write_log',
-           'save_best', 'save_snapshot', 'read_checkpoint', 'load_state', 'check_origin', 'resume', 'last_checkpoint',
-           'read_place', 'check_best', 'make_accelerator', 'run_config', 'check_settings', 'open_session', 'claimed',
-           'with_others', 'place_method', 'fit', 'run_steps', 'any_process', 'is_due', 'has_ended', 'batches',
-           'is_on_gpu', 'one_ahead', 'hardware', 'environment', 'finish', 'write_results', 'kept_tables',
-           'selected_metrics']
+           'read_log', 'read_table', 'stored_run', 'Progress', 'Watched', 'Session', 'train_step', 'micro_batches',
+           'scale_gradients', 'average_gradients', 'keep_record', 'not_numbers', 'watch_losses', 'stop_if_bad',
+           'suspects', 'step_batches', 'broken_samples', 'broken_inputs', 'bad_rows', 'far_samples', 'name_rows',
+           'batch_words', 'halted', 'blaming_samples', 'evaluating', 'map_rows', 'predict_rows', 'check_predictions',
+           'predictions_table', 'inspect_rows', 'log_row', 'variance_row', 'check_finite', 'end_epoch',
+           'average_buffers', 'process_state', 'checkpoint_content', 'save_checkpoint', 'write_log', 'save_best',
+           'save_snapshot', 'read_checkpoint', 'load_state', 'check_origin', 'resume', 'last_checkpoint', 'read_place',
+           'check_best', 'make_accelerator', 'run_config', 'check_settings', 'open_session', 'claimed', 'with_others',
+           'place_method', 'fit', 'run_steps', 'any_process', 'is_due', 'has_ended', 'batches', 'is_on_gpu',
+           'one_ahead', 'hardware', 'environment', 'finish', 'write_results', 'kept_tables', 'selected_metrics']
 
 # %% ../nbs/50_trainer.ipynb #4dfea6d9
 class Clock(NamedTuple):
@@ -215,6 +214,29 @@ class Progress:
     seconds:float=0. # spent before this session
     snapshots:dict[str, str]=field(default_factory=dict) # SHA-256 of the files of `record_every`
 
+# %% ../nbs/50_trainer.ipynb #01aaaf4b
+@dataclass
+class Watched:
+    "Flags of a step on their way from the device."
+    step:int # of the run
+    names:list[str] # of its losses
+    flags:Tensor # above zero where a loss is no number; on the CPU
+    copied:torch.cuda.Event|None # when they have arrived
+
+    @classmethod
+    def start(cls, step:int, names:Iterable[str], flags:Tensor)->Watched:
+        "Copy flags without waiting for them."
+        if flags.device.type != "cuda": return cls(step, list(names), flags.cpu(), None)
+        here, copied = torch.empty(flags.shape, pin_memory=True), torch.cuda.Event()
+        here.copy_(flags, non_blocking=True)
+        copied.record()
+        return cls(step, list(names), here, copied)
+
+    def bad(self)->list[str]:
+        "Names of the losses that are no numbers."
+        if self.copied: self.copied.synchronize()
+        return [name for name, flag in zip(self.names, self.flags.tolist()) if flag]
+
 # %% ../nbs/50_trainer.ipynb #69edf7ac
 @dataclass
 class Session:
@@ -309,29 +331,6 @@ def not_numbers(
 )->Tensor: # one for each loss: 1. where it is NaN or infinite, 0. elsewhere
     "Which losses of the epoch are no longer numbers; the first step that makes it so is the one to blame."
     return 1 - torch.stack(list(session.progress.losses.values())).isfinite().float()
-
-# %% ../nbs/50_trainer.ipynb #01aaaf4b
-@dataclass
-class Watched:
-    "Flags of a step on their way from the device."
-    step:int # of the run
-    names:list[str] # of its losses
-    flags:Tensor # above zero where a loss is no number; on the CPU
-    copied:torch.cuda.Event|None # when they have arrived
-
-    @classmethod
-    def start(cls, step:int, names:Iterable[str], flags:Tensor)->Watched:
-        "Copy flags without waiting for them."
-        if flags.device.type != "cuda": return cls(step, list(names), flags.cpu(), None)
-        here, copied = torch.empty(flags.shape, pin_memory=True), torch.cuda.Event()
-        here.copy_(flags, non_blocking=True)
-        copied.record()
-        return cls(step, list(names), here, copied)
-
-    def bad(self)->list[str]:
-        "Names of the losses that are no numbers."
-        if self.copied: self.copied.synchronize()
-        return [name for name, flag in zip(self.names, self.flags.tolist()) if flag]
 
 # %% ../nbs/50_trainer.ipynb #1984b6b2
 def watch_losses(
