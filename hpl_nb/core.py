@@ -350,7 +350,8 @@ def is_at(
     path:Path, # where it was opened
 )->bool:
     "Whether an open file is still the one that stands at `path`."
-    return not file.closed and path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+    try: return not file.closed and os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError: return False
 
 # %% ../nbs/00_core.ipynb #ef5bc4ae
 def open_lock(

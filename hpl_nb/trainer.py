@@ -761,7 +761,7 @@ def last_checkpoint(
     "The last checkpoint, or the one before where the last is damaged or was never put in place."
     folder, problems = session.folder, []
     for path in (folder.checkpoint, folder.previous):
-        if not path.exists(): continue
+        if not any_process(session, path.exists()): continue
         try: content, problem = read_place(path), None
         except HplError as error: content, problem = None, error
         if any_process(session, problem is not None):
