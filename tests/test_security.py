@@ -252,13 +252,13 @@ class TestPromise1NoFileIsUnpickled:
     def test_source(self):
         loads = called("torch.load", "get_state_dict", "load_state_dict_from_url")
         assert len(called("torch.load")) >= 2 and all(call.keywords.get("weights_only") is True for call in loads)
-        arrays = called("np.load", "numpy.load", "read_array", "np.lib.format.read_array")
+        arrays = called("np.load", "numpy.load", "read_array")
         assert arrays and all(call.keywords.get("allow_pickle") is False for call in arrays)
         assert not called("pickle.load", "pickle.loads", "Unpickler", "joblib.load", "read_pickle", "hub.load", "allow_pickle", "fromfile",
                           "load_module", "yaml.load", "from_pickle")
         assert not imported("joblib", "dill", "cloudpickle", "marshal", "shelve", "yaml", "h5py")
         text = "".join(Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8") for module in MODULES)
-        assert set(re.findall(r"\bpickle\.(\w+)", text)) == {"UnpicklingError"} # which is caught
+        assert not re.findall(r"\bpickle\.(\w+)", text)
 
     @pytest.mark.parametrize("payload", PAYLOADS)
     def test_payloads_would_run(self, payload, tmp_path):
