@@ -193,13 +193,14 @@ def training_data(
 )->SemiSupervisedData: # without a test set
     "The data set that a method is trained on."
     forget_table(model)
-    if (are_files(X) or are_pixels(X)) and model.preprocessor is not None:
+    from_files = are_files(X)
+    if (from_files or are_pixels(X)) and model.preprocessor is not None:
         raise HplError("preprocessor is for tables, and X are pictures; leave it out, and change the pictures before.")
     if not 0 <= model.validation_fraction < 1:
         raise HplError(f"validation_fraction is {model.validation_fraction}; give a share of at least 0 and below 1.")
     sets = make_sets(labels, None, model.validation_fraction, 0., None, seed, "y")
     samples = samples_of(model, X, np.sort(np.concatenate([sets["labelled"], sets["unlabelled"]])))
-    if not are_files(X): return array_data(torch.as_tensor(samples), labels, sets, model.strengths, "X")
+    if not from_files: return array_data(torch.as_tensor(samples), labels, sets, model.strengths, "X")
     files = ImageFiles(Pictures(model.size)(samples).sources, model.size, cache_in_memory=True)
     return image_data("X", files, labels, sets, randaugment_mc_views(round(.04*model.size), "reflect", round(.08*model.size)))
 
