@@ -252,7 +252,7 @@ def check_archive(
 
 # %% ../nbs/00_core.ipynb #3e7f0fcc
 PREDICTION_COLUMNS = ("run", "method", "dataset", "label_ratio", "seed", "epoch", "split", "index", "output", "y_true",
-                      "y_pred", "pseudo_label", "strong_prediction", "log_variance")
+                      "y_pred", "pseudo_label", "strong_prediction", "log_variance", "weight")
 
 # %% ../nbs/00_core.ipynb #8806bc75
 @dataclass

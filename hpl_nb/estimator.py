@@ -28,26 +28,27 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from .cli import WITH_DROPOUT, Options, make_method
-from .core import HplError, derive_seed, random_states, reading, seed_everything, set_random_states, whole_number
+from .cli import WITH_DROPOUT, Options, make_method, selected
+from .core import HplError, random_states, reading, seed_everything, set_random_states, whole_number
 from .data.core import SemiSupervisedData
 from .data.images import ImageFiles, image_data, randaugment_mc_views
-from hpl_nb.data.own import (
+from .data.own import (
     PixelStrengths, RowStrengths, array_data, batches_for, column_categories, input_tensor, label_array, make_sets,
-    refuse_missing)
+    refuse_missing, row_error)
 from .methods.core import Method, require_dropout
 from .models import Regressor, mlp, resnet, small_cnn
 from .predictor import (
     Interval, Pictures, Predictor, not_saved, predict_deviation, predict_samples, predictor_content, predictor_of,
     read_content, write_content)
-from .trainer import OptimizerSettings, TrainSettings, epoch_length, evaluating
+from .trainer import OptimizerSettings, Run, TrainSettings, epoch_length
 from .trainer import fit as train
 
 # %% auto #0
 __all__ = ['OWN_WORDS', 'NOT_IN_FILES', 'SemiSupervisedRegressor', 'own_words', 'row_count', 'label_columns',
-           'default_preprocessor', 'table', 'are_files', 'are_pixels', 'samples_of', 'forget_table', 'training_data',
-           'default_network', 'Recipe', 'recipe_for', 'build_method', 'random_states_kept', 'seed_of', 'method_name',
-           'schedule', 'pseudo_labels', 'as_fitted', 'estimator_content', 'fitted_estimator', 'read_transformer']
+           'default_preprocessor', 'check_texts', 'table', 'are_files', 'are_pixels', 'samples_of', 'forget_table',
+           'training_data', 'default_network', 'Recipe', 'recipe_for', 'build_method', 'random_states_kept', 'seed_of',
+           'method_name', 'schedule', 'pseudo_labels', 'as_fitted', 'estimator_content', 'fitted_estimator',
+           'read_transformer']
 
 # %% ../nbs/83_estimator.ipynb #23fd25e6
 class SemiSupervisedRegressor(RegressorMixin, BaseEstimator):
@@ -68,6 +69,7 @@ class SemiSupervisedRegressor(RegressorMixin, BaseEstimator):
         learning_rate:float=1e-3, # of Adam
         weight_decay:float=0., # of Adam
         validation_fraction:float=.2, # of the labelled rows: they select the epoch and make the intervals
+        deduplicate:bool=False, # leave out training rows that are repeated, or are validation rows too
         patience:int|None=None, # stop after so many epochs without a better validation
         folder:str|Path|None=None, # run folder: what is killed goes on by the same call; None: in memory
         random_state:int|np.random.RandomState|None=None, # of everything; None: NumPy's own
@@ -76,7 +78,8 @@ class SemiSupervisedRegressor(RegressorMixin, BaseEstimator):
         self.method, self.preset, self.settings, self.unlabelled_weight = method, preset, settings, unlabelled_weight
         self.network, self.preprocessor, self.strengths, self.size = network, preprocessor, strengths, size
         self.epochs, self.iterations_per_epoch, self.batch_size = epochs, iterations_per_epoch, batch_size
-        self.learning_rate, self.weight_decay, self.validation_fraction = learning_rate, weight_decay, validation_fraction
+        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self.validation_fraction, self.deduplicate = validation_fraction, deduplicate
         self.patience, self.folder, self.random_state, self.verbose = patience, folder, random_state, verbose
 
     def __sklearn_tags__(self):
@@ -118,7 +121,8 @@ def label_columns(
 
 # %% ../nbs/83_estimator.ipynb #65c4601f
 def default_preprocessor(
-    frame:pd.DataFrame, # features of the rows that train
+    frame:pd.DataFrame, # features
+    train:np.ndarray|None=None, # the rows that train; None: all
     most:int=50, # values of a column of text
 )->ColumnTransformer: # not fitted yet; columns are named by their positions
     "Standardised numbers, and one feature for each value of a column of text."
@@ -126,10 +130,23 @@ def default_preprocessor(
     for position, name in enumerate(frame.columns):
         column = frame.iloc[:, position]
         is_number = is_numeric_dtype(column) and column.dtype.kind != "c"
-        if not is_number: column_categories(column, np.arange(len(frame)), most, "X") # refuses dates, numbers as text, and names
+        if not is_number: check_texts(column, np.arange(len(frame)) if train is None else train, most)
         (numbers if is_number else texts).append(position)
     return ColumnTransformer([("numbers", StandardScaler(), numbers),
                               ("texts", OneHotEncoder(handle_unknown="ignore", sparse_output=False), texts)])
+
+def check_texts(
+    column:pd.Series, # of a data frame, no numbers
+    train:np.ndarray, # the rows that train
+    most:int, # different values there
+)->None:
+    "Refuse dates, numbers as text, names of the rows, and texts among other things, which have no order."
+    column_categories(column, train, most, "X")
+    is_text = column.map(lambda value: isinstance(value, str)).to_numpy(bool)
+    if is_text.any() and not is_text.all():
+        value = column.iloc[np.flatnonzero(~is_text)[0]]
+        raise row_error(f"X, column {column.name!r}", np.flatnonzero(~is_text), f"{value!r} is no text, as others are",
+                        f"Make all of them text: X[{column.name!r}] = X[{column.name!r}].astype(str).")
 
 # %% ../nbs/83_estimator.ipynb #9a35840f
 def table(
@@ -149,7 +166,7 @@ def table(
     if model.preprocessor is None: refuse_missing(X, "X")
     if fitting:
         rows = X.iloc[train] if isinstance(X, pd.DataFrame) else X[train]
-        model.preprocessor_ = (model.preprocessor_ or default_preprocessor(rows)).fit(rows)
+        model.preprocessor_ = (model.preprocessor_ or default_preprocessor(X, train)).fit(rows)
     encoded = check_array(model.preprocessor_.transform(X), accept_sparse=True, dtype=np.float64, input_name="X after the preprocessor")
     return encoded.toarray() if issparse(encoded) else encoded
 
@@ -200,9 +217,10 @@ def training_data(
         raise HplError(f"validation_fraction is {model.validation_fraction}; give a share of at least 0 and below 1.")
     sets = make_sets(labels, None, model.validation_fraction, 0., None, seed, "y")
     samples = samples_of(model, X, np.sort(np.concatenate([sets["labelled"], sets["unlabelled"]])))
-    if not from_files: return array_data(torch.as_tensor(samples), labels, sets, model.strengths, "X")
+    if not from_files: return array_data(torch.as_tensor(samples), labels, sets, model.strengths, "X", None, model.deduplicate)
     files = ImageFiles(Pictures(model.size)(samples).sources, model.size, cache_in_memory=True)
-    return image_data("X", files, labels, sets, randaugment_mc_views(round(.04*model.size), "reflect", round(.08*model.size)))
+    views = randaugment_mc_views(round(.04*model.size), "reflect", round(.08*model.size))
+    return image_data("X", files, labels, sets, views, model.deduplicate, compare=True)
 
 # %% ../nbs/83_estimator.ipynb #46f87adf
 def default_network(
@@ -310,32 +328,22 @@ def fit(self:SemiSupervisedRegressor,
         method = build_method(recipe, self.network)
         self.run_ = train(method, data, schedule(self, data), folder=self.folder, seed=seed, progress=self.verbose)
     self.predictor_ = Predictor.from_method(method, data)
-    self.pseudo_labels_ = pseudo_labels(method, data, seed, X.index if isinstance(X, (pd.Series, pd.DataFrame)) else None)
+    self.pseudo_labels_ = pseudo_labels(self.run_, X.index if isinstance(X, (pd.Series, pd.DataFrame)) else None)
     self.recipe_, self.network_, self.is_column_ = recipe, self.network, np.asarray(y).ndim == 1
     return self
 
 # %% ../nbs/83_estimator.ipynb #4760324e
 def pseudo_labels(
-    method:Method, # trained
-    data:SemiSupervisedData, # on what
-    seed:int, # of the run: the views are those of its predictions table
+    run:Run, # finished
     index:pd.Index|None=None, # names of the rows; None: their numbers
 )->pd.DataFrame: # row, output, pseudo_label, variance, weight; label units, and label units squared
     "Pseudo-labels of the unlabelled rows, their variance and their weight."
-    rows, scale, parts, device = data.unlabelled, np.asarray(data.normalizer.scale), [], next(method.parameters()).device
-    for some in np.split(rows, range(256, len(rows), 256)) if len(rows) else []:
-        seeds, samples = np.array([derive_seed(seed, "evaluation", row) for row in some]), data.inputs[some]
-        with evaluating(method):
-            seed_everything(seed) # some methods draw masks
-            found = method.inspect(*(view(samples, seeds).to(device) for view in (data.weak, data.strong)))
-        found = {name: value.double().cpu().numpy() for name, value in found.items()}
-        nothing = np.full((len(some), data.outputs), np.nan)
-        parts.append(pd.DataFrame({
-            "row": (some if index is None else index[some]).repeat(data.outputs), "output": np.tile(np.arange(data.outputs), len(some)),
-            "pseudo_label": data.normalizer.denormalize(found["pseudo_label"]).ravel(),
-            "variance": (np.exp(found.get("log_variance", nothing))*scale**2).ravel(),
-            "weight": np.broadcast_to(found.get("weight", 1.), nothing.shape).ravel()}))
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["row", "output", "pseudo_label", "variance", "weight"])
+    table = selected(run)
+    table = table[table["split"] == "unlabelled"].sort_values(["index", "output"], ignore_index=True)
+    rows = table["index"].astype(int)
+    return pd.DataFrame({
+        "row": rows if index is None else index[rows], "output": table["output"], "pseudo_label": table["pseudo_label"],
+        "variance": np.exp(table["log_variance"].astype(float)), "weight": table["weight"].astype(float).fillna(1.)})
 
 # %% ../nbs/83_estimator.ipynb #36c56cb4
 @patch

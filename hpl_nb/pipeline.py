@@ -59,7 +59,7 @@ def thin_predictions(
     few = unlabelled[np.linspace(0, len(unlabelled) - 1, min(most, len(unlabelled))).astype(int)]
     others = rows[(rows["epoch"] != run.metrics["epoch"]) & (rows["split"] == "unlabelled") & rows["index"].isin(few)]
     table = pd.concat([chosen, others]).sort_values(["epoch", "index", "output"], ignore_index=True)
-    numbers = ["y_true", "y_pred", "pseudo_label", "strong_prediction", "log_variance"]
+    numbers = ["y_true", "y_pred", "pseudo_label", "strong_prediction", "log_variance", "weight"]
     return table.assign(**{name: table[name].map("{:.6g}".format).astype("float32") for name in numbers})
 
 # %% ../nbs/80b_pipeline.ipynb #e9a09fc8

@@ -42,16 +42,17 @@ from .models import Regressor
 
 # %% auto #0
 __all__ = ['Clock', 'Trainable', 'OptimizerSettings', 'TrainSettings', 'epoch_length', 'Run', 'load_run', 'check_results',
-           'read_log', 'read_table', 'stored_run', 'Progress', 'Watched', 'Session', 'train_step', 'micro_batches',
-           'scale_gradients', 'average_gradients', 'keep_record', 'not_numbers', 'watch_losses', 'stop_if_bad',
-           'suspects', 'step_batches', 'broken_samples', 'broken_inputs', 'bad_rows', 'far_samples', 'name_rows',
-           'batch_words', 'halted', 'blaming_samples', 'evaluating', 'map_rows', 'predict_rows', 'check_predictions',
-           'predictions_table', 'inspect_rows', 'log_row', 'variance_row', 'check_finite', 'end_epoch',
-           'average_buffers', 'process_state', 'checkpoint_content', 'save_checkpoint', 'write_log', 'save_best',
-           'save_snapshot', 'read_checkpoint', 'load_state', 'check_origin', 'resume', 'last_checkpoint', 'read_place',
-           'check_best', 'make_accelerator', 'run_config', 'check_settings', 'open_session', 'claimed', 'with_others',
-           'place_method', 'fit', 'run_steps', 'any_process', 'is_due', 'has_ended', 'batches', 'is_on_gpu',
-           'one_ahead', 'hardware', 'environment', 'finish', 'write_results', 'kept_tables', 'selected_metrics']
+           'read_log', 'read_predictions', 'read_table', 'stored_run', 'Progress', 'Watched', 'Session', 'train_step',
+           'micro_batches', 'scale_gradients', 'average_gradients', 'keep_record', 'not_numbers', 'watch_losses',
+           'stop_if_bad', 'suspects', 'step_batches', 'broken_samples', 'broken_inputs', 'bad_rows', 'far_samples',
+           'name_rows', 'batch_words', 'halted', 'blaming_samples', 'evaluating', 'map_rows', 'predict_rows',
+           'check_predictions', 'predictions_table', 'inspect_rows', 'log_row', 'variance_row', 'check_finite',
+           'end_epoch', 'average_buffers', 'process_state', 'checkpoint_content', 'save_checkpoint', 'write_log',
+           'save_best', 'save_snapshot', 'read_checkpoint', 'load_state', 'check_origin', 'resume', 'last_checkpoint',
+           'read_place', 'check_best', 'make_accelerator', 'run_config', 'check_settings', 'open_session', 'claimed',
+           'with_others', 'place_method', 'fit', 'run_steps', 'any_process', 'is_due', 'has_ended', 'batches',
+           'is_on_gpu', 'one_ahead', 'hardware', 'environment', 'load_selected', 'finished_before', 'finish',
+           'write_results', 'kept_tables', 'selected_metrics']
 
 # %% ../nbs/50_trainer.ipynb #4dfea6d9
 class Clock(NamedTuple):
@@ -86,7 +87,7 @@ class Trainable(Protocol):
     def after_step(self)->None: "Called when the optimisers have stepped."
     def after_epoch(self)->None: "Called after the last step of an epoch, before validation."
     def predict(self, x:Tensor)->Tensor: "Predictions in normalised units, (b, K)."
-    def inspect(self, weak:Tensor, strong:Tensor)->dict[str, Tensor]: "pseudo_label, strong_prediction, log_variance."
+    def inspect(self, weak:Tensor, strong:Tensor)->dict[str, Tensor]: "Pseudo-label, strong prediction, log_variance and weight."
 
 # %% ../nbs/50_trainer.ipynb #0880beee
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def load_run(
     if metrics is None: raise HplError(f"the run in {folder.path} is not finished; continue it with the command that began it.")
     environment, options = (folder.read_json(name) or {} for name in ("environment.json", "options.json"))
     check_results(folder)
-    tables = read_table(folder.log, read_log), read_table(folder.predictions, pd.read_parquet)
+    tables = read_table(folder.log, read_log), read_table(folder.predictions, read_predictions)
     return Run(config, tables[0], metrics, tables[1], True, environment, options)
 
 # %% ../nbs/50_trainer.ipynb #34aad49c
@@ -180,6 +181,15 @@ def read_log(
     check_header(path, b",")
     return pd.read_csv(path)
 
+def read_predictions(
+    path:Path, # a parquet file
+)->pd.DataFrame: # `PREDICTION_COLUMNS`; earlier runs wrote no weights
+    "Read the table of predictions."
+    table = pd.read_parquet(path)
+    if missing := [name for name in PREDICTION_COLUMNS if name not in (*table, "weight")]:
+        raise damaged(path, f"it has no column {missing[0]!r}")
+    return table.reindex(columns=PREDICTION_COLUMNS)
+
 def read_table(
     path:Path, # a table
     read:Callable[[Path], pd.DataFrame], # reads its format
@@ -198,7 +208,7 @@ def stored_run(
         raise HplError(f"{folder.stored} has no {', '.join(missing)}: it is no stored run. Restore it, or delete it and store the run "
                        "again.")
     with reading(folder.stored, partial(damaged, folder.stored)): log = pd.DataFrame(content["log"])
-    table = read_table(parquet, pd.read_parquet) if os.path.lexists(parquet) else pd.DataFrame(columns=PREDICTION_COLUMNS)
+    table = read_table(parquet, read_predictions) if os.path.lexists(parquet) else pd.DataFrame(columns=PREDICTION_COLUMNS)
     return Run(content["config"], log, content["metrics"], table, True, content["environment"], content["options"])
 
 # %% ../nbs/50_trainer.ipynb #9680aa10
@@ -548,12 +558,13 @@ def predictions_table(
 def inspect_rows(
     session:Session, # the run
     rows:np.ndarray, # unlabelled rows
-)->dict[str, np.ndarray]: # pseudo_label, strong_prediction, and log_variance where the method has one; label units
+)->dict[str, np.ndarray]: # pseudo_label and strong_prediction, label units; log_variance and weight where the method has them
     "What the method makes of the two views of each row."
     normalizer = session.data.normalizer
     values = map_rows(session, rows, ("weak", "strong"), session.method.inspect)
     out = {name: normalizer.denormalize(values[name]) for name in ("pseudo_label", "strong_prediction")}
     if "log_variance" in values: out["log_variance"] = values["log_variance"] + 2*np.log(np.asarray(normalizer.scale))
+    if "weight" in values: out["weight"] = np.broadcast_to(values["weight"], out["pseudo_label"].shape)
     return out
 
 # %% ../nbs/50_trainer.ipynb #df2dde10
@@ -1063,18 +1074,36 @@ def environment(
     versions = {name: version(name) for name in ("torch", "torchvision", "numpy", "accelerate")}
     return {"hardware": hardware(accelerator), "hpl_nb": __version__, "python": platform.python_version(), **versions}
 
+# %% ../nbs/50_trainer.ipynb #f1b5d7a2
+def load_selected(
+    session:Session, # a run that has ended
+)->None:
+    "Give the method the weights of the selected epoch."
+    source = session.folder.best if session.folder else "memory"
+    state = read_checkpoint(source)["method"] if session.folder else session.best_state
+    load_state(session.method, send_to_device(state, session.accelerator.device), source)
+    session.method.eval()
+
+def finished_before(
+    session:Session, # a run that has ended
+)->Run|None: # None: there are no results yet, or one of their files is missing or damaged
+    "The results that are there already; they are not written a second time."
+    if not session.folder or not session.folder.metrics.exists(): return None
+    try: return load_run(session.folder.path)
+    except HplError: return None
+
 # %% ../nbs/50_trainer.ipynb #dcef7cfa
 def finish(
     session:Session, # a run that has ended
 )->Run:
     "Predict with the last and the selected epoch, measure the test set once, and write the results."
     last, best = len(session.progress.log), session.progress.best_epoch
+    if run := finished_before(session):
+        load_selected(session)
+        return run
     tables = kept_tables(session, (last, best))
     if last != best: tables.append(predictions_table(session, last))
-    source = session.folder.best if session.folder else "memory"
-    state = read_checkpoint(source)["method"] if session.folder else session.best_state
-    load_state(session.method, send_to_device(state, session.accelerator.device), source)
-    session.method.eval()
+    load_selected(session)
     selected = predictions_table(session, best)
     predictions = pd.concat([*tables, selected], ignore_index=True).sort_values(["epoch", "index", "output"], ignore_index=True)
     metrics = selected_metrics(session, selected)

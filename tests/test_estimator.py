@@ -220,6 +220,12 @@ class TestFrames:
         with pytest.raises(HplError, match="different values"):
             SemiSupervisedRegressor(**QUICK).fit(self.frame.assign(name=[f"n{i}" for i in range(120)]), self.y)
 
+    def test_text_among_numbers_is_refused_by_its_row(self):
+        mixed = self.frame.assign(kind=self.frame["kind"].astype(object).where(np.arange(120) != 77, 7))
+        with pytest.raises(HplError, match=r"'kind': row 77 .*7 is no text.*astype\(str\)"):
+            SemiSupervisedRegressor(**QUICK).fit(mixed, self.y)
+        assert SemiSupervisedRegressor(**QUICK).fit(mixed.assign(kind=mixed["kind"].astype(str)), self.y).preprocessor_
+
     def test_own_preprocessor_travels_if_it_is_trusted(self, tmp_path):
         x, y, _ = rows()
         plain = SemiSupervisedRegressor(preprocessor=StandardScaler(), **QUICK).fit(x, y)
@@ -238,6 +244,17 @@ class TestFrames:
         path = own.save(tmp_path/"own.safetensors")
         assert "print" in " ".join(skops.io.get_untrusted_types(data=skops.io.dumps(own.preprocessor_)))
         with pytest.raises(HplError, match="print"): SemiSupervisedRegressor.load(path)
+
+
+def test_repeated_rows_are_left_out_on_request():
+    "The warning of the data layer names an argument that there is."
+    x, y, _ = rows()
+    x[60], x[61] = x[3], x[100]
+    with pytest.warns(UserWarning, match="Pass deduplicate=True"): SemiSupervisedRegressor(**QUICK).fit(x, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kept = SemiSupervisedRegressor(deduplicate=True, **QUICK).fit(x, y).pseudo_labels_["row"]
+    assert set(range(40, 120)) - set(kept) == {60, 100}
 
 
 def test_own_network(tmp_path):

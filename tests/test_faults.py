@@ -318,6 +318,17 @@ class TestDamage:
                 assert same(train(folder=folder.path)) and not differences(results(load_run(folder.path)), end)
         assert refused > (3 if name == "environment.json" else 25)
 
+    def test_results_are_written_once(self, templates, tmp_path):
+        "The same command reads a finished run's results: a kill in it can leave nothing half new; what is damaged is written again."
+        folder = copied(templates, "ended", tmp_path)
+        written = ("metrics.json", "predictions.parquet", "log.csv", "checksums.json", "environment.json")
+        inodes = {name: (folder.path/name).stat().st_ino for name in written}
+        assert same(train(folder=folder.path))
+        assert {name: (folder.path/name).stat().st_ino for name in written} == inodes
+        folder.predictions.write_bytes(b"PAR1")
+        assert same(train(folder=folder.path)) and not differences(results(load_run(folder.path)), results(load_run(templates/"ended")))
+        assert (folder.path/"metrics.json").stat().st_ino != inodes["metrics.json"]
+
     @pytest.mark.parametrize("name", ["config.json", "log.csv", "predictions/epoch-0001.parquet"])
     def test_files_of_a_run_that_goes_on(self, name, templates, tmp_path):
         draw = random.Random(name)
@@ -543,7 +554,7 @@ def rank_main(rank, port, job, out):
     "One of two processes; its end, or the error it stopped with, goes to a file."
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+                   "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo", "ACCELERATE_USE_CPU": "true"}
     try: end = job(rank)
     except Exception as error: end = f"{type(error).__name__}: {error}"
     torch.save(end, out/f"{rank}.pt")

@@ -39,7 +39,7 @@ def predictions(n=400, seed=0, method="a", epoch=3):
     table = pd.concat([pd.DataFrame(part).assign(index=range(n)) for part in (unlabelled, test)], ignore_index=True)
     table = table.assign(run=f"{method}{seed}", method=method, dataset="made-up", label_ratio=.1, seed=seed, epoch=epoch,
                          output=0)
-    return table[list(PREDICTION_COLUMNS)]
+    return table.reindex(columns=PREDICTION_COLUMNS)
 
 
 @pytest.mark.parametrize("shape", [(1,), (2,), (50,), (50, 1), (50, 3)])
