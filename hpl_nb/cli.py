@@ -328,7 +328,8 @@ def hpl_settings(
 )->HPLSettings:
     "A preset with the recipe's constants and the differences of the command line."
     recipe, given = recipe_of(options), given_settings(options, [name for name in field_names(HPLSettings) if name != "preset"])
-    values = {"unlabelled_weight": weight*(2 if preset.half_weight else 1), "learner_lr": options.learner_lr or preset.learner_lr}
+    values = {"unlabelled_weight": weight*(2 if given.get("half_weight", preset.half_weight) else 1),
+              "learner_lr": preset.learner_lr if options.learner_lr is None else options.learner_lr}
     if preset.preset == "release":
         values |= dict(outer_regularizer=recipe.outer_regularizer, learner_weight_decay=recipe.learner_weight_decay)
     return replace(preset, **values | given, preset=with_changes(preset.preset, options))

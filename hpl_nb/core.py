@@ -149,8 +149,12 @@ def atomic_write(
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
-            if previous and path.exists(): os.replace(path, previous)
-            os.replace(file.name, path)
+            moved = bool(previous) and path.exists()
+            if moved: os.replace(path, previous)
+            try: os.replace(file.name, path)
+            except OSError:
+                if moved: os.replace(previous, path)
+                raise
             sync_folder(path.parent)
     except (OSError, RuntimeError) as error: # torch.save on a full disk: the second, while the first is being handled
         cause = error if isinstance(error, OSError) else error.__context__
@@ -158,6 +162,7 @@ def atomic_write(
         raise not_written(path, cause) from error
     return path
 
+# %% ../nbs/00_core.ipynb #a70c1c01
 def not_written(
     path:Path, # what was to be written
     error:OSError, # what the operating system said

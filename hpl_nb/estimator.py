@@ -88,7 +88,7 @@ class SemiSupervisedRegressor(RegressorMixin, BaseEstimator):
         return tags
 
 # %% ../nbs/83_estimator.ipynb #b61c7a90
-OWN_WORDS = {"pass impute='median'": "fill them before: make_pipeline(SimpleImputer(), ...), or preprocessor=",
+OWN_WORDS = {"pass impute='median'": "use make_pipeline(SimpleImputer(), ...) or preprocessor=",
              "leave it out with columns=[...], make it numeric, or raise max_categories": "drop it, make it numeric, or pass preprocessor=",
              "smaller val_share and test_share": "a smaller validation_fraction", "--settings": "settings",
              "val_share, or calibration=": "validation_fraction, or calibrate(X, y)"}
@@ -380,11 +380,10 @@ def as_fitted(
 def predict_interval(self:SemiSupervisedRegressor,
     X:Any, # rows such as those of `fit`
     coverage:float=.9, # share of new labels that are to lie within; for each output on its own
-    scaled:bool|None=None, # in units of the method's own sigma; None: if it has one
+    scaled:bool=False, # wide where the method's own sigma is large
 )->Interval: # prediction, low, high
     "Predictions with split conformal intervals."
     check_is_fitted(self)
-    scaled = self.predictor_.deviations is not None if scaled is None else scaled
     with own_words(): interval = self.predictor_.predict_interval(samples_of(self, X), coverage, scaled)
     return Interval(*(as_fitted(self, values) for values in interval))
 
@@ -395,7 +394,8 @@ def calibrate(self:SemiSupervisedRegressor,
 )->SemiSupervisedRegressor: # itself
     "Let other rows' errors make the intervals."
     check_is_fitted(self)
-    labels, samples, p = label_columns(y, row_count(X)), samples_of(self, X), self.predictor_
+    labels, p = label_columns(y, row_count(X)), self.predictor_
+    with own_words(): samples = samples_of(self, X)
     known, samples = np.flatnonzero(np.isfinite(labels).all(axis=1)), p.reader(samples)
     given = p.method, samples, known, p.view, p.normalizer
     self.predictor_ = replace(p, errors=np.abs(labels[known] - predict_samples(*given)), deviations=predict_deviation(*given))

@@ -5,6 +5,7 @@
 # %% ../nbs/81_experiments.ipynb #a0ac26b4
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -55,7 +56,8 @@ def how_made(
     for job in there:
         run = load_run(job.folder)
         where = f" on {run.environment['hardware']}" if run.environment else ""
-        way = f"{run.metrics['epochs']} epochs, {run.metrics['steps']:,} steps{where}: `hpl_train {given_options(run.options)}`"
+        command = f"hpl_train --method METHOD --seed SEED {given_options(run.options)}"
+        way = f"{run.metrics['epochs']} epochs, {run.metrics['steps']:,} steps{where}: `{command}`"
         lines.setdefault(way, {}).setdefault(job.method, []).append(str(job.seed))
     text = "\n".join(f"- {_who(methods)}: {way}" for way, methods in lines.items())
     one = len({job.seed for job in there}) == 1
@@ -67,12 +69,16 @@ def _who(methods): return ", ".join(f"**{name}** (seed {', '.join(seeds)})" for 
 def given_options(
     options:Mapping[str, Any], # of a run
 )->str: # as on the command line
-    "The options that differ from the recipe's; files by their names alone."
-    usual = asdict(Options()) | {"dataset": None, "root": options["root"], "dropout": recipe_of(Options(options["dataset"])).dropout}
-    given = {name: value for name, value in options.items() if value != usual.get(name)}
+    "The options that differ from the defaults; files by their names alone, and no folder of this machine."
+    usual = asdict(Options()) | {"dataset": None, "dropout": recipe_of(Options(options["dataset"])).dropout}
+    given = {name: value for name, value in options.items() if value is not None and value != usual.get(name)}
     for name in ("weights", "vectors"):
         if name in given: given[name] = Path(given[name]).name
-    return " ".join(f'--{name} "{value}"' if " " in str(value) else f"--{name} {value}" for name, value in given.items())
+    if "root" in given: given["root"] = "FOLDER"
+    changes = [given.pop("tuned", ""), given.get("settings", "")] # what a search found is a setting like others
+    if any(changes): given["settings"] = ",".join(filter(None, changes))
+    words = {True: lambda name, value: f"--{name}", False: lambda name, value: f"--{name} {shlex.quote(str(value))}"}
+    return " ".join(words[value is True](name, value) for name, value in given.items())
 
 # %% ../nbs/81_experiments.ipynb #700140d9
 def where_wrong(

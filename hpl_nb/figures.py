@@ -574,7 +574,7 @@ def log_variance_curves(
                   _line(rows["x"], rows["weight_mean"], style, hover, key["run"], **hidden)]
         figure.add_traces(traces, rows=[1, 1, 2], cols=[1, 1, 1])
     figure.update_yaxes(title_text="Log-variance z, ± sd", row=1, col=1)
-    figure.update_yaxes(title_text="Mean weight exp(−z)", rangemode="tozero", row=2, col=1)
+    figure.update_yaxes(title_text="Mean weight ω", rangemode="tozero", row=2, col=1)
     figure.update_xaxes(title_text="Epoch", row=2, col=1)
     return finish(figure, "Log-variance over training", 520)
 

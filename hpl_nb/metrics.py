@@ -315,6 +315,9 @@ def paired_test(
     require_columns(metrics, ["method", "seed", column, *by], "metrics")
     tables = []
     for values, rows in metrics.groupby(list(by), sort=False, dropna=False, observed=True):
+        if (twice := rows[rows.duplicated(["method", "seed"])]).size:
+            raise HplError(f"seed {twice['seed'].iloc[0]} of {twice['method'].iloc[0]} is there more than once in {dict(zip(by, values))}: "
+                           "keep one epoch, split and output, or name the column in `by`.")
         wide = rows.pivot(index="seed", columns="method", values=column)
         if reference not in wide: raise HplError(f"no run of {reference!r} in {dict(zip(by, values))}; there are {', '.join(wide)}.")
         compared = [method for method in dict.fromkeys(rows["method"]) if method != reference]

@@ -101,8 +101,9 @@ class OptimizerSettings:
     decay:float=.1 # that factor
 
     def __post_init__(self):
-        for name in ("lr_body", "lr_head", "weight_decay_body", "weight_decay_head"):
+        for name in ("lr_body", "lr_head", "weight_decay_body", "weight_decay_head", "decay"):
             not_negative(name, getattr(self, name))
+        if self.decay_every is not None: whole_number("decay_every", self.decay_every)
 
 # %% ../nbs/50_trainer.ipynb #75bf5923
 @dataclass(frozen=True)
@@ -450,7 +451,7 @@ def halted(
 )->HplError: # to be raised
     "The error that ends a run whose numbers are none any more."
     kept = f"the last checkpoint is kept (step {session.saved})" if session.saved is not None else "no checkpoint had been written yet"
-    why, fix = "training diverged", "Lower lr_body and lr_head or the weight of the unlabelled loss, in another folder"
+    why, fix = "training diverged", "Lower the learning rates or the weight of the unlabelled loss, in another folder"
     if blamed:
         others = f" (and {len(blamed) - 3} more)" if len(blamed) > 3 else ""
         why = "; ".join(blamed[:3]) + others

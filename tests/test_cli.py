@@ -3,6 +3,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
@@ -11,6 +12,8 @@ from fastcore.script import anno_parser
 
 from hpl_nb import bench, cli, pipeline
 from hpl_nb.core import PREDICTION_COLUMNS
+from hpl_nb.experiments import given_options
+from hpl_nb.methods.hpl import PAPER
 from hpl_nb.models import mlp
 
 METHODS = {"Supervised", "PseudoLabel", "JointUncertainty", "HPL (paper)", "HPL (release)", "FullySupervised"}
@@ -75,7 +78,8 @@ def test_compare_puts_the_paper_beside_ours(dataset, paper):
     (cli.hpl_train, dict(method="bogus", dataset="utkface", root="nowhere"), "is unknown; choose supervised"),
     (cli.hpl_train, dict(dropout=1.5), "below 1"), (cli.hpl_train, dict(lr=-1.), "lr_body is -1"),
     (cli.hpl_train, dict(settings="preset=release"), "write name=value"),
-    (cli.hpl_train, dict(settings="outer_every=often"), "do not fit hpl"),
+    (cli.hpl_train, dict(settings="outer_every=2.5"), "outer_every is 2.5"),
+    (cli.hpl_train, dict(settings="outer_every=often"), "outer_every is often; give a whole number"),
     (cli.hpl_train, dict(method="pim", settings="passes=2.5"), "passes is 2.5; give a whole number"),
     (cli.hpl_train, dict(method="cadr", settings="threshold=95"), "from 0 to 1"),
     (pipeline.hpl_compare, dict(options="label_ratio=0.2"), "write name=value"),
@@ -99,6 +103,22 @@ def test_settings_are_part_of_the_name():
 def make_name(spec, **options):
     method = cli.make_method(spec, lambda: mlp(2), cli.Options(**options))
     return method.settings.preset if spec.startswith("hpl") else method.preset
+
+
+def test_start_weight_and_rates_are_those_asked_for():
+    "Lambda is doubled where the weight is exp(-z)/2, whoever says so; a rate of zero is zero."
+    def made(spec, **options): return cli.make_method(spec, lambda: mlp(2), cli.Options("utkface", **options)).settings
+    changes = ("hpl:paper", ""), ("hpl:release", ""), ("hpl:paper", "half_weight=true"), ("hpl:release", "half_weight=false")
+    assert [made(spec, settings=change).unlabelled_weight for spec, change in changes] == [5, 10, 10, 5]
+    assert made("hpl:paper", learner_lr=0.).learner_lr == 0 and made("hpl:paper").learner_lr == PAPER.learner_lr
+
+
+def test_how_a_run_was_made_is_a_command():
+    options = cli.Options("utkface", "/data/my faces", compile=True, deduplicate=True, tuned="decay=0.97", settings="ramp_share=0", size=64)
+    words = shlex.split(given_options(asdict(options)))
+    given = vars(anno_parser(cli.hpl_train).parse_args(words))
+    assert {name: given[name] for name in ("dataset", "root", "compile", "deduplicate", "settings", "size")} == {
+        "dataset": "utkface", "root": "FOLDER", "compile": True, "deduplicate": True, "settings": "decay=0.97,ramp_share=0", "size": 64}
 
 
 @pytest.mark.parametrize("arguments, says", [

@@ -19,6 +19,7 @@ from hpl_nb.metrics import (
     last_epochs,
     mean_absolute_error,
     mean_squared_error,
+    paired_test,
     r2_score,
     reliability,
     reliability_summary,
@@ -190,6 +191,12 @@ def test_summarise_counts_seeds_and_refuses_to_count_twice():
     with pytest.raises(HplError, match="no column rmse"): summarise(runs, columns=["rmse"])
     lost = summarise(runs.assign(mae=runs.mae.where(runs.seed > 0)))
     assert lost.mae_mean.isna().all() and format_table(lost).mae.eq("n/a").all()
+
+
+def test_paired_test_refuses_to_pair_twice():
+    runs = evaluate(pd.concat([predictions(seed=seed, method=method) for method in "ab" for seed in range(3)]))
+    with pytest.raises(HplError, match="seed 0 of a is there more than once in .*keep one epoch, split and output"): paired_test(runs, "a")
+    assert paired_test(runs[runs["split"] == "test"], "a")["n"].eq(3).all()
 
 
 def test_a_single_seed_shows_no_spread():

@@ -16,7 +16,7 @@ from accelerate.tracking import GeneralTracker
 from small_runs import METHODS, differences, make, on_cpu, vectors  # noqa: F401
 from torch import nn
 
-from hpl_nb.core import HplError, RunFolder
+from hpl_nb.core import HplError, RunFolder, atomic_write
 from hpl_nb.data.core import PerSample, SemiSupervisedData, StreamSettings, synthetic
 from hpl_nb.methods.core import FullySupervised, PseudoLabel, Supervised
 from hpl_nb.methods.hpl import HPL
@@ -226,6 +226,17 @@ class TestFailedWrites:
             if writes % 5 == 0: self.goes_on(folder)
             writes += 1
         assert kept[0] == tree(tmp_path/"first") and writes == len(kept) >= 15
+
+    def test_second_of_two_renames(self, tmp_path, monkeypatch):
+        "What has got its other name has its own again."
+        path, previous, replace_file = tmp_path/"last", tmp_path/"previous", os.replace
+        path.write_text("old")
+        def failing(source, target):
+            if ".writing-" in str(source): raise OSError(errno.EIO, "Input/output error")
+            replace_file(source, target)
+        monkeypatch.setattr(os, "replace", failing)
+        with pytest.raises(HplError, match="before is untouched"): atomic_write(path, lambda file: file.write(b"new"), previous)
+        assert path.read_text() == "old" and not previous.exists()
 
     def test_file_that_cannot_grow(self, tmp_path):
         "The operating system itself refuses the bytes in the middle of a checkpoint."

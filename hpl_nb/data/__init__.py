@@ -335,7 +335,8 @@ def check(
     if hasattr(root, "targets"): return check_data(root, progress)
     root = Path(root)
     if not root.is_dir(): raise HplError(f"there is no folder {root}.")
-    if table is None and (root/"sts.tsv").exists(): return check_pairs(root/"sts.tsv")
+    for place in (root/"sts.tsv", root/"glue_data"/"STS-B"/"sts.tsv"):
+        if table is None and place.exists(): return check_pairs(place)
     layout = read_layout(root, table, file_column, label_column, split_column)
     files, labels, split = layout.columns
     splits = [str(s).strip().lower() for s in layout.table[split]] if split else ["all"]*len(layout.table)

@@ -132,8 +132,8 @@ def check_rows(
     sets = {split: data.rows(split) for split in SETS}
     owner = np.full(len(data.targets), "", dtype=object)
     for split, rows in sets.items():
-        if len(rows) and not (0 <= rows.min() and rows.max() < len(owner)):
-            raise HplError(f"{data.name}: {split} names row {rows.max()}, but there are {len(owner)} rows.")
+        outside = rows[(rows < 0) | (rows >= len(owner))]
+        if len(outside): raise HplError(f"{data.name}: {split} names row {outside[0]}; rows are 0 to {len(owner) - 1}.")
         if len(np.unique(rows)) < len(rows): raise HplError(f"{data.name}: {split} names a row twice.")
         for other in set(owner[rows]) - {""}:
             row = rows[owner[rows] == other][0]
@@ -468,12 +468,12 @@ def check_streams(
     sizes = {"labelled": s.labelled_batch, "unlabelled": s.unlabelled_batch, "outer": s.outer}
     have = {"labelled": len(data.labelled)*s.labelled_copies, "unlabelled": len(data.unlabelled), "outer": len(data.labelled)*(
         s.labelled_copies if s.outer_overlap else 1)}
-    if "outer" in streams.needs and not s.outer_overlap: sizes["outer"] += s.labelled_batch
+    needed = sizes | ({} if s.outer_overlap else {"outer": s.outer + s.labelled_batch})
     for stream in streams.needs:
         if stream == "unlabelled" and not have[stream]:
             raise HplError(f"{name}: the unlabelled set is empty; use the method `Supervised`, or a smaller label_ratio.")
-        if have[stream] < sizes[stream]:
-            raise HplError(f"{name}: {have[stream]} {'labelled' if stream == 'outer' else stream} rows are fewer than the {sizes[stream]} "
+        if have[stream] < needed[stream]:
+            raise HplError(f"{name}: {have[stream]} {'labelled' if stream == 'outer' else stream} rows are fewer than the {needed[stream]} "
                            f"that one step's {stream} batch needs; raise label_ratio or lower {stream}_batch.")
         if sizes[stream] % streams.processes:
             raise HplError(f"{name}: {stream}_batch is {sizes[stream]}, which {streams.processes} processes cannot share equally.")

@@ -158,9 +158,10 @@ def refuse(
 )->None:
     "Raise the first problem, naming its row and saying how many there are."
     if problems:
-        row, _, detail = problems[0]
-        raise HplError(f"{source}, row {row} (the first is 0): {detail}; {len(problems)} such row(s). Correct or "
-                       "remove them; hpl_nb.data.check lists all.")
+        row, kind, detail = problems[0]
+        same = sum(problem.kind == kind for problem in problems)
+        raise HplError(f"{source}, row {row} (the first is 0): {detail}; {same} such row(s), {len(problems)} in all. Correct them (in an "
+                       "official table removing a row changes who is labelled); hpl_nb.data.check lists all.")
 
 # %% ../../nbs/11b_data.images.ipynb #f99567d0
 def checked_columns(

@@ -52,7 +52,7 @@ def read_labels(
     for column, raw in columns.items():
         values, problems = label_problems(raw, unknown_ok=True)
         if problems:
-            raise row_error(f"{name}, target {column!r}", [problem.row for problem in problems], problems[0].detail,
+            raise row_error(f"{name}, target {column!r}", [p.row for p in problems if p.kind == problems[0].kind], problems[0].detail,
                             "Correct it, or leave it empty (NaN) to make the row unlabelled.")
         labels.append(values)
     labels = np.stack(labels, axis=1)
@@ -144,7 +144,7 @@ def split_names(
     if len(split) != len(known):
         raise HplError(f"{name}: split has {len(split)} entries, but there are {len(known)} rows.")
     names, problems = split_problems(split, SPLITS)
-    if problems: raise row_error(name, [problem.row for problem in problems], problems[0].detail, "Name one of these.")
+    if problems: raise row_error(name, [p.row for p in problems if p.kind == problems[0].kind], problems[0].detail, "Name one of these.")
     return names
 
 # %% ../../nbs/15_data.own.ipynb #f7991afc

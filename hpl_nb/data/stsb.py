@@ -55,7 +55,8 @@ def _read_table(path:Path)->pd.DataFrame:
     "All columns as text; a line number as index."
     with reading(path, lambda why: HplError(f"{path} cannot be read as a tab-separated UTF-8 table: {why}. Fetch it again.")):
         check_header(path, b"\t")
-        table = pd.read_csv(path, sep="\t", quoting=csv.QUOTE_NONE, keep_default_na=False, dtype=str, encoding="utf-8")
+        table = pd.read_csv(path, sep="\t", quoting=csv.QUOTE_NONE, keep_default_na=False, dtype=str, encoding="utf-8",
+                            skip_blank_lines=False)
         if not isinstance(table.index, pd.RangeIndex): raise ValueError("line 2 has more fields than the header") # it took row names
     if missing := [name for name in PAIR_COLUMNS if name not in table]:
         raise HplError(f"{path} has no column {', '.join(missing)}; it has {listed(table.columns)}. Use the release's sts.tsv.")

@@ -65,7 +65,7 @@ def released_views(
     mean:tuple[float, ...]=IMAGENET_MEAN, # of pixels in [0, 1]; the release: of the training pixels
     std:tuple[float, ...]=IMAGENET_STD, # above zero
 )->ImageViews: # weak, strong and plain
-    "Views of UTKFace as released (D18 concerns STS-B only)."
+    "Views of UTKFace as released."
     return randaugment_mc_views(round(8*size/200), "reflect", round(16*size/200), mean, std)
 
 # %% ../../nbs/12_data.utkface.ipynb #4ea10e98

@@ -86,12 +86,12 @@ LEARNER_INPUTS = ("pair", "pair+features", "pair+disagreement", "pair+features+d
 
 @dataclass(frozen=True)
 class HPLSettings:
-    "Every choice of the method; the defaults are the paper's."
+    "Every choice of the method; the defaults are the paper's, with a bound on z."
     preset:str="paper" # name for tables
     unlabelled_weight:float=1. # lambda
     learner_lr:float=1e-4 # Adam's rate for phi (B.3)
     learner_weight_decay:float=0. # of phi; release: 0, STS-B 1e-5
-    log_variance_bound:float|None=8. # largest |z|; None: no bound (release)
+    log_variance_bound:float|None=8. # largest |z| (ours); None: no bound (paper, release)
     outer:Literal["fresh", "previous"]="fresh" # a new labelled batch, or the previous step's features at no cost
     outer_overlap:bool=False # D10: may the outer batch share rows with the inner one
     outer_every:int=1 # D3: steps between updates of phi
@@ -120,7 +120,7 @@ class HPLSettings:
             if value not in allowed: raise HplError(f"{name} is {value!r}; choose {' or '.join(map(repr, allowed))}.")
         for name in ("unlabelled_weight", "learner_weight_decay", "learner_lr"): not_negative(name, getattr(self, name))
         if self.virtual_lr is not None: not_negative("virtual_lr", self.virtual_lr)
-        if self.outer_every < 1: raise HplError(f"outer_every is {self.outer_every}; give a whole number of at least 1.")
+        whole_number("outer_every", self.outer_every)
         check_extensions(self)
 
 # %% ../../nbs/61_methods.hpl.ipynb #c55aac00

@@ -88,7 +88,7 @@ def gp_arithmetic(
         try: yield
         except (NanError, NotPSDError) as error:
             raise HplError(f"the Gaussian process cannot be computed ({error}): training diverged, or jitter is too small. "
-                           "Lower gp_lr, lr_body and lr_head, or raise jitter.") from error
+                           "Lower gp_lr and the learning rates, or raise jitter.") from error
         finally: clear_cache_hook(gp.strategy)
 
 # %% ../../nbs/64_methods.ssdkl.ipynb #d8abd376
