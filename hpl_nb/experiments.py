@@ -77,8 +77,7 @@ def given_options(
     if "root" in given: given["root"] = "FOLDER"
     changes = [given.pop("tuned", ""), given.get("settings", "")] # what a search found is a setting like others
     if any(changes): given["settings"] = ",".join(filter(None, changes))
-    words = {True: lambda name, value: f"--{name}", False: lambda name, value: f"--{name} {shlex.quote(str(value))}"}
-    return " ".join(words[value is True](name, value) for name, value in given.items())
+    return " ".join(f"--{name}" if value is True else f"--{name} {shlex.quote(str(value))}" for name, value in given.items())
 
 # %% ../nbs/81_experiments.ipynb #700140d9
 def where_wrong(

@@ -161,8 +161,10 @@ class TestBadTables:
         with pytest.raises(HplError, match="line 8"): S.read_pairs(tmp_path)
 
     def test_lines_are_counted_with_blank_ones(self, tmp_path):
-        small_table(tmp_path/"sts.tsv", change=lambda rows: [rows[0], "", *rows[1:]])
-        with pytest.raises(HplError, match="sts.tsv line 2"): S.read_pairs(tmp_path)
+        small_table(tmp_path/"sts.tsv", change=lambda rows: [rows[0], "", *rows[1:], ""])
+        assert S.read_pairs(tmp_path).index.tolist() == [3, 4, 5, 6, 7, 8]
+        small_table(tmp_path/"sts.tsv", change=lambda rows: [rows[0], "", rows[1].replace("\t0.0\t", "\tmany\t"), *rows[2:]])
+        with pytest.raises(HplError, match="sts.tsv line 3: score must be"): S.read_pairs(tmp_path)
 
     @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00rubbish\t\x80", b"\n\n"])
     def test_not_a_table(self, content, tmp_path):

@@ -61,7 +61,7 @@ def _read_table(path:Path)->pd.DataFrame:
     if missing := [name for name in PAIR_COLUMNS if name not in table]:
         raise HplError(f"{path} has no column {', '.join(missing)}; it has {listed(table.columns)}. Use the release's sts.tsv.")
     table.index = table.index + 2
-    return table.reindex(columns=PAIR_COLUMNS + STRONG_COLUMNS)
+    return table[table.fillna("").ne("").any(axis=1)].reindex(columns=PAIR_COLUMNS + STRONG_COLUMNS) # blank lines are counted, and left out
 
 # %% ../../nbs/14_data.stsb.ipynb #5d39b7a2
 def read_pairs(
