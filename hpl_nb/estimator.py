@@ -126,11 +126,11 @@ def default_preprocessor(
     most:int=50, # values of a column of text
 )->ColumnTransformer: # not fitted yet; columns are named by their positions
     "Standardised numbers, and one feature for each value of a column of text."
-    numbers, texts = [], []
+    numbers, texts, rows = [], [], np.arange(len(frame)) if train is None else train
     for position, name in enumerate(frame.columns):
         column = frame.iloc[:, position]
         is_number = is_numeric_dtype(column) and column.dtype.kind != "c"
-        if not is_number: check_texts(column, np.arange(len(frame)) if train is None else train, most)
+        if not is_number: check_texts(column, rows, most)
         (numbers if is_number else texts).append(position)
     return ColumnTransformer([("numbers", StandardScaler(), numbers),
                               ("texts", OneHotEncoder(handle_unknown="ignore", sparse_output=False), texts)])
@@ -339,7 +339,7 @@ def pseudo_labels(
 )->pd.DataFrame: # row, output, pseudo_label, variance, weight; label units, and label units squared
     "Pseudo-labels of the unlabelled rows, their variance and their weight."
     table = selected(run)
-    table = table[table["split"] == "unlabelled"].sort_values(["index", "output"], ignore_index=True)
+    table = table[table["split"] == "unlabelled"].reset_index(drop=True)
     rows = table["index"].astype(int)
     return pd.DataFrame({
         "row": rows if index is None else index[rows], "output": table["output"], "pseudo_label": table["pseudo_label"],

@@ -33,12 +33,13 @@ from .core import SemiSupervisedData, View, announce
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'FORMATS', 'MOST_PIXELS', 'RELEASED_OPERATIONS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'registry', 'sha256',
-           'fetch', 'read_table', 'listed', 'Problem', 'label_problems', 'split_problems', 'refuse', 'checked_columns',
-           'ImageSource', 'read_source', 'ForwardTar', 'tar_index', 'find_images', 'is_below', 'require_images',
-           'to_rgb', 'open_image', 'decode_image', 'PixelCache', 'ImageFiles', 'load_image', 'broken_images',
-           'content_hashes', 'quick_keys', 'unlisted_images', 'duplicate_groups', 'drop_duplicates', 'shift_image',
-           'FlipCrop', 'cutout', 'RandAugmentMC', 'ImageView', 'ImageViews', 'image_views', 'published_views',
-           'randaugment_mc_views', 'pixel_statistics', 'image_data', 'repeated_rows', 'exact_count', 'prefix_sets']
+           'fetch', 'read_table', 'listed', 'Problem', 'label_problems', 'split_problems', 'first_kind', 'refuse',
+           'checked_columns', 'ImageSource', 'read_source', 'ForwardTar', 'tar_index', 'find_images', 'is_below',
+           'require_images', 'to_rgb', 'open_image', 'decode_image', 'PixelCache', 'ImageFiles', 'load_image',
+           'broken_images', 'content_hashes', 'quick_keys', 'unlisted_images', 'duplicate_groups', 'drop_duplicates',
+           'shift_image', 'FlipCrop', 'cutout', 'RandAugmentMC', 'ImageView', 'ImageViews', 'image_views',
+           'published_views', 'randaugment_mc_views', 'pixel_statistics', 'image_data', 'repeated_rows', 'exact_count',
+           'prefix_sets']
 
 # %% ../../nbs/11b_data.images.ipynb #4dbc6c02
 def registry(
@@ -152,16 +153,21 @@ def split_problems(
                    for row in np.flatnonzero(~np.isin(names.astype(str), known))]
 
 # %% ../../nbs/11b_data.images.ipynb #921dc2e6
+def first_kind(
+    problems:Sequence[Problem], # of one table; at least one
+)->tuple[list[int], str]: # rows of the first problem's kind; its detail
+    "What an error says: one problem, and the rows that share it."
+    return [problem.row for problem in problems if problem.kind == problems[0].kind], problems[0].detail
+
 def refuse(
     problems:Sequence[Problem], # of one table
     source:str|Path, # the table's name
 )->None:
     "Raise the first problem, naming its row and saying how many there are."
     if problems:
-        row, kind, detail = problems[0]
-        same = sum(problem.kind == kind for problem in problems)
-        raise HplError(f"{source}, row {row} (the first is 0): {detail}; {same} such row(s), {len(problems)} in all. Correct them (in an "
-                       "official table removing a row changes who is labelled); hpl_nb.data.check lists all.")
+        rows, detail = first_kind(problems)
+        raise HplError(f"{source}, row {rows[0]} (the first is 0): {detail}; {len(rows)} such row(s), {len(problems)} in all. Correct them "
+                       "(in an official table removing a row changes who is labelled); hpl_nb.data.check lists all.")
 
 # %% ../../nbs/11b_data.images.ipynb #f99567d0
 def checked_columns(

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from ..core import HplError, derive_seed
 from .core import BatchView, SemiSupervisedData, StreamSettings, View, announce, content_keys, split_rows
-from .images import (ImageFiles, ImageSource, ImageViews, exact_count, find_images, image_data, is_below, label_problems,
-                                randaugment_mc_views, read_table, repeated_rows, require_images, split_problems, unlisted_images)
+from .images import (ImageFiles, ImageSource, ImageViews, exact_count, find_images, first_kind, image_data, is_below,
+                                label_problems, randaugment_mc_views, read_table, repeated_rows, require_images,
+                                split_problems, unlisted_images)
 
 # %% auto #0
 __all__ = ['SPLITS', 'row_error', 'read_labels', 'label_array', 'cut_names', 'row_list', 'listed_names', 'split_names',
@@ -52,7 +53,7 @@ def read_labels(
     for column, raw in columns.items():
         values, problems = label_problems(raw, unknown_ok=True)
         if problems:
-            raise row_error(f"{name}, target {column!r}", [p.row for p in problems if p.kind == problems[0].kind], problems[0].detail,
+            raise row_error(f"{name}, target {column!r}", *first_kind(problems),
                             "Correct it, or leave it empty (NaN) to make the row unlabelled.")
         labels.append(values)
     labels = np.stack(labels, axis=1)
@@ -144,7 +145,7 @@ def split_names(
     if len(split) != len(known):
         raise HplError(f"{name}: split has {len(split)} entries, but there are {len(known)} rows.")
     names, problems = split_problems(split, SPLITS)
-    if problems: raise row_error(name, [p.row for p in problems if p.kind == problems[0].kind], problems[0].detail, "Name one of these.")
+    if problems: raise row_error(name, *first_kind(problems), "Name one of these.")
     return names
 
 # %% ../../nbs/15_data.own.ipynb #f7991afc
