@@ -75,6 +75,7 @@ class Trainable(Protocol):
     optimizers:dict[str, Optimizer] # "regressor" is stepped on the gradient of the losses, others on what the method put in .grad
     record:dict[str, Tensor] # per-sample values of the last step, for monitoring; may be empty
     clock:Clock # where training is, set by the trainer before each step
+    title:str # its name in tables
     processes:int # how many processes train together, set by the trainer
     reduce:Callable[[Tensor], Tensor] # average over them, set by the trainer
     gather:Callable[[Tensor], Tensor] # their rows joined, set by the trainer
@@ -841,15 +842,14 @@ def run_config(
     "Everything that decides a run's numbers."
     parameters = {name: list(p.shape) for name, p in method.named_parameters()}
     network = re.sub("0x[0-9a-f]+", "", repr(method)) # layers and their settings, such as dropout
-    config = {"method": type(method).__name__, "dataset": data.name, "label_ratio": data.label_ratio, "seed": seed,
+    config = {"method": method.title, "dataset": data.name, "label_ratio": data.label_ratio, "seed": seed,
               "settings": method.config(), "train": asdict(settings), "data": data.notes, "unit": data.unit,
               "rows": {split: len(data.rows(split)) for split in ("labelled", "unlabelled", "val", "test")},
               "rows_digest": derive_seed(*data.labelled.tolist(), *data.unlabelled.tolist(), *data.targets[data.labelled].ravel().tolist()),
               "normalizer": asdict(data.normalizer), "parameters": derive_seed(json.dumps(parameters)), "network": derive_seed(network),
               "processes": processes, "version": __version__}
-    preset = method.config().get("preset")
-    name = config["method"] + (f" ({preset})" if preset else "")
-    return json.loads(json.dumps({**config, "method": name, "run": f"{data.name}/{data.label_ratio:g}/{name}/{seed}"}, default=str))
+    run = f"{data.name}/{data.label_ratio:g}/{method.title}/{seed}"
+    return json.loads(json.dumps({**config, "run": run}, default=str))
 
 # %% ../nbs/50_trainer.ipynb #dda7a351
 def check_settings(

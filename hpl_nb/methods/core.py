@@ -9,8 +9,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from inspect import signature
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,18 +23,52 @@ from ..core import HplError, not_negative, seed_everything, whole_number
 from ..data.core import SemiSupervisedData, StreamSettings, fully_labelled
 from ..loss import labelled_loss, unlabelled_loss
 from ..models import Regressor
+from ..settings import Settings, as_json, change
 from ..trainer import Clock, OptimizerSettings, TrainSettings, fit
 
 # %% auto #0
-__all__ = ['Method', 'arguments', 'adam', 'Supervised', 'FullySupervised', 'Passes', 'forward_batches', 'sample_record',
-           'PseudoLabel', 'weights_after', 'gaussian_ramp', 'linear_ramp', 'average_weights', 'frozen_copy',
-           'joined_rows', 'dropout_on', 'dropout_features', 'require_dropout', 'DropoutPseudoLabel']
+__all__ = ['M', 'Released', 'MethodSettings', 'Method', 'adam', 'Supervised', 'SupervisedMethod', 'FullySupervised',
+           'FullySupervisedMethod', 'Passes', 'forward_batches', 'sample_record', 'PseudoLabel', 'PseudoLabelMethod',
+           'weights_after', 'gaussian_ramp', 'linear_ramp', 'average_weights', 'frozen_copy', 'joined_rows',
+           'dropout_on', 'dropout_features', 'require_dropout', 'DropoutPseudoLabel', 'DropoutPseudoLabelMethod']
 
 # %% ../../nbs/60_methods.core.ipynb #7b0e5578
+@dataclass(frozen=True)
+class Released(Settings):
+    "Constants of the release that differ between datasets."
+    unlabelled_weight:float=1. # lambda times the weight at z = 0
+    outer_regularizer:float=.1 # lambda2 (D1)
+    learner_weight_decay:float=0. # of phi
+
+# %% ../../nbs/60_methods.core.ipynb #3f4cbdaf
+M = TypeVar("M", bound="MethodSettings")
+
+@dataclass(frozen=True)
+class MethodSettings(Settings):
+    "Base class of the methods' settings."
+    networks:ClassVar[int] = 1 # how many `build` takes
+    needs_dropout:ClassVar[bool] = False # whether its networks must have some
+    label:str=field(default="", compare=False, kw_only=True) # name of the variant in tables; empty: the class's name alone
+
+    @property
+    def title(self)->str: return f"{type(self).__name__} ({self.label})" if self.label else type(self).__name__
+
+    def build(self, regressor:Regressor)->Method: raise NotImplementedError(f"{type(self).__name__} has no build(regressor)")
+    def suited_to(self:M, released:Released)->M: return self
+
+    @classmethod
+    def presets(cls:type[M])->dict[str, M]:
+        "Its variants by their names in commands and folders."
+        return {cls.short: cls()}
+
+    def candidates(self:M)->list[M]:
+        "What the search on rotated digits tries: four weights of the unlabelled loss."
+        return [self.suited_to(Released(unlabelled_weight=weight)) for weight in (.3, .6, 1., 2.)]
+
+# %% ../../nbs/60_methods.core.ipynb #03496c11
 class Method(nn.Module):
     "Base class of all methods; implements `hpl_nb.trainer.Trainable`."
     needs:ClassVar[Mapping[str, Sequence[str]]] = {"labelled": ("weak",)} # streams and the views of each
-    preset:str = "" # name of a variant, for tables
     optimizers:dict[str, Optimizer] # made by the trainer through `make_optimizers`
     record:dict[str, Tensor] # per-sample values of the last step, for monitoring
     clock:Clock = Clock() # where training is; set by the trainer before each step
@@ -42,9 +76,10 @@ class Method(nn.Module):
 
     def __init__(self,
         regressor:Regressor, # the network to train
+        settings:MethodSettings|None=None, # that it was built from
     ):
         super().__init__()
-        self.regressor, self.optimizers, self.record = regressor, {}, {}
+        self.regressor, self.settings, self.optimizers, self.record = regressor, settings, {}, {}
         self.reduce:Callable[[Tensor], Tensor] = lambda tensor: tensor # their average; set by the trainer
         self.gather:Callable[[Tensor], Tensor] = lambda tensor: tensor # their rows joined; set by the trainer
 
@@ -52,10 +87,14 @@ class Method(nn.Module):
         "Named losses of this process's batches; the trainer minimises their sum."
         raise NotImplementedError
 
+    @property
+    def title(self)->str:
+        "Its name in tables."
+        return self.settings.title if self.settings else type(self).__name__
+
     def config(self)->dict[str, Any]:
-        "The constructor's arguments, which are attributes of the same names, and the preset's name."
-        values = {"preset": self.preset} | {name: getattr(self, name) for name in arguments(type(self))}
-        return {name: value for name, value in values.items() if not isinstance(value, nn.Module) and (name != "preset" or value)}
+        "Everything that decides its numbers, for config.json."
+        return as_json(self.settings) if self.settings else {}
 
     def prepare(self, data:SemiSupervisedData)->SemiSupervisedData: return data
     def stream_settings(self, settings:StreamSettings)->StreamSettings: return settings
@@ -67,13 +106,6 @@ class Method(nn.Module):
     def inspect(self, weak:Tensor, strong:Tensor)->dict[str, Tensor]:
         "What the method makes of an unlabelled sample's two views; (m, K) each, normalised units."
         return {"pseudo_label": self.regressor(weak), "strong_prediction": self.regressor(strong)}
-
-# %% ../../nbs/60_methods.core.ipynb #03496c11
-def arguments(
-    method:type[Method], # a class
-)->list[str]: # names
-    "Names of a method's constructor arguments, without the network."
-    return [name for name in signature(method.__init__).parameters if name not in ("self", "regressor")]
 
 # %% ../../nbs/60_methods.core.ipynb #9d1dd057
 def adam(
@@ -90,7 +122,16 @@ def adam(
     return Adam([group for group in groups if group["params"]])
 
 # %% ../../nbs/60_methods.core.ipynb #b0376e19
-class Supervised(Method):
+@dataclass(frozen=True)
+class Supervised(MethodSettings):
+    "Labelled rows only."
+    short:ClassVar[str] = "supervised"
+
+    def build(self, regressor:Regressor)->SupervisedMethod: return SupervisedMethod(regressor, self)
+    def candidates(self)->list[Supervised]: return [self]
+
+# %% ../../nbs/60_methods.core.ipynb #614b8a30
+class SupervisedMethod(Method):
     "Squared error on the labelled rows."
     def training_step(self, batch:Mapping[str, Mapping[str, Tensor]])->dict[str, Tensor]:
         "Mean squared error of the labelled batch."
@@ -98,8 +139,15 @@ class Supervised(Method):
         return {"labelled": labelled_loss(self.regressor(labelled["weak"]), labelled["y"])}
 
 # %% ../../nbs/60_methods.core.ipynb #0762e5b4
+@dataclass(frozen=True)
 class FullySupervised(Supervised):
-    "Squared error on all training rows, with the true labels of the unlabelled ones."
+    "All training rows, with the true labels of the unlabelled ones."
+    short:ClassVar[str] = "fully_supervised"
+
+    def build(self, regressor:Regressor)->FullySupervisedMethod: return FullySupervisedMethod(regressor, self)
+
+class FullySupervisedMethod(SupervisedMethod):
+    "Squared error on all training rows."
     def prepare(self, data:SemiSupervisedData)->SemiSupervisedData:
         "All training rows labelled."
         return fully_labelled(data)
@@ -142,16 +190,31 @@ def sample_record(
     return {name: values.detach() for name, values in record.items()}
 
 # %% ../../nbs/60_methods.core.ipynb #aa4b4d56
-class PseudoLabel(Method):
+@dataclass(frozen=True)
+class PseudoLabel(MethodSettings):
     "The paper's Baseline: every pseudo-label weighs the same."
+    short:ClassVar[str] = "pseudo_label"
+    unlabelled_weight:float|None=None # lambda; None: the dataset's, or 1
+
+    def build(self, regressor:Regressor)->PseudoLabelMethod: return PseudoLabelMethod(regressor, self)
+
+    def suited_to(self:M, released:Released)->M:
+        return self if self.unlabelled_weight is not None else change(self, unlabelled_weight=released.unlabelled_weight)
+
+    def check(self)->None:
+        if self.unlabelled_weight is not None: not_negative("unlabelled_weight", self.unlabelled_weight)
+
+# %% ../../nbs/60_methods.core.ipynb #3ece3281
+class PseudoLabelMethod(Method):
+    "Pseudo-labels of the weak view teach the strong view."
     needs = {"labelled": ("weak",), "unlabelled": ("weak", "strong")}
 
     def __init__(self,
         regressor:Regressor, # the network to train
-        unlabelled_weight:float=1., # lambda
+        settings:PseudoLabel=PseudoLabel(), # or a subclass's
     ):
-        super().__init__(regressor)
-        self.unlabelled_weight = not_negative("unlabelled_weight", unlabelled_weight)
+        super().__init__(regressor, settings)
+        self.unlabelled_weight = 1. if settings.unlabelled_weight is None else settings.unlabelled_weight
 
     def guess(self, weak:Tensor)->Tensor:
         "Pseudo-labels of a weak view, (m, K), or (T, m, K) of T passes; called without gradient."
@@ -261,24 +324,26 @@ def require_dropout(
     "Raise `HplError` where a network has no active dropout."
     for network in networks:
         if any(isinstance(layer, _DropoutNd) and layer.p > 0 for layer in network.modules()): continue
-        raise HplError(f"{type(method).__name__} compares several passes with dropout, and the network has none: build it with "
+        raise HplError(f"{method.title} compares several passes with dropout, and the network has none: build it with "
                        "dropout > 0, such as resnet(dropout=.05), or --dropout 0.05 on the command line.")
 
 # %% ../../nbs/60_methods.core.ipynb #56a080cf
+@dataclass(frozen=True)
 class DropoutPseudoLabel(PseudoLabel):
-    "Pseudo-labels from several passes with dropout; a subclass says in `weigh` what becomes of them."
-    def __init__(self,
-        regressor:Regressor, # the network to train, with dropout
-        unlabelled_weight:float, # lambda
-        passes:int, # T
-        least:int=1, # passes without which the method means nothing
-    ):
-        super().__init__(regressor, unlabelled_weight)
-        self.passes = whole_number("passes", passes, least)
+    "Settings of pseudo-labels from several passes with dropout."
+    needs_dropout:ClassVar[bool] = True
+    least_passes:ClassVar[int] = 1 # without which the method means nothing
+    passes:int=5 # T
 
+    def check(self)->None:
+        super().check()
+        whole_number("passes", self.passes, self.least_passes)
+
+class DropoutPseudoLabelMethod(PseudoLabelMethod):
+    "Pseudo-labels from several passes with dropout; a subclass says in `weigh` what becomes of them."
     def guess(self, weak:Tensor)->Tensor:
         "Predictions of all passes, (T, m, K)."
-        return self.regressor.head(dropout_features(self.regressor, weak, self.passes))
+        return self.regressor.head(dropout_features(self.regressor, weak, self.settings.passes))
 
     def prepare(self, data:SemiSupervisedData)->SemiSupervisedData:
         "Refuse a network without dropout."
