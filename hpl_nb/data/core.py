@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..core import HplError, LabelNormalizer, derive_seed, whole_number
+from ..settings import Settings
 
 # %% auto #0
-__all__ = ['View', 'SETS', 'PerSample', 'BatchView', 'plain_view', 'SemiSupervisedData', 'check_rows', 'row_name', 'label_ranges',
-           'describe', 'Doubt', 'label_doubts', 'normalizer_doubts', 'content_keys', 'repeated_samples',
+__all__ = ['View', 'SETS', 'PerSample', 'BatchView', 'plain_view', 'SemiSupervisedData', 'check_rows', 'row_name', 'DataSettings',
+           'label_ranges', 'describe', 'Doubt', 'label_doubts', 'normalizer_doubts', 'content_keys', 'repeated_samples',
            'repeat_doubts', 'announce', 'fully_labelled', 'split_rows', 'synthetic_mean', 'synthetic_variance',
            'synthetic', 'noise_view', 'stream_rows', 'outer_rows', 'StreamSettings', 'Streams', 'batch_rows',
            'make_batch', 'check_streams']
@@ -157,6 +158,17 @@ def row_name(
     "A row as messages call it."
     named = data.sample_names is not None and str(data.sample_names[row]) != str(row)
     return f"{row} ({data.sample_names[row]})" if named else str(row)
+
+# %% ../../nbs/10_data.core.ipynb #e3dfdfbf
+@dataclass(frozen=True)
+class DataSettings(Settings):
+    "Base class of the datasets' settings."
+    label_ratio:float=.05 # labelled share of the training rows
+
+    def load(self)->SemiSupervisedData: raise NotImplementedError(f"{type(self).__name__} has no load()")
+
+    def check(self)->None:
+        if not 0 < self.label_ratio < 1: raise HplError(f"label_ratio is {self.label_ratio}; give a share between 0 and 1, such as 0.05.")
 
 # %% ../../nbs/10_data.core.ipynb #b7b12fae
 def label_ranges(
