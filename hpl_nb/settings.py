@@ -11,7 +11,7 @@ from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
 from numbers import Integral, Real
 from pathlib import Path
-from types import MappingProxyType, NoneType, UnionType
+from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -65,7 +65,7 @@ def unknown_name(
     return HplError(f"{owner} has no setting {name!r}; {hint}It has {', '.join(known) or 'none'}.")
 
 # %% ../nbs/01_settings.ipynb #c4b1674d
-FILE = MappingProxyType({"file": True}) # metadata of a field that names a file: the file's name decides, not its folder
+FILE = {"file": True} # metadata of a field that names a file: the file's name decides, not its folder
 
 class _Named(type):
     "Refuses unknown settings by name."
@@ -134,7 +134,7 @@ def as_json(
     for field in fields(settings):
         if compared and not field.compare: continue
         value = as_json(getattr(settings, field.name), compared)
-        out[field.name] = Path(value).name if compared and field.metadata is FILE and value else value
+        out[field.name] = Path(value).name if compared and "file" in field.metadata and value else value
     return out
 
 # %% ../nbs/01_settings.ipynb #5c9f3e11
