@@ -37,7 +37,7 @@ __all__ = ['SUFFIXES', 'FORMATS', 'MOST_PIXELS', 'RELEASED_OPERATIONS', 'IMAGENE
            'checked_columns', 'ImageSource', 'read_source', 'ForwardTar', 'tar_index', 'find_images', 'is_below',
            'require_images', 'to_rgb', 'open_image', 'decode_image', 'PixelCache', 'ImageFiles', 'load_image',
            'broken_images', 'content_hashes', 'quick_keys', 'unlisted_images', 'duplicate_groups', 'drop_duplicates',
-           'shift_image', 'FlipCrop', 'cutout', 'RandAugmentMC', 'ImageView', 'ImageViews', 'image_views',
+           'shift_image', 'FlipCrop', 'factor', 'cutout', 'RandAugmentMC', 'ImageView', 'ImageViews', 'image_views',
            'published_views', 'randaugment_mc_views', 'pixel_statistics', 'image_data', 'repeated_rows', 'exact_count',
            'prefix_sets']
 
@@ -472,24 +472,28 @@ class FlipCrop:
             raise HplError(f"padding_mode is {self.padding_mode!r}; it is 'reflect' or 'zeros'.")
         if 2*self.padding >= min(image.size):
             raise HplError(f"padding {self.padding} is not less than half of the picture, {image.size} pixels.")
-        flip, right, down = torch.rand(3).tolist()
-        if flip < .5: image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        left, top = (int(draw*(2*self.padding + 1)) - self.padding for draw in (right, down))
+        flip, left, top = self.draw()
+        if flip: image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return shift_image(image, left, top, self.padding_mode)
 
+    def draw(self, generator:torch.Generator|None=None)->tuple[bool, int, int]:
+        "Whether to flip, and where the window starts."
+        flip, right, down = torch.rand(3, generator=generator).tolist()
+        return flip < .5, *(int(draw*(2*self.padding + 1)) - self.padding for draw in (right, down))
+
 # %% ../../nbs/11b_data.images.ipynb #999b6cbb
-def _factor(v): return .09*v + .05
+def factor(v:int)->float: return .09*v + .05
 
 RELEASED_OPERATIONS:dict[str, Callable[[Image.Image, int, int], Image.Image]] = { # (picture, v, sign +-1)
     "autocontrast": lambda image, v, sign: ImageOps.autocontrast(image),
-    "brightness": lambda image, v, sign: ImageEnhance.Brightness(image).enhance(_factor(v)),
-    "colour": lambda image, v, sign: ImageEnhance.Color(image).enhance(_factor(v)),
-    "contrast": lambda image, v, sign: ImageEnhance.Contrast(image).enhance(_factor(v)),
+    "brightness": lambda image, v, sign: ImageEnhance.Brightness(image).enhance(factor(v)),
+    "colour": lambda image, v, sign: ImageEnhance.Color(image).enhance(factor(v)),
+    "contrast": lambda image, v, sign: ImageEnhance.Contrast(image).enhance(factor(v)),
     "equalize": lambda image, v, sign: ImageOps.equalize(image),
     "identity": lambda image, v, sign: image,
     "posterize": lambda image, v, sign: ImageOps.posterize(image, 4 + int(.4*v)),
     "rotate": lambda image, v, sign: image.rotate(sign*3*v),
-    "sharpness": lambda image, v, sign: ImageEnhance.Sharpness(image).enhance(_factor(v)),
+    "sharpness": lambda image, v, sign: ImageEnhance.Sharpness(image).enhance(factor(v)),
     "shear_x": lambda image, v, sign: _affine(image, (1, sign*.03*v, 0, 0, 1, 0)),
     "shear_y": lambda image, v, sign: _affine(image, (1, 0, 0, sign*.03*v, 1, 0)),
     "solarize": lambda image, v, sign: ImageOps.solarize(image, 256 - int(25.6*v)),
@@ -527,12 +531,15 @@ class RandAugmentMC:
             raise HplError(f"RandAugmentMC needs n >= 0 and 2 <= m <= 10; got n={self.n}, m={self.m}.")
 
     def __call__(self, image:Image.Image)->Image.Image:
-        operations, (*draws, right, down) = list(RELEASED_OPERATIONS.values()), torch.rand(4*self.n + 2).tolist()
-        for choice, severity, apply, sign in zip(*[iter(draws)]*4):
-            if apply < .5:
-                operation = operations[int(choice*len(operations))]
-                image = operation(image, 1 + int(severity*(self.m - 1)), 1 if sign < .5 else -1)
+        operations, right, down = self.draw()
+        for name, v, sign in operations: image = RELEASED_OPERATIONS[name](image, v, sign)
         return cutout(image, self.cutout, right*image.size[0], down*image.size[1]) if self.cutout else image
+
+    def draw(self, generator:torch.Generator|None=None)->tuple[list[tuple[str, int, int]], float, float]:
+        "The operations that are carried out, as (name, severity, sign), and the square's centre in shares of the sides."
+        names, (*draws, right, down) = list(RELEASED_OPERATIONS), torch.rand(4*self.n + 2, generator=generator).tolist()
+        return [(names[int(choice*len(names))], 1 + int(severity*(self.m - 1)), 1 if sign < .5 else -1)
+                for choice, severity, apply, sign in zip(*[iter(draws)]*4) if apply < .5], right, down
 
 # %% ../../nbs/11b_data.images.ipynb #2a95c143
 IMAGENET_MEAN = (.485, .456, .406) # of pixels in [0, 1]: red, green, blue
