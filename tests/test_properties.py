@@ -16,7 +16,7 @@ from hpl_nb import data, loss, metrics
 from hpl_nb.core import HplError, LabelNormalizer
 from hpl_nb.data.core import SETS, SemiSupervisedData, announce, label_warnings, outer_rows, repeated_samples, split_rows, stream_rows
 from hpl_nb.data.own import Split, make_sets
-from hpl_nb.hypergrad import hypergradient, hypergradient_autograd, optimizer_step, sgd_step
+from hpl_nb.hypergrad import Labelled, PseudoLabelled, hypergradient, hypergradient_autograd, optimizer_step, sgd_step
 
 settings.register_profile("here", derandomize=True, deadline=None, max_examples=60)
 settings.load_profile("here")
@@ -86,8 +86,8 @@ def test_hypergradient_is_autograds(seed, d, k, n, m, outer, reduction, shape, u
             optimizer.step()
         step = lambda eta, gradient: optimizer_step(optimizer, head, gradient)
     weights = double(random, *{"(m,)": (m,), "(m, 1)": (m, 1), "(m, K)": (m, k)}[shape]).exp()
-    given_ = (double(random, n, d), double(random, n, k), double(random, m, d), double(random, m, k), weights, unlabelled_weight,
-              double(random, outer, d), double(random, outer, k), reduction)
+    given_ = (Labelled(double(random, n, d), double(random, n, k)), PseudoLabelled(double(random, m, d), double(random, m, k), weights),
+              Labelled(double(random, outer, d), double(random, outer, k)), unlabelled_weight, reduction)
     ours, reference = hypergradient(head, step, *given_), hypergradient_autograd(head, step, *given_)
     for name in ("weights", "slope", "outer_prediction", "outer_loss", "head"):
         torch.testing.assert_close(getattr(ours, name), getattr(reference, name), rtol=1e-6, atol=1e-9,

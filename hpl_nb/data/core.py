@@ -369,7 +369,7 @@ def outer_rows(rows:np.ndarray, inner:np.ndarray, batch_size:int, step:int, seed
 
 # %% ../../nbs/10_data.core.ipynb #10df7e65
 @dataclass(frozen=True)
-class StreamSettings:
+class StreamSettings(Settings):
     "Batch sizes (of all processes together) and order of the three streams."
     labelled_batch:int=32 # n
     unlabelled_batch:int=32 # m
@@ -377,7 +377,7 @@ class StreamSettings:
     labelled_copies:int=1 # passes hold each labelled row this often (release: 2, D12)
     outer_overlap:bool=False # may the outer batch share rows with the inner one (release: yes, D10)
 
-    def __post_init__(self):
+    def check(self)->None:
         for name in ("labelled_batch", "unlabelled_batch", "outer_batch", "labelled_copies"):
             if (value := getattr(self, name)) is not None: whole_number(name, value)
 

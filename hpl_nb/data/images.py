@@ -16,7 +16,7 @@ import tarfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core import HplError, reading, require_file
-from .core import SemiSupervisedData, View, announce
+from .core import DataSettings, SemiSupervisedData, View, announce
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'FORMATS', 'MOST_PIXELS', 'RELEASED_OPERATIONS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'registry', 'sha256',
@@ -75,6 +75,17 @@ def fetch(
     except (OSError, ValueError) as error:
         raise HplError(f"could not fetch {name} into {folder}: {error}. Get it yourself from {entry['url']} "
                        f"(SHA-256 {entry['sha256']}) and put it there.") from error
+
+# %% ../../nbs/11b_data.images.ipynb #da2237a1
+@dataclass(frozen=True)
+class FolderSettings(DataSettings):
+    "Settings of a dataset that lies in a folder."
+    root:str=field(default="", compare=False) # folder of the dataset
+    label_ratio:float=field(default=.05, kw_only=True) # labelled share of the training rows
+
+    def require_root(self)->str:
+        if self.root: return self.root
+        raise HplError(f"root is missing: the folder that holds {self.short}; hpl_nb.data.check(root) says what is wrong with one.")
 
 # %% ../../nbs/11b_data.images.ipynb #6cb6dfc7
 def read_table(

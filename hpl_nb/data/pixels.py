@@ -7,29 +7,32 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import cos, floor, radians, sin
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
-from ..core import HplError, atomic_write, reading
+from ..core import HplError, atomic_write, reading, whole_number
 from .core import SemiSupervisedData
-from .images import RELEASED_OPERATIONS, FlipCrop, ImageFiles, ImageView, RandAugmentMC, _factor, content_hashes, decode_image
+from .images import (RELEASED_OPERATIONS, FlipCrop, FolderSettings, ImageFiles, ImageView, RandAugmentMC, _factor,
+                                content_hashes, decode_image, published_views)
 
 # %% auto #0
 __all__ = ['BATCH_OPERATIONS', 'PLANS', 'cache_name', 'write_pixels', 'is_intact', 'DiskCache', 'require_one_size', 'disk_cache',
            'Pixels', 'upload', 'crop', 'crop_zeros', 'fixed_point', 'rotation', 'affine', 'blend', 'grey', 'brightness',
            'colour', 'contrast', 'sharpness', 'autocontrast', 'equalize', 'posterize', 'solarize', 'grey_box', 'Step',
            'plan_flip_crop', 'released_step', 'plan_randaugment_mc', 'randaugment_levels', 'plan_randaugment',
-           'published_step', 'draw_plans', 'carry_out', 'DeviceView', 'device_view', 'has_plan', 'on_disk', 'on_device']
+           'published_step', 'draw_plans', 'carry_out', 'DeviceView', 'device_view', 'has_plan', 'on_disk', 'on_device',
+           'PictureSettings']
 
 # %% ../../nbs/11c_data.pixels.ipynb #59296b3b
 def cache_name(
@@ -431,7 +434,7 @@ def has_plan(
     transform:Any, # of an `ImageView`
 )->bool:
     "Whether it can be done on a device as Pillow does it."
-    plain = not isinstance(transform, v2.RandAugment) or transform.fill is None and transform.interpolation.value == "nearest"
+    plain = not isinstance(transform, v2.RandAugment) or transform.fill is None and v2.InterpolationMode(transform.interpolation).value == "nearest"
     return type(transform) in PLANS and plain
 
 # %% ../../nbs/11c_data.pixels.ipynb #7c9d6bc6
@@ -456,3 +459,30 @@ def on_device(
     size = require_one_size(data.inputs).size
     views = {name: device_view(getattr(data, name), name, size) for name in ("weak", "strong", "plain")}
     return replace(data, inputs=Pixels(on_disk(data, folder, progress).inputs.cache, device), **views)
+
+# %% ../../nbs/11c_data.pixels.ipynb #18634ce3
+@dataclass(frozen=True)
+class PictureSettings(FolderSettings):
+    "Settings that all datasets of pictures share."
+    size:int=200 # side in pixels
+    views:Literal["released", "published"]="released" # image augmentation
+    deduplicate:bool=False # drop training pictures that are in validation or test too
+    pixels:Literal["memory", "disk", "device"]=field(default="memory", compare=False) # decoded as needed, once into a file, or views there, too
+    cache:str=field(default="", compare=False) # folder of decoded pictures; empty: `root`/cache
+    labelled_count:ClassVar[str] = "released"
+
+    def check(self)->None:
+        super().check()
+        whole_number("size", self.size)
+
+    def load_with(self, loader:Callable[..., SemiSupervisedData], **extra:Any)->SemiSupervisedData:
+        "What a dataset's loader makes of the settings, its pixels where they are wanted."
+        views = published_views(self.size) if self.views == "published" else None
+        data = loader(self.require_root(), self.label_ratio, size=self.size, views=views, deduplicate=self.deduplicate,
+                      cache_in_memory=self.pixels == "memory", progress=True, **extra)
+        data.notes |= {name: getattr(self, name) for name in ("views", "size", "deduplicate", "labelled_count")}
+        folder = self.cache or Path(self.root)/"cache"
+        if self.pixels == "disk": return on_disk(data, folder, progress=True)
+        if self.pixels == "memory": return data
+        device = PartialState().device
+        return on_device(data, folder, device if device.type == "cuda" else "cpu", progress=True)
