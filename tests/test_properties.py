@@ -14,9 +14,9 @@ from torch import nn
 
 from hpl_nb import data, loss, metrics
 from hpl_nb.core import HplError, LabelNormalizer
-from hpl_nb.data.core import SETS, SemiSupervisedData, announce, label_doubts, outer_rows, repeated_samples, split_rows, stream_rows
-from hpl_nb.data.own import make_sets
-from hpl_nb.hypergrad import hypergradient, hypergradient_autograd, optimizer_step, sgd_step
+from hpl_nb.data.core import SETS, SemiSupervisedData, announce, label_warnings, outer_rows, repeated_samples, split_rows, stream_rows
+from hpl_nb.data.own import Split, make_sets
+from hpl_nb.hypergrad import Labelled, PseudoLabelled, hypergradient, hypergradient_autograd, optimizer_step, sgd_step
 
 settings.register_profile("here", derandomize=True, deadline=None, max_examples=60)
 settings.load_profile("here")
@@ -86,8 +86,8 @@ def test_hypergradient_is_autograds(seed, d, k, n, m, outer, reduction, shape, u
             optimizer.step()
         step = lambda eta, gradient: optimizer_step(optimizer, head, gradient)
     weights = double(random, *{"(m,)": (m,), "(m, 1)": (m, 1), "(m, K)": (m, k)}[shape]).exp()
-    given_ = (double(random, n, d), double(random, n, k), double(random, m, d), double(random, m, k), weights, unlabelled_weight,
-              double(random, outer, d), double(random, outer, k), reduction)
+    given_ = (Labelled(double(random, n, d), double(random, n, k)), PseudoLabelled(double(random, m, d), double(random, m, k), weights),
+              Labelled(double(random, outer, d), double(random, outer, k)), unlabelled_weight, reduction)
     ours, reference = hypergradient(head, step, *given_), hypergradient_autograd(head, step, *given_)
     for name in ("weights", "slope", "outer_prediction", "outer_loss", "head"):
         torch.testing.assert_close(getattr(ours, name), getattr(reference, name), rtol=1e-6, atol=1e-9,
@@ -140,7 +140,7 @@ def test_split_rows_are_disjoint(rows, shares, seed):
 def test_make_sets_shares_every_row_out(known, val_share, test_share, label_ratio, seed):
     "Each row once; only rows with a label are held out or labelled; the same again; more labels never lose one."
     labels = np.where(known, 1., np.nan)[:, None]
-    make = lambda ratio: make_sets(labels, None, val_share, test_share, ratio, seed, "any")
+    make = lambda ratio: make_sets(labels, Split(None, val_share, test_share, ratio, seed), "any")
     if not known.any():
         with pytest.raises(HplError, match="no training row has a label"): make(label_ratio)
         return
@@ -221,15 +221,15 @@ def test_repeated_samples_are_found_and_no_others(seed, copies):
 
 
 @given(seeds, some.floats(1e-6, 1e6), some.floats(-1e3, 1e3), some.integers(0, 19))
-def test_doubts_do_not_depend_on_the_unit(seed, scale, shift, row):
-    "One label 1,000 spreads away is named, in any unit; without it there is no doubt."
+def test_warnings_do_not_depend_on_the_unit(seed, scale, shift, row):
+    "One label 1,000 spreads away is named, in any unit; without it there is no warning."
     loaded = data_set(seed)
     sets = {split: loaded.rows(split) for split in ("labelled", "val", "test")}
     labels = scale*(loaded.targets + shift)
-    assert label_doubts(labels, sets) == []
+    assert label_warnings(labels, sets) == []
     wrong = loaded.labelled[row]
     labels[wrong] += 40_000*scale
-    assert [(doubt.kind, doubt.row) for doubt in label_doubts(labels, sets)] == [("label far from the others", wrong)]
+    assert [(problem.kind, problem.row) for problem in label_warnings(labels, sets)] == [("label far from the others", wrong)]
 
 
 @given(seeds, some.sampled_from([1000, 365.25, 100, 12, 1/12, 1/100, 1/1000]), some.sampled_from(["val", "test"]))
