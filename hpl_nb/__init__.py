@@ -6,9 +6,8 @@ __version__ = "0.1.0"
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/00b_face.ipynb #02d00474
+# %% ../nbs/00b_face.ipynb #452ab870
 from lazy_loader import attach_stub
 
-# %% ../nbs/00b_face.ipynb #a8815d67
-#| eval: false
+# %% ../nbs/00b_face.ipynb #01c3684a
 __getattr__, __dir__, __all__ = attach_stub(__name__, __file__)
