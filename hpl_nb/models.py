@@ -102,8 +102,8 @@ def count_parameters(
 @dataclass(frozen=True)
 class ModelSettings(Settings):
     "Base class of the networks' settings."
-    dropout:float|None=None # share; None: as the method needs it
-    compile:bool=False # the body, with `torch.compile`
+    dropout:float|None=field(default=None, kw_only=True) # share; None: as the method needs it
+    compile:bool=field(default=False, kw_only=True) # the body, with `torch.compile`
 
     def network(self, data:SemiSupervisedData)->Regressor: raise NotImplementedError(f"{type(self).__name__} has no network(data)")
 

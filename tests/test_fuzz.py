@@ -212,7 +212,7 @@ def method(): return Supervised(mlp(3, (4,)))
 
 def array_data():
     random = np.random.default_rng(0)
-    return from_arrays(random.normal(size=(40, 3)).astype(np.float32), random.normal(size=40), seed=0)
+    return from_arrays(random.normal(size=(40, 3)).astype(np.float32), random.normal(size=40))
 
 
 def saved_predictor(root):

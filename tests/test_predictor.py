@@ -17,7 +17,7 @@ from small_runs import METHODS, SETTINGS, differences, digits, make, noisy_cnn, 
 
 from hpl_nb import predictor as module
 from hpl_nb.core import HplError
-from hpl_nb.data.own import from_arrays, from_frame, from_images
+from hpl_nb.data.own import Split, from_arrays, from_frame, from_images
 from hpl_nb.methods.core import FullySupervised, Supervised
 from hpl_nb.models import Body, Head, Regressor, mlp, resnet, small_cnn
 from hpl_nb.predictor import Predictor, conformal_radius, predict_samples, read_content
@@ -37,7 +37,7 @@ def table(rows=160, seed=0):
 
 
 def frame_data(target="y"):
-    return from_frame(table(), target, columns=["a", "b", "kind", "holes"], impute="median", label_ratio=.8)
+    return from_frame(table(), target, columns=["a", "b", "kind", "holes"], impute="median", split=Split(label_ratio=.8))
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_arrays_of_pixels(channels, tmp_path):
     random = np.random.default_rng(0)
     shape = (80, 8, 8) if channels is None else (80, channels, 8, 8)
     x, y = random.integers(0, 256, shape, dtype=np.uint8), random.normal(size=80)
-    data = from_arrays(x, y, label_ratio=.5)
+    data = from_arrays(x, y, split=Split(label_ratio=.5))
     method, fresh = (Supervised(small_cnn(channels or 1, width=4)) for _ in range(2))
     run = trained(method, data)
     loaded = Predictor.load(Predictor.from_method(method, data).save(tmp_path/"m.safetensors"), fresh)
@@ -300,7 +300,7 @@ def test_calibration_rows_can_be_named():
 
 
 def test_without_calibration_rows_there_is_no_interval():
-    data = from_arrays(np.random.default_rng(0).normal(size=(30, 2)), np.arange(30.), val_share=0., test_share=.3)
+    data = from_arrays(np.random.default_rng(0).normal(size=(30, 2)), np.arange(30.), split=Split(val_share=0., test_share=.3))
     predictor = Predictor.from_method(Supervised(mlp(2)), data)
     assert predictor.predict(np.zeros((4, 2))).shape == (4,)
     with pytest.raises(HplError, match="coverage 0.9 needs 9 rows .* and there are 0; keep more rows out of training"):
