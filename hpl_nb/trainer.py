@@ -205,13 +205,13 @@ def stored_run(
 )->Run:
     "Read a stored run."
     content, parquet = RunFolder(folder.path.parent).read_json(folder.stored.name), folder.stored.with_suffix(".parquet")
-    parts = ("config", "log", "metrics", "environment")
+    parts = ("config", "log", "metrics", "environment", "options")
     if missing := [name for name in parts if not isinstance(content.get(name), dict)]:
         raise HplError(f"{folder.stored} has no {', '.join(missing)}: it is no stored run. Restore it, or delete it and store the run "
                        "again.")
     with reading(folder.stored, partial(damaged, folder.stored)): log = pd.DataFrame(content["log"])
     table = read_table(parquet, read_predictions) if os.path.lexists(parquet) else pd.DataFrame(columns=PREDICTION_COLUMNS)
-    return Run(content["config"], log, content["metrics"], table, True, content["environment"])
+    return Run(content["config"], log, content["metrics"], table, True, content["environment"], content["options"])
 
 # %% ../nbs/50_trainer.ipynb #9680aa10
 @dataclass

@@ -92,7 +92,7 @@ def test_true_targets_only_measure():
     def train(**arguments):
         seed_everything(0)
         data = from_arrays(x, y, **arguments)
-        return fit(HPL(mlp(4)), data, replace(settings, streams=batches_for(data)), progress=False)
+        return fit(HPL().build(mlp(4)), data, replace(settings, streams=batches_for(data)), progress=False)
     without, known = train(), train(true_targets=true)
     np.testing.assert_array_equal(without.predictions["y_pred"], known.predictions["y_pred"])
     assert "pseudo_label_mae" in known.metrics and "pseudo_label_mae" not in without.metrics
@@ -196,7 +196,7 @@ def test_outputs():
     x, y, _ = arrays()
     data = from_arrays(x, np.stack([y, 2*y], axis=1))
     assert data.outputs == 2 and len(data.labelled) == 60
-    run = fit(HPL(mlp(4, outputs=2)), data, TrainSettings(epochs=1, streams=batches_for(data)), progress=False)
+    run = fit(HPL().build(mlp(4, outputs=2)), data, TrainSettings(epochs=1, streams=batches_for(data)), progress=False)
     assert set(run.predictions["output"]) == {0, 1}
     refused("it has some of its labels only", from_arrays, x, np.stack([y, np.arange(200.)], axis=1))
 
@@ -274,12 +274,12 @@ def test_run_folder_keeps_the_preparation(tmp_path):
     frame = pd.DataFrame(x, columns=list("abcd")).assign(kind=np.where(x[:, 0] > 3, "big", "small"), y=y)
     data = from_frame(frame, "y")
     settings = TrainSettings(epochs=1, streams=batches_for(data))
-    fit(HPL(mlp(6)), data, settings, folder=tmp_path, progress=False)
+    fit(HPL().build(mlp(6)), data, settings, folder=tmp_path, progress=False)
     kept = load_run(tmp_path).config["data"]
     new = FrameEncoder(**kept["encoder"]).encode(frame.iloc[5:8])
     assert torch.equal(Standardizer(**kept["standardizer"])(new), data.plain(data.inputs[5:8]))
     other = from_frame(frame, "y", strengths=RowStrengths(strong_noise=.3))
-    refused("holds another run", fit, HPL(mlp(6)), other, settings, folder=tmp_path, progress=False)
+    refused("holds another run", fit, HPL().build(mlp(6)), other, settings, folder=tmp_path, progress=False)
 
 
 def test_batches_fit():

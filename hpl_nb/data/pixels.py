@@ -294,7 +294,7 @@ class PictureSettings(FolderSettings):
     size:int=200 # side in pixels
     views:Literal["released", "published"]="released" # image augmentation
     deduplicate:bool=False # drop training pictures that are in validation or test too
-    pixels:Literal["memory", "disk", "device"]=field(default="memory", compare=False) # decoded as needed, once into a file, or views there, too
+    pixels:Literal["memory", "disk", "device"]="memory" # decoded as needed, once into a file, or views there, too
     cache:str=field(default="", compare=False) # folder of decoded pictures; empty: `root`/cache
     labelled_count:ClassVar[str] = "released"
 
