@@ -5,19 +5,16 @@
 # %% ../../nbs/11b_data.images.ipynb #817f7ea9
 from __future__ import annotations
 
-import csv
 import errno
 import hashlib
 import io
-import json
 import mmap
 import os
 import tarfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from importlib import resources
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,128 +26,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core import HplError, reading, require_file
-from .core import DataSettings, SemiSupervisedData, View, announce
+from .core import SemiSupervisedData, View, announce
 
 # %% auto #0
-__all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'fetch', 'ImageSource', 'ImageFiles', 'FlipCrop', 'RandAugmentMC', 'ImageView',
-           'ImageViews', 'image_views', 'published_views', 'pixel_statistics', 'exact_count']
-
-# %% ../../nbs/11b_data.images.ipynb #4dbc6c02
-def registry()->dict[str, dict[str, str]]:
-    "Files that `fetch` can get: name -> {\"url\", \"sha256\"}."
-    return json.loads(resources.files("hpl_nb").joinpath("resources", "registry.json").read_text(encoding="utf-8"))
-
-# %% ../../nbs/11b_data.images.ipynb #a18636a3
-def sha256(path:str|Path)->str:
-    "Checksum of a file (64 hexadecimal digits), read in pieces."
-    digest = hashlib.sha256()
-    with reading(path, lambda why: HplError(f"{path} cannot be read ({why}); put the file there again.")), open(path, "rb") as file:
-        while piece := file.read(2**20): digest.update(piece)
-    return digest.hexdigest()
-
-# %% ../../nbs/11b_data.images.ipynb #cabb86a0
-def fetch(
-    name:str, # a name of `registry()`
-    folder:str|Path, # where it is to lie; made if needed
-    progress:bool=True, # show a progress bar
-)->Path: # `folder/name`; a file that is there already is checked, and never overwritten
-    "Download a file of the registry and check its SHA-256."
-    import pooch
-    if name not in (known := registry()): raise HplError(f"no address is known for {name}; fetch knows {', '.join(sorted(known))}.")
-    entry, path = known[name], Path(folder)/name
-    if os.path.lexists(path) and not (path.is_file() and sha256(path) == entry["sha256"]):
-        raise HplError(f"{path} is there already, but is not the file of {entry['url']}; move it away to fetch that one.")
-    try: return Path(pooch.retrieve(entry["url"], f"sha256:{entry['sha256']}", name, folder, progressbar=progress))
-    except (OSError, ValueError) as error:
-        raise HplError(f"could not fetch {name} into {folder}: {error}. Get it yourself from {entry['url']} "
-                       f"(SHA-256 {entry['sha256']}) and put it there.") from error
-
-# %% ../../nbs/11b_data.images.ipynb #da2237a1
-@dataclass(frozen=True)
-class FolderSettings(DataSettings):
-    "Settings of a dataset that lies in a folder."
-    root:str=field(default="", compare=False) # folder of the dataset
-    label_ratio:float=field(default=.05, kw_only=True) # labelled share of the training rows
-
-    def require_root(self)->str:
-        if self.root: return self.root
-        raise HplError(f"root is missing: the folder that holds {self.short}; hpl_nb.data.check(root) says what is wrong with one.")
-
-# %% ../../nbs/11b_data.images.ipynb #6cb6dfc7
-def read_table(path:str|Path, columns:Sequence[str], hint:str="")->pd.DataFrame:
-    "Read a .csv, .tsv or .parquet with the columns in it, or say what is wrong; cells are text, unless it is .parquet."
-    path = Path(path)
-    if not path.is_file(): raise HplError(f"there is no table {path}. {hint}".strip())
-    with reading(path, lambda why: HplError(f"{path} could not be read as a table ({why}); save it as UTF-8 .csv.")):
-        if path.suffix.lower() == ".parquet": table = pd.read_parquet(path)
-        else: table = _read_text(path, "\t" if path.suffix.lower() == ".tsv" else ",")
-    table.columns = [str(column).strip() for column in table.columns]
-    if twice := table.columns[table.columns.duplicated()].tolist(): raise HplError(f"{path} has two columns {twice[0][:100]!r}; rename one.")
-    for column in columns:
-        if column not in table: raise HplError(f"{path} has no column {column!r} (it has {listed(table.columns)}); rename one.")
-    if not len(table): raise HplError(f"{path} has no rows.")
-    return table
-
-# %% ../../nbs/11b_data.images.ipynb #de316cba
-def listed(names:Iterable[str])->str:
-    "The first names of a list."
-    names = list(names)
-    return ", ".join(repr(name[:100]) for name in names[:20]) + (f", and {len(names) - 20} more" if len(names) > 20 else "")
-
-def _read_text(path, separator):
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = [row for row in csv.reader(file, delimiter=separator) if len(row) > 1 or "".join(row).strip()]
-    if not rows: raise ValueError("it is empty")
-    if len(rows[0]) > 10_000: raise ValueError(f"its header has {len(rows[0]):,} columns")
-    header = [name.strip() or f"Unnamed: {place}" for place, name in enumerate(rows[0])] # as pandas calls a column of row names
-    for number, row in enumerate(rows[1:]): # pandas fills a short row, and moves the columns where all rows are long
-        if len(row) != len(header):
-            raise ValueError(f"row {number} (the first is 0) has {len(row)} fields, but the header {len(header)}: is it cut off?")
-    return pd.DataFrame(rows[1:], columns=header, dtype=str)
-
-# %% ../../nbs/11b_data.images.ipynb #7008a8a4
-class Problem(NamedTuple):
-    "Something wrong with one row of a table."
-    row:int # from 0, not counting the header
-    kind:str # a word or two, the same for all problems of its kind
-    detail:str # a sentence
-
-def label_problems(labels:Iterable, low:float=-np.inf, high:float=np.inf, unknown_ok:bool=False)->tuple[np.ndarray, list[Problem]]:
-    "Labels as float64 (NaN where they are not a number), and those that are text, missing, infinite or out of range."
-    raw = pd.Series(list(labels), dtype=object)
-    values = pd.to_numeric(raw, errors="coerce").to_numpy(dtype=np.float64, copy=True)
-    empty = raw.isna().to_numpy() | raw.astype(str).str.strip().str.lower().isin(["", "nan", "na", "none"]).to_numpy()
-    text, outside = np.isnan(values) & ~empty, (values < low) | (values > high)
-    wrong = [(text, "text label", "is not a number"), (np.isinf(values), "infinite label", "is infinite"),
-             (outside & np.isfinite(values), "label out of range", f"is not within {low:g} to {high:g}")]
-    if not unknown_ok: wrong.append((empty, "missing label", "is missing"))
-    return values, sorted(Problem(int(row), kind, f"label {str(raw[row])!r} {what}") for mask, kind, what in wrong for row in np.flatnonzero(mask))
-
-# %% ../../nbs/11b_data.images.ipynb #a28c4ead
-def split_problems(splits:Iterable, known:Sequence[str]=("train", "val", "test"))->tuple[np.ndarray, list[Problem]]:
-    "Split names in lower case, and the rows whose split is none of `known`."
-    names = np.array([str(name).strip().lower() for name in splits], dtype=object)
-    return names, [Problem(int(row), "unknown split", f"split {names[row]!r} is none of {', '.join(known)}")
-                   for row in np.flatnonzero(~np.isin(names.astype(str), known))]
-
-def first_kind(problems:Sequence[Problem])->tuple[list[int], str]:
-    "What an error says: the rows that share the first problem, and its sentence."
-    return [problem.row for problem in problems if problem.kind == problems[0].kind], problems[0].detail
-
-def refuse(problems:Sequence[Problem], source:str|Path)->None:
-    "Raise the first problem, naming its row and saying how many there are."
-    if problems:
-        rows, detail = first_kind(problems)
-        raise HplError(f"{source}, row {rows[0]} (the first is 0): {detail}; {len(rows)} such row(s), {len(problems)} in all. Correct them "
-                       "(in an official table removing a row changes who is labelled); hpl_nb.data.check lists all.")
-
-# %% ../../nbs/11b_data.images.ipynb #f99567d0
-def checked_columns(table:pd.DataFrame, label:str, split:str, source:str|Path, low:float, high:float)->tuple[np.ndarray, np.ndarray]:
-    "Labels (float64) and splits (lower case) of a table; an error names the first row that is wrong."
-    labels, bad_labels = label_problems(table[label], low, high)
-    splits, bad_splits = split_problems(table[split])
-    refuse(bad_labels, source), refuse(bad_splits, source)
-    return labels, splits
+__all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'ImageSource', 'ImageFiles', 'FlipCrop', 'RandAugmentMC', 'ImageView', 'ImageViews',
+           'image_views', 'published_views', 'pixel_statistics', 'exact_count']
 
 # %% ../../nbs/11b_data.images.ipynb #b5b1d746
 class ImageSource(NamedTuple):
@@ -226,7 +106,8 @@ def to_rgb(image:Image.Image)->Image.Image:
     "Convert a picture to RGB."
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"): image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"): raise HplError(f"its pixels are of mode {image.mode}, whose range is not known; save it as 8-bit grey or RGB")
+    if image.mode in ("I", "F"):
+        raise HplError(f"its pixels are of mode {image.mode}, whose range is not known; save it as 8-bit grey or RGB")
     if image.mode in ("P", "PA"): image = image.convert("RGBA")
     return image.convert("RGB")
 
@@ -360,7 +241,8 @@ class FlipCrop:
     padding_mode:str="reflect" # or "zeros"
 
     def __call__(self, image:Image.Image)->Image.Image:
-        if self.padding_mode not in ("reflect", "zeros"): raise HplError(f"padding_mode is {self.padding_mode!r}; it is 'reflect' or 'zeros'.")
+        if self.padding_mode not in ("reflect", "zeros"):
+            raise HplError(f"padding_mode is {self.padding_mode!r}; it is 'reflect' or 'zeros'.")
         if 2*self.padding >= min(image.size):
             raise HplError(f"padding {self.padding} is not less than half of the picture, {image.size} pixels.")
         flip, left, top = self.draw()
@@ -450,7 +332,7 @@ class ImageView:
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 class ImageViews(NamedTuple):
-    "The three views of a data set of pictures."
+    "The three views of a dataset of pictures."
     weak:View # for labelled samples and pseudo-labels
     strong:View # for predictions that are to match the pseudo-labels
     plain:View # for evaluation

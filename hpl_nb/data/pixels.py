@@ -25,8 +25,8 @@ from tqdm.auto import tqdm
 
 from ..core import HplError, atomic_write, reading, whole_number
 from .core import SemiSupervisedData
-from .images import (FlipCrop, FolderSettings, ImageFiles, ImageView, RandAugmentMC, content_hashes, decode_image, factor,
-                                published_views)
+from .images import FlipCrop, ImageFiles, ImageView, RandAugmentMC, content_hashes, decode_image, factor, published_views
+from .tables import FolderSettings
 
 # %% auto #0
 __all__ = ['DiskCache', 'disk_cache', 'Pixels', 'DeviceView', 'on_disk', 'on_device', 'PictureSettings']
