@@ -13,7 +13,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -26,7 +26,7 @@ from torch.nn.utils import parametrizations
 from .core import HplError, check_archive, check_pickles, reading
 from .data.core import SemiSupervisedData
 from .data.stsb import load_vectors
-from .settings import Settings
+from .settings import FILE, Settings
 
 # %% ../nbs/30_models.ipynb #cf91e056
 class Head(nn.Linear):
@@ -102,8 +102,8 @@ def count_parameters(
 @dataclass(frozen=True)
 class ModelSettings(Settings):
     "Base class of the networks' settings."
-    dropout:float|None=None # share; None: as the method needs it
-    compile:bool=False # the body, with `torch.compile`
+    dropout:float|None=field(default=None, kw_only=True) # share; None: as the method needs it
+    compile:bool=field(default=False, kw_only=True) # the body, with `torch.compile`
 
     def network(self, data:SemiSupervisedData)->Regressor: raise NotImplementedError(f"{type(self).__name__} has no network(data)")
 
@@ -316,7 +316,7 @@ class ResNet(ModelSettings):
     "Torchvision's ResNet."
     short:ClassVar[str] = "resnet"
     depth:Literal[18, 34, 50, 101, 152]=50 # layers
-    weights:str="" # "torchvision" (downloaded), or a .pth or .safetensors file; empty: random
+    weights:str=field(default="", metadata=FILE) # "torchvision" (downloaded), or a .pth or .safetensors file; empty: random
     spectral_norm:bool=False # of the body's convolutions (appendix A.3)
 
     def network(self, data:SemiSupervisedData)->Regressor:
@@ -402,7 +402,7 @@ class BiLSTM(ModelSettings):
     "Two-layer BiLSTM on word vectors, for pairs of sentences."
     short:ClassVar[str] = "bilstm"
     hidden:int=1024 # LSTM units per direction
-    vectors:str="" # GloVe text, .zip or .npz file; empty: random vectors
+    vectors:str=field(default="", metadata=FILE) # GloVe text, .zip or .npz file; empty: random vectors
 
     def network(self, data:SemiSupervisedData)->Regressor:
         vectors, _ = load_vectors(self.vectors or None, data.inputs.vocabulary.words, seed=0)

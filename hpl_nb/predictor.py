@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,18 +29,18 @@ from .data.core import SemiSupervisedData, View, plain_view
 from .data.images import ImageFiles, ImageSource, ImageView
 from .data.own import FrameEncoder, PixelStrengths, RowStrengths, Standardizer, input_tensor
 from .methods.core import Method
+from .methods.known import METHODS
+from .settings import Settings, as_json, differences, from_json
 from .trainer import TrainSettings, evaluating, load_run, load_state, read_checkpoint, run_config
 
 # %% auto #0
-__all__ = ['KINDS', 'PARTS', 'conformal_radius', 'Arrays', 'Frames', 'Pictures', 'reader_for', 'pack', 'unpack', 'checksum',
-           'write_content', 'check_parts', 'not_saved', 'read_content', 'make_room', 'method_identity', 'refuse_other',
-           'probe', 'predict_probe', 'check_probe', 'Interval', 'map_samples', 'predict_samples', 'predict_deviation',
-           'Predictor', 'is_stored', 'predictor_content', 'stored_view', 'predictor_of']
+__all__ = ['conformal_radius', 'Interval', 'Predictor']
 
 # %% ../nbs/75_predictor.ipynb #0b71337b
 def conformal_radius(
     errors:np.ndarray, # sizes of the errors on n rows with known labels, (n,) or (n, K)
     coverage:float=.9, # c, share of new rows that the interval is to hold
+    arguments:str="val_share, or calibration=", # of the caller, that keep more rows out of training
 )->np.ndarray: # (K,), one radius for each output
     "The smallest radius that a new row's error exceeds with probability at most 1 - coverage."
     if not 0 < coverage < 1: raise HplError(f"coverage is {coverage}; give a share above 0 and below 1, such as 0.9.")
@@ -49,7 +49,7 @@ def conformal_radius(
     if rank > n:
         most = f"ask for at most {math.floor(1000*n/(n + 1))/1000:g}, or " if n else ""
         raise HplError(f"coverage {coverage:g} needs {math.ceil(round(coverage/(1 - coverage), 9))} rows with known labels that were not "
-                       f"trained on, and there are {n}; {most}keep more rows out of training (val_share, or calibration=).")
+                       f"trained on, and there are {n}; {most}keep more rows out of training ({arguments}).")
     return np.sort(np.reshape(errors, (n, -1)), axis=0)[rank - 1]
 
 # %% ../nbs/75_predictor.ipynb #02165165
@@ -70,7 +70,6 @@ class Arrays:
             raise HplError(f"new rows are {x.dtype}, but the model was trained on {self.dtype}; give pixels of the same range and type.")
         return x.to(getattr(torch, self.dtype))
 
-# %% ../nbs/75_predictor.ipynb #c0c985f7
 @dataclass(frozen=True)
 class Frames:
     "New rows as a data frame; columns that are no features may be there, and a text that training has not seen has no feature."
@@ -83,7 +82,7 @@ class Frames:
             raise HplError(f"new rows are {type(inputs).__name__}; the model was trained on a data frame: give one with columns {columns}.")
         return torch.from_numpy(self.encoder.encode(inputs, "new rows"))
 
-# %% ../nbs/75_predictor.ipynb #52682a5a
+# %% ../nbs/75_predictor.ipynb #c0c985f7
 @dataclass(frozen=True)
 class Pictures:
     "New rows as a list of picture files."
@@ -100,10 +99,7 @@ class Pictures:
                 raise HplError(f"new row {row}: there is no picture {path}; correct its name, or leave it out.")
         return ImageFiles(sources, self.size)
 
-# %% ../nbs/75_predictor.ipynb #f8474119
-def reader_for(
-    data:SemiSupervisedData, # what was trained on
-)->Arrays|Frames|Pictures:
+def reader_for(data:SemiSupervisedData)->Arrays|Frames|Pictures:
     "The reader that makes samples such as those of `data`."
     if "encoder" in data.notes: return Frames(FrameEncoder(**data.notes["encoder"]))
     if isinstance(data.inputs, ImageFiles): return Pictures(data.inputs.size)
@@ -112,18 +108,14 @@ def reader_for(
                    f"{type(data.inputs).__name__}; make the data with hpl_nb.data.own.")
 
 # %% ../nbs/75_predictor.ipynb #a04e5cca
-KINDS = {kind.__name__: kind for kind in (Arrays, Frames, Pictures, FrameEncoder, Standardizer, ImageView, LabelNormalizer,
-                                        RowStrengths, PixelStrengths)}
+KINDS = {kind.__name__: kind for kind in (Arrays, Frames, Pictures, FrameEncoder, Standardizer, ImageView, LabelNormalizer)}
 
-def pack(
-    value:Any, # tensors, plain values, lists, dictionaries, and objects of `KINDS`, nested
-    tensors:dict[str, Tensor], # receives the tensors, on the CPU
-    name:str="", # of the value, for its tensors
-)->Any: # for `json.dumps`
-    "Separate tensors from what JSON can hold; anything else is an `HplError`."
+def pack(value:Any, tensors:dict[str, Tensor], name:str="")->Any:
+    "A value as JSON has it; its tensors go into `tensors`. Settings and objects of `KINDS` may be nested, anything else is an `HplError`."
     if isinstance(value, np.generic): value = value.item()
     if value is None or isinstance(value, (bool, int, float, str)): return value
     if value is plain_view: return {"plain_view": None}
+    if isinstance(value, Settings): return {"settings": as_json(value)}
     if isinstance(value, Tensor):
         tensors[name] = value.detach().cpu().contiguous().clone()
         return {"tensor": name}
@@ -133,25 +125,19 @@ def pack(
         return {type(value).__name__: pack({f.name: getattr(value, f.name) for f in fields(value)}, tensors, name)}
     raise HplError(f"{name.strip('/')} is {type(value).__name__}, which a predictor's file cannot hold.")
 
-# %% ../nbs/75_predictor.ipynb #ebe2d74e
-def unpack(
-    tree:Any, # what `pack` returned
-    tensors:Mapping[str, Tensor], # by name
-)->Any:
+def unpack(tree:Any, tensors:Mapping[str, Tensor])->Any:
     "The inverse of `pack`."
     if not isinstance(tree, dict): return tree
     (kind, content), = tree.items()
     if kind == "plain_view": return plain_view
+    if kind == "settings": return from_json(content, *METHODS, TrainSettings, RowStrengths, PixelStrengths)
     if kind == "tensor": return tensors[content]
     if kind == "dict": return {key: unpack(value, tensors) for key, value in content.items()}
     if kind in ("list", "tuple"): return {"list": list, "tuple": tuple}[kind](unpack(value, tensors) for value in content)
     return KINDS[kind](**unpack(content, tensors))
 
 # %% ../nbs/75_predictor.ipynb #2366ee04
-def checksum(
-    text:str, # the JSON
-    tensors:Mapping[str, Tensor], # beside it
-)->str: # SHA-256
+def checksum(text:str, tensors:Mapping[str, Tensor])->str:
     "Fingerprint of all that a file holds."
     digest = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
@@ -159,41 +145,24 @@ def checksum(
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
-# %% ../nbs/75_predictor.ipynb #cdbdfbd7
-def write_content(
-    path:str|Path, # to be written atomically
-    content:Mapping[str, Any], # see `pack`
-)->Path: # `path`
+def write_content(path:str|Path, content:Mapping[str, Any])->Path:
     "Write a predictor's content."
     text = json.dumps(pack(content, tensors := {}))
     whole = safetensors_bytes(tensors, {"predictor": f"{checksum(text, tensors)} {text}"}) # one entry: of several, the order varies
     return atomic_write(path, lambda file: file.write(whole))
 
-# %% ../nbs/75_predictor.ipynb #36120b67
+# %% ../nbs/75_predictor.ipynb #cdbdfbd7
+FORMAT = 2
 PARTS = {"version": str, "identity": dict, "state": dict, "buffers": list, "reader": (Arrays, Frames, Pictures), "errors": Tensor,
          "normalizer": LabelNormalizer, "probe_shape": (tuple, type(None)), "probe_prediction": (Tensor, type(None)), "name": str,
-         "unit": str}
+         "unit": str, "deviations": (Tensor, type(None))}
 
-def check_parts(
-    content:dict[str, Any], # of a file
-)->dict[str, Any]: # the same
-    "Refuse a part that is missing or of another type."
-    wrong = [name for name, kind in PARTS.items() if not isinstance(content.get(name), kind)]
-    if wrong: raise ValueError(f"{wrong[0]} is missing or of another type")
-    return content
-
-def not_saved(
-    path:str|Path, # of a file whose checksum is right
-    why:str, # it is no predictor all the same
-)->HplError: # to be raised
-    "The sentence for a file that somebody has made, or changed."
+def not_saved(path:str|Path, why:str)->HplError:
+    "The sentence for a file whose checksum is right, and that is no predictor all the same: somebody has made or changed it."
     return HplError(f"{path} does not hold what predictor.save(...) writes ({why}); use a file from somebody you trust, or save again.")
 
-# %% ../nbs/75_predictor.ipynb #ca871e7f
-def read_content(
-    path:str|Path, # written by `write_content`
-)->dict[str, Any]: # with all tensors on the CPU
-    "Read a predictor's content; a missing, damaged or foreign file is an `HplError`."
+def read_content(path:str|Path)->dict[str, Any]:
+    "What `write_content` wrote, on the CPU; a missing, damaged or foreign file is an `HplError`."
     if not Path(path).is_file(): raise HplError(f"there is no file {path}; predictor.save(...) writes one.")
     advice = "it is damaged or no safetensors file; restore a copy, or save again."
     with reading(path, lambda why: HplError(f"{path} cannot be read ({why}): {advice}")), safe_open(path, "pt") as file:
@@ -203,21 +172,21 @@ def read_content(
     digest, _, text = metadata["predictor"].partition(" ")
     if checksum(text, tensors) != digest:
         raise HplError(f"{path} does not have its checksum: it is damaged; restore a copy, or save it again.")
-    with reading(path, partial(not_saved, path)):
-        content = json.loads(text)["dict"]
-        if (number := content["format"]) != 1:
-            raise HplError(f"{path} is of format {number!r:.50}, which hpl_nb {__version__} does not know; update hpl_nb.")
-        return check_parts(unpack({"dict": content}, tensors))
+    with reading(path, partial(not_saved, path)): return _checked(path, json.loads(text)["dict"], tensors)
 
-
+def _checked(path:str|Path, tree:dict[str, Any], tensors:dict[str, Tensor])->dict[str, Any]:
+    "The content of a file of this format; a part that is missing or of another type is an error."
+    if (number := tree["format"]) != FORMAT:
+        advice = "save it again" if isinstance(number, int) and number < FORMAT else "update hpl_nb"
+        raise HplError(f"{path} is of format {number!r:.50}, which hpl_nb {__version__} does not know; {advice}.")
+    content = unpack({"dict": tree}, tensors)
+    wrong = [name for name, kind in PARTS.items() if name not in content or not isinstance(content[name], kind)]
+    if wrong: raise ValueError(f"{wrong[0]} is missing or of another type")
+    return content
 
 # %% ../nbs/75_predictor.ipynb #c9990584
-def make_room(
-    method:Method, # freshly built; gets buffers
-    state:dict[str, Any], # of a trained one; loses what has no place
-    buffers:Sequence[str], # names of its buffers
-)->None:
-    "Lay out the buffers that `prepare` made; parameters that differ are left to `load_state`, which refuses them."
+def make_room(method:Method, state:dict[str, Any], buffers:Sequence[str])->None:
+    "Lay out the buffers that `prepare` made in a trained method; `state` loses what has no place. Other parameters are for `load_state`."
     if any(name not in state or state[name].shape != p.shape for name, p in method.named_parameters()): return
     device, modules, own = next(method.parameters()).device, dict(method.named_modules()), method.state_dict()
     for name in buffers:
@@ -227,44 +196,27 @@ def make_room(
             modules[owner].register_buffer(leaf, torch.empty_like(state[name], device=device))
 
 # %% ../nbs/75_predictor.ipynb #71ef800b
-def method_identity(
-    method:Method, # any
-)->dict[str, Any]: # plain values
-    "The class of a method and its settings."
-    return json.loads(json.dumps({"class": type(method).__name__, **method.config()}, default=str))
+def method_identity(method:Method)->dict[str, Any]:
+    "The settings of a method, or its class where it has none."
+    return as_json(method.settings, compared=True) if method.settings else {"kind": type(method).__name__}
 
-def refuse_other(
-    there:Mapping[str, Any], # identity in the file
-    here:Mapping[str, Any], # identity of the method that is to receive it
-    path:str|Path, # of the file
-)->None:
-    "Refuse a method of another class or with other settings."
-    differing = [key for key in {**there, **here} if there.get(key) != here.get(key)]
-    if differing:
-        listed = ", ".join(f"{key} is {there.get(key)!r} there and {here.get(key)!r} here" for key in differing[:3])
+def refuse_other(there:dict[str, Any], here:dict[str, Any], path:str|Path)->None:
+    "Refuse a method of another class or with other settings than the file's."
+    if differing := differences(there, here):
+        listed = ", ".join(f"{key} is {a!r} there and {b!r} here" for key, (a, b) in [*differing.items()][:3])
         raise HplError(f"{path} holds another method: {listed}. Build the method as it was built for training.")
 
 # %% ../nbs/75_predictor.ipynb #75d7a53a
-def probe(
-    shape:Sequence[int], # of one row, as the plain view makes it
-)->Tensor: # two rows of numbers within [-2, 2], the same everywhere
-    "Inputs on which two networks can be compared."
+def probe(shape:Sequence[int])->Tensor:
+    "Two rows (2, *shape) of numbers within [-2, 2], the same everywhere, on which two networks can be compared."
     return 2*torch.sin(1.7*torch.arange(2*math.prod(shape), dtype=torch.float64)).float().view(2, *shape)
 
-def predict_probe(
-    method:Method, # any
-    shape:Sequence[int]|None, # see `probe`; None: inputs are no pattern of numbers, such as words
-)->Tensor|None: # (2, K), on the CPU
-    "What a method makes of the probe."
+def predict_probe(method:Method, shape:Sequence[int]|None)->Tensor|None:
+    "What a method makes of the probe, (2, K); None where inputs are no pattern of numbers, such as words."
     if shape is None: return None
     with evaluating(method): return method.predict(probe(shape).to(next(method.parameters()).device)).float().cpu()
 
-# %% ../nbs/75_predictor.ipynb #24794917
-def check_probe(
-    method:Method, # with its state loaded
-    content:Mapping[str, Any], # of the file
-    path:str|Path, # of it
-)->None:
+def check_probe(method:Method, content:Mapping[str, Any], path:str|Path)->None:
     "Refuse a method that predicts otherwise than the one that was saved."
     here, there = predict_probe(method, content["probe_shape"]), content["probe_prediction"]
     if here is None or torch.allclose(here, there, rtol=.01, atol=.01): return
@@ -280,51 +232,16 @@ class Interval(NamedTuple):
     high:np.ndarray
 
 # %% ../nbs/75_predictor.ipynb #e9344e6f
-def map_samples(
-    method:Method, # trained
-    function:Callable[[Tensor], Tensor], # what it makes of an input, (b, K)
-    samples:Any, # n of them: `samples[rows]` gives some
-    rows:np.ndarray, # which
-    view:View, # the plain one
-    batch_size:int=256, # rows at a time
-)->np.ndarray: # (len(rows), K) float64
-    "A function of the method in evaluation mode, on the device that it is on."
+def map_samples(method:Method, function:Callable[[Tensor], Tensor], samples:Any, rows:np.ndarray, view:View, at_once:int=256)->np.ndarray:
+    "A function of the method in evaluation mode, (len(rows), K) float64, on the device that it is on."
     parts, device = [], next(method.parameters()).device
     with evaluating(method):
-        for start in range(0, len(rows), batch_size):
-            x = view(samples[rows[start:start + batch_size]], None).to(device)
+        for start in range(0, len(rows), at_once):
+            x = view(samples[rows[start:start + at_once]], None).to(device)
             parts.append(function(x).double().cpu().numpy())
     return np.concatenate(parts) if parts else np.empty((0, method.regressor.head.out_features))
 
-def predict_samples(
-    method:Method, # trained
-    samples:Any, # n of them: `samples[rows]` gives some
-    rows:np.ndarray, # which
-    view:View, # the plain one
-    normalizer:LabelNormalizer, # of the labels
-)->np.ndarray: # (len(rows), K), label units
-    "The method's predictions."
-    return normalizer.denormalize(map_samples(method, method.predict, samples, rows, view))
-
 # %% ../nbs/75_predictor.ipynb #597d7dcb
-def predict_deviation(
-    method:Method, # trained
-    samples:Any, # n of them: `samples[rows]` gives some
-    rows:np.ndarray, # which
-    view:View, # the plain one
-    normalizer:LabelNormalizer, # of the labels
-)->np.ndarray|None: # sigma, (len(rows), K), label units; None where the method has no log-variance
-    "The standard deviation that the method gives to rows."
-    def inspect(x):
-        seed_everything(0) # some methods draw masks; the same rows get the same answer
-        return method.inspect(x, x)
-    first = view(samples[np.array([0])], None).to(next(method.parameters()).device)
-    with evaluating(method):
-        if "log_variance" not in inspect(first): return None
-    z = map_samples(method, lambda x: inspect(x)["log_variance"], samples, rows, view)
-    return np.exp(z/2)*np.asarray(normalizer.scale)
-
-# %% ../nbs/75_predictor.ipynb #b85dbc5c
 @dataclass(repr=False)
 class Predictor:
     "A trained method with all that it takes to predict new rows, in label units and with intervals."
@@ -339,15 +256,14 @@ class Predictor:
     deviations:np.ndarray|None=None # the method's own sigma on these rows, (n, K), label units; None: it has none
 
     def __repr__(self)->str:
-        return f"Predictor({type(self.method).__name__}, {type(self.reader).__name__}, {len(self.errors)} calibration rows)"
+        return f"Predictor({self.method.title}, {type(self.reader).__name__}, {len(self.errors)} calibration rows)"
 
     def predict(self,
         inputs:Any, # n new rows, as the data were made of: an array, a data frame, or a list of picture files
     )->np.ndarray: # (n,), or (n, K) for K > 1 outputs, label units
         "Predictions of new rows."
         samples = self.reader(inputs)
-        prediction = predict_samples(self.method, samples, np.arange(len(samples)), self.view, self.normalizer)
-        return prediction if prediction.shape[1] > 1 else prediction[:, 0]
+        return _squeezed(predictions(self, samples, np.arange(len(samples))))
 
     def predict_interval(self,
         inputs:Any, # as in `predict`
@@ -355,26 +271,45 @@ class Predictor:
         scaled:bool=False, # wide where the method's own sigma is large, rather than the same everywhere
     )->Interval: # prediction, low, high
         "Predictions with split conformal intervals."
-        samples = self.reader(inputs)
-        given = self.method, samples, np.arange(len(samples)), self.view, self.normalizer
-        prediction, radius = predict_samples(*given), conformal_radius(self.scores(scaled), coverage)
-        if scaled: radius = radius*predict_deviation(*given)
-        values = prediction, prediction - radius, prediction + radius
-        return Interval(*(value if value.shape[1] > 1 else value[:, 0] for value in values))
+        return interval_of(self, inputs, coverage, scaled)
 
+# %% ../nbs/75_predictor.ipynb #b85dbc5c
+def _squeezed(values:np.ndarray)->np.ndarray: return values if values.shape[1] > 1 else values[:, 0]
 
-# %% ../nbs/75_predictor.ipynb #97d2c5b8
-@patch
-def scores(self:Predictor,
-    scaled:bool=False, # in units of sigma
-)->np.ndarray: # (n, K)
-    "Sizes of the errors on the calibration rows."
-    if not scaled: return self.errors
-    if self.deviations is None:
-        raise HplError(f"{type(self.method).__name__} has no variance of its own that could scale intervals; use scaled=False.")
-    return self.errors/self.deviations
+def predictions(predictor:Predictor, samples:Any, rows:np.ndarray)->np.ndarray:
+    "Label units, (len(rows), K)."
+    p = predictor
+    return p.normalizer.denormalize(map_samples(p.method, p.method.predict, samples, rows, p.view))
 
-# %% ../nbs/75_predictor.ipynb #23e087bc
+def deviations(predictor:Predictor, samples:Any, rows:np.ndarray)->np.ndarray|None:
+    "The method's own sigma, (len(rows), K), label units; None where it has no log-variance."
+    p = predictor
+    def inspect(x):
+        seed_everything(0) # some methods draw masks; the same rows get the same answer
+        return p.method.inspect(x, x)
+    first = p.view(samples[np.array([0])], None).to(next(p.method.parameters()).device)
+    with evaluating(p.method):
+        if "log_variance" not in inspect(first): return None
+    z = map_samples(p.method, lambda x: inspect(x)["log_variance"], samples, rows, p.view)
+    return np.exp(z/2)*np.asarray(p.normalizer.scale)
+
+def calibrated(predictor:Predictor, samples:Any, rows:np.ndarray, labels:np.ndarray)->Predictor:
+    "With the errors on rows whose labels, (len(rows), K), are known."
+    errors = np.abs(labels - predictions(predictor, samples, rows))
+    return replace(predictor, errors=errors, deviations=deviations(predictor, samples, rows))
+
+def interval_of(predictor:Predictor, inputs:Any, coverage:float, scaled:bool, arguments:str="val_share, or calibration=")->Interval:
+    "See `Predictor.predict_interval`; `arguments` of the caller would give more calibration rows."
+    samples, errors = predictor.reader(inputs), predictor.errors
+    if scaled and predictor.deviations is None:
+        raise HplError(f"{predictor.method.title} has no variance of its own that could scale intervals; use scaled=False.")
+    rows = np.arange(len(samples))
+    radius = conformal_radius(errors/predictor.deviations if scaled else errors, coverage, arguments)
+    if scaled: radius = radius*deviations(predictor, samples, rows)
+    prediction = predictions(predictor, samples, rows)
+    return Interval(*map(_squeezed, (prediction, prediction - radius, prediction + radius)))
+
+# %% ../nbs/75_predictor.ipynb #2c816b43
 @patch(cls_method=True)
 def from_method(cls:Predictor,
     method:Method, # trained
@@ -387,11 +322,10 @@ def from_method(cls:Predictor,
         raise HplError(f"calibration names row {trained[0]}, which was trained on: its error is too small. Leave such rows out.")
     if not np.isfinite(y := data.targets[rows]).all():
         raise HplError(f"calibration names row {rows[~np.isfinite(y).all(1)][0]}, whose label is not known; leave such rows out.")
-    given = method, data.inputs, rows, data.plain, data.normalizer
-    errors, deviations = np.abs(y - predict_samples(*given)), predict_deviation(*given)
     x = data.plain(data.inputs[np.array([0])], None)
     shape = tuple(x.shape[1:]) if x.is_floating_point() else None
-    return cls(method, reader_for(data), data.plain, data.normalizer, errors, shape, data.name, data.unit, deviations)
+    predictor = cls(method, reader_for(data), data.plain, data.normalizer, np.empty(0), shape, data.name, data.unit)
+    return calibrated(predictor, data.inputs, rows, y)
 
 # %% ../nbs/75_predictor.ipynb #6f33af4f
 @patch(cls_method=True)
@@ -414,41 +348,22 @@ def from_folder(cls:Predictor,
     return cls.from_method(method, prepared, calibration)
 
 # %% ../nbs/75_predictor.ipynb #1b33126d
-def is_stored(
-    view:View, # any
-)->bool: # False: a function that `pack` does not know
-    "Whether a predictor's file can hold a view."
+def _is_stored(view:View)->bool:
+    "Whether a file can hold a view; a function of the user's it cannot."
     try: return bool(pack(view, {}))
     except HplError: return False
 
-# %% ../nbs/75_predictor.ipynb #18be595b
-def predictor_content(
-    self:Predictor, # any
-)->dict[str, Any]: # for `write_content`
-    "What a predictor's file holds."
-    view = self.view if is_stored(self.view) else None # a function of the user's: `load` will ask for the data
-    state = dict(self.method.state_dict())
-    return {
-        "format": 1, "version": __version__, "identity": method_identity(self.method), "state": state,
-        "buffers": [name for name, _ in self.method.named_buffers() if name in state], "reader": self.reader, "view": view,
-        "view_name": type(self.view).__name__, "normalizer": self.normalizer, "errors": torch.from_numpy(self.errors),
-        "probe_shape": self.probe_shape, "probe_prediction": predict_probe(self.method, self.probe_shape),
-        "name": self.name, "unit": self.unit, "deviations": None if self.deviations is None else torch.from_numpy(self.deviations)}
+def predictor_content(p:Predictor)->dict[str, Any]:
+    "What a predictor's file holds, for `write_content`; without a view that is a function: `load` will ask for the data."
+    state = dict(p.method.state_dict())
+    return {"format": FORMAT, "version": __version__, "identity": method_identity(p.method), "state": state,
+            "buffers": [name for name, _ in p.method.named_buffers() if name in state], "reader": p.reader,
+            "view": p.view if _is_stored(p.view) else None, "view_name": type(p.view).__name__, "normalizer": p.normalizer,
+            "errors": torch.from_numpy(p.errors), "probe_shape": p.probe_shape, "probe_prediction": predict_probe(p.method, p.probe_shape),
+            "name": p.name, "unit": p.unit, "deviations": None if p.deviations is None else torch.from_numpy(p.deviations)}
 
-@patch
-def save(self:Predictor,
-    path:str|Path, # such as model.safetensors
-)->Path: # `path`
-    "Write one file that `Predictor.load` reads; an existing one is replaced at once or not at all."
-    return write_content(path, predictor_content(self))
-
-# %% ../nbs/75_predictor.ipynb #9dad089a
-def stored_view(
-    content:Mapping[str, Any], # of a file
-    data:SemiSupervisedData|None, # what was trained on, where the file does not hold the view
-    path:str|Path, # of the file
-)->View: # the plain one
-    "The view in the file, or that of the data."
+def _stored_view(content:Mapping[str, Any], data:SemiSupervisedData|None, path:str|Path)->View:
+    "The plain view in the file, or that of the data."
     if data is None and content["view"] is None:
         raise HplError(f"{path} does not hold the plain view of {content['name']!r}, which is a {content['view_name']} of your own: "
                        "pass the data as they were for training, Predictor.load(path, method, data=data).")
@@ -457,22 +372,24 @@ def stored_view(
                        f"{data.normalizer} here; make the data as they were made for training.")
     return content["view"] if data is None else data.plain
 
-# %% ../nbs/75_predictor.ipynb #c334817b
-def predictor_of(
-    content:Mapping[str, Any], # as `read_content` read it
-    method:Method, # freshly built, as it was for training; its weights are replaced
-    path:str|Path, # of the file
-    data:SemiSupervisedData|None=None, # what it was trained on: only where their plain view is a function of your own
-)->Predictor:
-    "A predictor of what its file holds; another method or network is refused."
+def predictor_of(content:Mapping[str, Any], method:Method, path:str|Path, data:SemiSupervisedData|None=None)->Predictor:
+    "A predictor of what its file holds, into a freshly built method; another method or network is refused."
     refuse_other(content["identity"], method_identity(method), path)
-    state, view = content["state"], stored_view(content, data, path)
+    state, view = content["state"], _stored_view(content, data, path)
     make_room(method, state, content["buffers"])
     load_state(method, send_to_device(state, next(method.parameters()).device), path)
     check_probe(method.eval(), content, path)
-    deviations = content.get("deviations") # not in files of the first version
+    sigma = content["deviations"]
     return Predictor(method, content["reader"], view, content["normalizer"], content["errors"].numpy(), content["probe_shape"],
-                     content["name"], content["unit"], None if deviations is None else deviations.numpy())
+                     content["name"], content["unit"], None if sigma is None else sigma.numpy())
+
+# %% ../nbs/75_predictor.ipynb #18be595b
+@patch
+def save(self:Predictor,
+    path:str|Path, # such as model.safetensors
+)->Path: # `path`
+    "Write one file that `Predictor.load` reads; an existing one is replaced at once or not at all."
+    return write_content(path, predictor_content(self))
 
 @patch(cls_method=True)
 def load(cls:Predictor,

@@ -19,8 +19,8 @@ import numpy as np
 from .core import HplError, derive_seed
 
 # %% auto #0
-__all__ = ['S', 'unknown_name', 'Settings', 'field_types', 'change', 'setting_names', 'as_json', 'from_json', 'digest', 'flat',
-           'differences']
+__all__ = ['FILE', 'S', 'unknown_name', 'Settings', 'field_types', 'change', 'setting_names', 'as_json', 'from_json', 'digest',
+           'flat', 'differences']
 
 # %% ../nbs/01_settings.ipynb #ad25af51
 def _fits(value:Any, hint:Any)->bool:
@@ -65,6 +65,8 @@ def unknown_name(
     return HplError(f"{owner} has no setting {name!r}; {hint}It has {', '.join(known) or 'none'}.")
 
 # %% ../nbs/01_settings.ipynb #c4b1674d
+FILE = {"file": True} # metadata of a field that names a file: the file's name decides, not its folder
+
 class _Named(type):
     "Refuses unknown settings by name."
     def __call__(cls, *values:Any, **named:Any)->Any:
@@ -100,6 +102,7 @@ S = TypeVar("S", bound=Settings)
 
 def change(
     settings:S, # any
+    /,
     **changes:Any, # new values, of fields or of fields of the parts
 )->S: # of the same kind
     "A copy with other values; a setting of a part is named as if it were the whole's own."
@@ -127,8 +130,12 @@ def as_json(
     if isinstance(settings, (tuple, list)): return [as_json(item, compared) for item in settings]
     if isinstance(settings, Path): return str(settings)
     if not isinstance(settings, Settings): return settings
-    shown = [field.name for field in fields(settings) if field.compare or not compared]
-    return {"kind": type(settings).__name__} | {name: as_json(getattr(settings, name), compared) for name in shown}
+    out:dict[str, Any] = {"kind": type(settings).__name__}
+    for field in fields(settings):
+        if compared and not field.compare: continue
+        value = as_json(getattr(settings, field.name), compared)
+        out[field.name] = Path(value).name if compared and "file" in field.metadata and value else value
+    return out
 
 # %% ../nbs/01_settings.ipynb #5c9f3e11
 def from_json(

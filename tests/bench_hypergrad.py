@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from hpl_nb.hypergrad import hypergradient, optimizer_step
+from hpl_nb.hypergrad import Labelled, PseudoLabelled, hypergradient, optimizer_step
 
 
 def problem(features: int = 2048, samples: int = 32, seed: int = 0):
@@ -25,24 +25,23 @@ def problem(features: int = 2048, samples: int = 32, seed: int = 0):
         head.zero_grad()
         (head(draw(samples, features)) - draw(samples, 1)).square().mean().backward()
         optimizer.step()
-    batch = {"labelled_features": draw(samples, features), "targets": draw(samples, 1),
-             "unlabelled_features": draw(samples, features), "pseudo_label": draw(samples, 1),
-             "weights": torch.exp(-draw(samples, 1)), "unlabelled_weight": 10.0,
-             "outer_features": draw(samples, features), "outer_targets": draw(samples, 1)}
-    return head, optimizer, batch
+    labelled = Labelled(draw(samples, features), draw(samples, 1))
+    unlabelled = PseudoLabelled(draw(samples, features), draw(samples, 1), torch.exp(-draw(samples, 1)))
+    outer = Labelled(draw(samples, features), draw(samples, 1))
+    return head, optimizer, {"labelled": labelled, "unlabelled": unlabelled, "outer": outer, "unlabelled_weight": 10.0}
 
 
 def with_higher(head, optimizer, batch):
     """The gradient in the weights by `higher`: differentiate through a copy of the head and of its optimiser."""
     import higher
-    weights = batch["weights"].detach().requires_grad_()
+    (features, pseudo_label, weights), labelled, outer = batch["unlabelled"], batch["labelled"], batch["outer"]
+    weights = weights.detach().requires_grad_()
     mse = nn.functional.mse_loss
     with higher.innerloop_ctx(head, optimizer) as (virtual_head, virtual_optimizer):
-        error = virtual_head(batch["unlabelled_features"]) - batch["pseudo_label"]
-        inner = mse(virtual_head(batch["labelled_features"]), batch["targets"])
+        error = virtual_head(features) - pseudo_label
+        inner = mse(virtual_head(labelled.features), labelled.targets)
         virtual_optimizer.step(inner + batch["unlabelled_weight"] * (weights.reshape(len(error), -1) * error**2).mean())
-        outer = mse(virtual_head(batch["outer_features"]), batch["outer_targets"])
-        return torch.autograd.grad(outer, weights)[0]
+        return torch.autograd.grad(mse(virtual_head(outer.features), outer.targets), weights)[0]
 
 
 def closed_form(head, optimizer, batch):

@@ -1,6 +1,5 @@
 "CADR's weights, thresholds and losses against scikit-learn, NumPy and autograd; its limits are PseudoLabel and its parts."
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -20,16 +19,16 @@ def prepared(outputs=1, dtype=torch.float64, **kwargs):
     "A method that knows its bins, in float64 without dropout, and a batch."
     seed_everything(0)
     data = vectors(outputs)
-    method = CADR(mlp(3, (16,), outputs), **kwargs).to(dtype)
+    method = CADR(**kwargs).build(mlp(3, (16,), outputs)).to(dtype)
     method.prepare(data)
     batch = Streams(data, method.needs, StreamSettings(8, 12), 1, seed=0)[0]
     return method, {s: {k: v.to(dtype) if v.is_floating_point() else v for k, v in part.items()} for s, part in batch.items()}
 
 
-def trained(make, data=None):
+def trained(settings, data=None):
     "Weights of the regressor after 20 steps on a network with dropout."
     seed_everything(0)
-    method = make(mlp(3, (16,), data.outputs if data else 1, dropout=.2))
+    method = settings.build(mlp(3, (16,), data.outputs if data else 1, dropout=.2))
     fit(method, data or vectors(), TrainSettings(epochs=2, iterations_per_epoch=10, streams=StreamSettings(8, 8),
                                                  optimizer=OptimizerSettings(1e-2, 1e-2)), progress=False)
     return dict(method.regressor.state_dict())
@@ -89,7 +88,8 @@ def test_a_step_one_by_one(prior, outputs):
     with torch.no_grad(): logits = method.classes.classifier(r.features(batch["unlabelled"]["weak"])).view(12, 4, outputs).numpy()
     probability = np.exp(logits)/np.exp(logits).sum(1, keepdims=True)
     marginal = .9*np.full((4, outputs), .25) + .1*probability.mean(0)
-    method.threshold = float(np.median((probability/np.sqrt(marginal/marginal.max(0))).max(1)))
+    threshold = float(np.median((probability/np.sqrt(marginal/marginal.max(0))).max(1)))
+    method.settings = replace(method.settings, threshold=threshold)
     losses = method.training_step(batch)
     sum(losses.values()).backward()
     np.testing.assert_allclose(method.marginal.numpy(), marginal, rtol=1e-10)
@@ -101,7 +101,7 @@ def test_a_step_one_by_one(prior, outputs):
         for i in range(8): weight[i, k] = min(1/p[target[i, k], k]/scale, 1.5)
         for j in range(12):
             c = probability[j, :, k].argmax()
-            selected[j, k] = probability[j, c, k] >= method.threshold*(marginal[c, k]/marginal[:, k].max())**.5
+            selected[j, k] = probability[j, c, k] >= threshold*(marginal[c, k]/marginal[:, k].max())**.5
     np.testing.assert_array_equal(method.record["weight"].numpy(), selected)
     assert 0 < selected.mean() < 1
     actual = [q.grad.clone() for q in method.parameters()]
@@ -119,19 +119,19 @@ def test_a_step_one_by_one(prior, outputs):
 
 @pytest.mark.parametrize("data", [None, vectors(2)], ids=["one output", "two outputs"])
 def test_one_bin_is_pseudo_label(data):
-    assert not differences(trained(partial(CADR, bins=1), data), trained(PseudoLabel, data))
+    assert not differences(trained(CADR(bins=1), data), trained(PseudoLabel(), data))
 
 
 def test_nothing_passes_an_impossible_threshold():
-    state = partial(trained, data=vectors(2))
-    assert not differences(state(partial(CADR, threshold=1., power=0.)), state(partial(CADR, unlabelled_weight=0.)))
+    states = [trained(settings, vectors(2)) for settings in (CADR(threshold=1., power=0.), CADR(unlabelled_weight=0.))]
+    assert not differences(*states)
 
 
 def test_every_argument_changes_training():
     base = {"threshold": .3, "bins": 5, "max_weight": 2., "decay": .5}
     changes = [{}, {"bins": 8}, {"prior": "predicted"}, {"prior": "uniform"}, {"max_weight": 1.2}, {"threshold": .4}, {"power": 2.},
                {"decay": 0.}, {"unlabelled_weight": .3}]
-    states = [trained(partial(CADR, **base | change)) for change in changes]
+    states = [trained(CADR(**base | change)) for change in changes]
     for i, state in enumerate(states): assert all(differences(state, other) for other in states[:i]), changes[i]
 
 
@@ -162,13 +162,13 @@ def test_classifier_learns_at_the_head_s_rate():
 @pytest.mark.parametrize("change", [{"bins": 0}, {"prior": "true"}, {"max_weight": .5}, {"max_weight": float("nan")}, {"threshold": -.1},
                                     {"power": -1.}, {"decay": 1.}, {"decay": -.1}, {"unlabelled_weight": -1.}])
 def test_bad_arguments_are_refused(change):
-    with pytest.raises(HplError, match=f"{next(iter(change))} is "): CADR(mlp(3, (4,)), **change)
+    with pytest.raises(HplError, match=f"{next(iter(change))} is "): CADR(**change)
 
 
 def test_equal_labels_are_refused():
     data = vectors(2)
     data.targets[data.labelled, 1] = 4.
-    with pytest.raises(HplError, match="the same label; use PseudoLabel"): fit(CADR(mlp(3, (4,), 2)), data, progress=False)
+    with pytest.raises(HplError, match="the same label; use PseudoLabel"): fit(CADR().build(mlp(3, (4,), 2)), data, progress=False)
 
 
 def test_predict_and_inspect_change_no_state():
@@ -184,7 +184,7 @@ def test_predict_and_inspect_change_no_state():
 def test_state_is_saved():
     "Bins and moving average are in the state dict, and `prepare` sets the bins of the data at hand."
     seed_everything(0)
-    method = CADR(noisy_cnn(), bins=5)
+    method = CADR(bins=5).build(noisy_cnn())
     run = fit(method, digits(), replace(SETTINGS, epochs=1, record_every=0), progress=False)
     state, y = method.state_dict(), digits().normalizer.normalize(digits().targets[digits().labelled])
     np.testing.assert_allclose(state["classes.share"][:, 0], np.histogram(y, 5)[0]/len(y), atol=1e-6)

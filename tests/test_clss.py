@@ -19,9 +19,9 @@ SETTINGS = TrainSettings(epochs=1, iterations_per_epoch=10, streams=StreamSettin
 OFF = dict(contrast_weight=0., unlabelled_weight=0., prediction_weight=0.)
 
 
-def trained(make, outputs=1):
+def trained(settings, outputs=1):
     seed_everything(0)
-    method = make(mlp(3, (16,), outputs))
+    method = settings.build(mlp(3, (16,), outputs))
     run = fit(method, vectors(outputs), SETTINGS, progress=False)
     return method, run
 
@@ -29,7 +29,7 @@ def trained(make, outputs=1):
 def prepared(outputs=1, seed=0, **kwargs):
     "A method in float64 and a batch."
     seed_everything(seed)
-    method = CLSS(mlp(3, (16,), outputs), **kwargs).double()
+    method = CLSS(**kwargs).build(mlp(3, (16,), outputs)).double()
     batch = Streams(vectors(outputs), method.needs, StreamSettings(8, 12), 10, seed=seed)[0]
     return method, {s: {k: v.double() if v.is_floating_point() else v for k, v in part.items()} for s, part in batch.items()}
 
@@ -224,14 +224,14 @@ class TestMethod:
 
     @pytest.mark.parametrize("outputs", [1, 2])
     def test_without_weights_it_is_supervised(self, outputs):
-        expected, actual = (trained(make, outputs)[0] for make in (Supervised, partial(CLSS, **OFF)))
+        expected, actual = (trained(settings, outputs)[0] for settings in (Supervised(), CLSS(**OFF)))
         assert not differences(dict(expected.state_dict()), dict(actual.state_dict()))
 
     @pytest.mark.parametrize("change", [
         {"contrast_weight": .5}, {"unlabelled_weight": .5}, {"prediction_weight": 3.}, {"interpolation": 9.}, {"reference_batch": None},
         {"unlabelled_batch": 16}, {"label_width": .5}, {"average_ties": False}], ids=str)
     def test_every_setting_matters(self, change):
-        before, after = trained(CLSS)[0], trained(partial(CLSS, **change))[0]
+        before, after = trained(CLSS())[0], trained(CLSS(**change))[0]
         assert differences(dict(before.state_dict()), dict(after.state_dict()))
         assert after.config() == before.config() | change
 
@@ -265,7 +265,7 @@ class TestMethod:
         assert features.grad.isfinite().all()
 
     def test_predict_and_inspect_change_nothing(self):
-        method, _ = trained(CLSS)
+        method, _ = trained(CLSS())
         before, x = {k: v.clone() for k, v in method.state_dict().items()}, torch.randn(5, 3)
         method.eval()
         with torch.no_grad():
@@ -276,12 +276,13 @@ class TestMethod:
 
     def test_streams(self):
         settings = StreamSettings(16, 32)
-        assert CLSS(mlp(3)).stream_settings(settings) == settings
-        assert CLSS(mlp(3), unlabelled_batch=8).stream_settings(settings) == StreamSettings(16, 8)
+        assert CLSS().build(mlp(3)).stream_settings(settings) == settings
+        assert CLSS(unlabelled_batch=8).build(mlp(3)).stream_settings(settings) == StreamSettings(16, 8)
+        with pytest.raises(HplError, match="unlabelled_batch is 2"): CLSS().build(mlp(3)).stream_settings(StreamSettings(16, 2))
 
     @pytest.mark.parametrize("name, value", [
         ("contrast_weight", -1.), ("unlabelled_weight", float("nan")), ("prediction_weight", -.1), ("interpolation", 0.),
         ("interpolation", float("nan")), ("reference_batch", 0), ("label_width", 0.), ("label_width", -1.), ("unlabelled_batch", 2),
         ("unlabelled_batch", 0)])
     def test_out_of_range(self, name, value):
-        with pytest.raises(HplError, match=name): CLSS(mlp(3), **{name: value}).stream_settings(StreamSettings())
+        with pytest.raises(HplError, match=f"{name} is"): CLSS(**{name: value})

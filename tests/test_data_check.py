@@ -10,7 +10,7 @@ from PIL import Image
 from hpl_nb import data
 from hpl_nb.core import HplError, LabelNormalizer
 from hpl_nb.data.core import SemiSupervisedData, describe, synthetic
-from hpl_nb.data.own import from_arrays, from_frame, from_images
+from hpl_nb.data.own import Split, from_arrays, from_frame, from_images
 
 
 def draw(path, seed):
@@ -212,7 +212,7 @@ def test_a_normaliser_of_another_unit(recwarn):
     assert kinds(check(loaded)) == {"normaliser of another unit": 1} and not len(recwarn)
 
 
-def test_ordinary_labels_raise_no_doubt(recwarn):
+def test_ordinary_labels_raise_no_warning(recwarn):
     "Normal, uniform, skewed and counted labels, of many sizes; and the package's own data."
     for seed in range(20):
         random = np.random.default_rng(seed)
@@ -220,7 +220,7 @@ def test_ordinary_labels_raise_no_doubt(recwarn):
         x = random.normal(size=(rows, 4))
         for y in (random.normal(0, 1e-3, rows), random.uniform(1e5, 1e6, rows), random.lognormal(0, 1, rows), random.poisson(.2, rows),
                   random.standard_t(4, rows), random.exponential(5., rows), np.full(rows, 3.)):
-            from_arrays(x, np.where(random.uniform(size=rows) < .7, y, np.nan), seed=seed)
+            from_arrays(x, np.where(random.uniform(size=rows) < .7, y, np.nan), split=Split(seed=seed))
     assert not told(recwarn)
     report = check(synthetic(500))
     assert report.ok and not len(report.problems) and report.notes[0].startswith("labels in units: labelled")

@@ -14,6 +14,9 @@ from torch import nn
 
 from hpl_nb.core import HplError
 from hpl_nb.hypergrad import (
+    Labelled,
+    PseudoLabelled,
+    Sloped,
     VirtualStep,
     head_matrix,
     hypergradient,
@@ -39,9 +42,13 @@ def problem(outputs=1, n=5, m=7, d=4, seed=0, dtype=torch.float64):
     with torch.no_grad():
         head.weight.copy_(draw(outputs, d))
         head.bias.copy_(draw(outputs))
-    return head, {"labelled_features": draw(n, d), "targets": draw(n, outputs), "unlabelled_features": draw(m, d),
-                  "pseudo_label": draw(m, outputs), "weights": torch.exp(-draw(m, 1)), "unlabelled_weight": 1.7,
-                  "outer_features": draw(n, d), "outer_targets": draw(n, outputs)}
+    labelled, unlabelled = Labelled(draw(n, d), draw(n, outputs)), PseudoLabelled(draw(m, d), draw(m, outputs), torch.exp(-draw(m, 1)))
+    return head, {"labelled": labelled, "unlabelled": unlabelled, "outer": Labelled(draw(n, d), draw(n, outputs)), "unlabelled_weight": 1.7}
+
+
+def changed(batch, key="unlabelled", **changes):
+    """The arguments with other tensors in one of the batches."""
+    return {**batch, key: batch[key]._replace(**changes)}
 
 
 def make_optimizer(kind, head, steps, **settings):
@@ -141,7 +148,7 @@ def test_equals_higher(kind, settings, warm, outputs, weight):
     mine = z.clone().requires_grad_()
     weights = weight(mine)
     weights.backward(hypergradient(head, lambda eta, gradient: optimizer_step(optimizer, head, gradient),
-                                   **{**batch, "weights": weights}).weights)
+                                   **changed(batch, weights=weights)).weights)
 
     other = z.clone().requires_grad_()
     with higher.innerloop_ctx(head, optimizer) as (virtual_head, virtual_optimizer):
@@ -150,10 +157,10 @@ def test_equals_higher(kind, settings, warm, outputs, weight):
                 group["eps"] = group["eps"] * (1 - group["betas"][1]**(warm + 1))**0.5
             for state in states.values():
                 state.update({"step": float(state["step"])} if "step" in state else {})
-        error = virtual_head(batch["unlabelled_features"]) - batch["pseudo_label"]
-        virtual_optimizer.step(mse(virtual_head(batch["labelled_features"]), batch["targets"])
+        error = virtual_head(batch["unlabelled"].features) - batch["unlabelled"].pseudo_label
+        virtual_optimizer.step(mse(virtual_head(batch["labelled"].features), batch["labelled"].targets)
                                + batch["unlabelled_weight"] * (weight(other) * error**2).mean())
-        mse(virtual_head(batch["outer_features"]), batch["outer_targets"]).backward()
+        mse(virtual_head(batch["outer"].features), batch["outer"].targets).backward()
     cold = kind is Adam and not warm and settings.get("eps") is None
     assert relative(mine.grad, other.grad) < (1e-5 if cold else 1e-9)
 
@@ -163,7 +170,7 @@ class OuterLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(context, weights, head, step, batch):
-        result = hypergradient(head, step, **{**batch, "weights": weights})
+        result = hypergradient(head, step, **changed(batch, weights=weights))
         context.save_for_backward(result.weights)
         return result.outer_loss
 
@@ -256,7 +263,7 @@ def test_live_objects_stay_untouched(kind, settings):
                 *(value for state in optimizer.state.values() for value in state.values() if value is not None)]
         entries = len(optimizer.state)
         before, versions = [tensor.clone() for tensor in live], [tensor._version for tensor in live]
-        weights = batch["weights"].requires_grad_()
+        weights = batch["unlabelled"].weights.requires_grad_()
         result = hypergradient(head, lambda eta, gradient: optimizer_step(optimizer, head, gradient), **batch)
         assert all(torch.equal(a, b) for a, b in zip(live, before))
         assert [tensor._version for tensor in live] == versions
@@ -273,7 +280,7 @@ def test_memory_is_flat():
         z = torch.zeros(7, 1, dtype=torch.float64, requires_grad=True)
         weights = torch.exp(-z)
         weights.backward(hypergradient(head, lambda eta, gradient: optimizer_step(optimizer, head, gradient),
-                                       **{**batch, "weights": weights}).weights)
+                                       **changed(batch, weights=weights)).weights)
 
     def tensors():
         gc.collect()
@@ -299,7 +306,7 @@ def on_processes(count, head, step, batch, reduction):
     calls, barrier, results = [[] for _ in range(count)], Barrier(count), [None] * count
 
     def work(rank):
-        mine = {key: value.chunk(count)[rank] if isinstance(value, torch.Tensor) else value
+        mine = {key: type(value)(*(tensor.chunk(count)[rank] for tensor in value)) if isinstance(value, tuple) else value
                 for key, value in batch.items()}
 
         def average(tensor):
@@ -346,26 +353,24 @@ def test_processes_equal_the_joined_batch(kind, reduction):
 def test_attached_prediction():
     """An unlabelled loss whose weight depends on the prediction: slopes against autograd through everything."""
     head, batch = problem(1)
-    pseudo_label = batch["pseudo_label"]
+    (features, pseudo_label, _), labelled, outer = batch["unlabelled"], batch["labelled"], batch["outer"]
     torch.manual_seed(0)
     g = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)).double()
 
     def loss(r):
         return torch.exp(-g(torch.cat([r, pseudo_label], 1))) * (r - pseudo_label)**2
 
-    r = head(batch["unlabelled_features"]).detach().requires_grad_()
+    r = head(features).detach().requires_grad_()
     slope, = torch.autograd.grad(loss(r).sum(), r, create_graph=True)
-    rest = {key: value for key, value in batch.items() if key not in ("pseudo_label", "weights")}
-    result = slope_hypergradient(head, partial(sgd_step, learning_rate=0.1), slope=slope, **rest)
+    result = slope_hypergradient(head, partial(sgd_step, learning_rate=0.1), **{**batch, "unlabelled": Sloped(features, slope)})
     mine = torch.autograd.grad(slope, list(g.parameters()), result.slope)
 
     weight, bias = head.weight, head.bias
-    inner = mse(head(batch["labelled_features"]), batch["targets"])
-    inner = inner + 1.7 * loss(head(batch["unlabelled_features"])).mean()
+    inner = mse(head(labelled.features), labelled.targets) + 1.7 * loss(head(features)).mean()
     weight_gradient, bias_gradient = torch.autograd.grad(inner, (weight, bias), create_graph=True)
     weight, bias = weight - 0.1 * weight_gradient, bias - 0.1 * bias_gradient
-    prediction = nn.functional.linear(batch["outer_features"], weight, bias)
-    other = torch.autograd.grad(mse(prediction, batch["outer_targets"]), list(g.parameters()))
+    prediction = nn.functional.linear(outer.features, weight, bias)
+    other = torch.autograd.grad(mse(prediction, outer.targets), list(g.parameters()))
     assert result.weights is None
     for a, b in zip(mine, other):
         assert relative(a, b) < 1e-9
@@ -376,8 +381,8 @@ def test_limits():
     head, batch = problem(3)
     step = partial(sgd_step, learning_rate=0.1)
     assert hypergradient(head, step, **{**batch, "unlabelled_weight": 0.0}).weights.abs().max() == 0
-    exact = head(batch["unlabelled_features"]).detach()
-    assert hypergradient(head, step, **{**batch, "pseudo_label": exact}).weights.abs().max() < 1e-13
+    exact = head(batch["unlabelled"].features).detach()
+    assert hypergradient(head, step, **changed(batch, pseudo_label=exact)).weights.abs().max() < 1e-13
 
 
 def test_autocast_does_not_reach_the_hypergradient():
@@ -403,20 +408,18 @@ def test_a_step_of_ones_own():
     assert relative(hypergradient(head, step, **batch).weights, reference.weights) < 1e-9
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"targets": torch.zeros(5, dtype=torch.float64)}, "targets: shape"),
-    ({"pseudo_label": torch.zeros(7, dtype=torch.float64)}, "pseudo_label: shape"),
-    ({"outer_targets": torch.zeros(1, 5, dtype=torch.float64)}, "outer_targets: shape"),
-    ({"weights": torch.zeros(3, dtype=torch.float64)}, "weights: shape"),
-    ({"reduction": "max"}, "reduction"),
-    ({"labelled_features": torch.zeros(0, 4, dtype=torch.float64), "targets": torch.zeros(0, 1, dtype=torch.float64)},
-     "empty"),
-])
-def test_bad_input(change, message):
+@pytest.mark.parametrize("key, change, message", [
+    ("labelled", {"targets": (5,)}, "labelled.targets: shape"), ("unlabelled", {"pseudo_label": (7,)}, "pseudo_label: shape"),
+    ("outer", {"targets": (1, 5)}, "outer.targets: shape"), ("unlabelled", {"weights": (3,)}, "weights: shape"),
+    ("labelled", {"features": (0, 4), "targets": (0, 1)}, "empty")])
+def test_bad_input(key, change, message):
     """Wrong shapes are refused by name instead of being broadcast."""
     head, batch = problem(1)
+    wrong = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in change.items()}
     with pytest.raises(HplError, match=message):
-        hypergradient(head, partial(sgd_step, learning_rate=0.1), **{**batch, **change})
+        hypergradient(head, partial(sgd_step, learning_rate=0.1), **changed(batch, key, **wrong))
+    with pytest.raises(HplError, match="reduction is 'max'"):
+        hypergradient(head, partial(sgd_step, learning_rate=0.1), **batch, reduction="max")
 
 
 def test_bad_optimizers():

@@ -7,7 +7,7 @@ from PIL import Image
 
 from hpl_nb.core import HplError
 from hpl_nb.data.core import Streams, StreamSettings
-from hpl_nb.data.imdb_wiki import RELEASED_NORMALIZER, imdb_wiki, released_order, released_views
+from hpl_nb.data.imdb_wiki import RELEASED_NORMALIZER, IMDBWiki, imdb_wiki, released_order, released_views
 
 
 def make_folder(root, column="split", upper=False, rows=60):
@@ -59,6 +59,12 @@ def test_views_and_units(tmp_path):
     assert dark.all(2).sum(1).max() <= 16 and dark.all(1).sum(1).max() <= 16 and dark.any((1, 2)).sum() > 15
     crop, augment = released_views(64).strong.transforms
     assert (crop.padding, crop.padding_mode, augment.cutout) == (5, "zeros", 5)
+
+
+def test_settings_load_what_the_loader_gives(tmp_path):
+    by_hand, data = imdb_wiki(make_folder(tmp_path), label_ratio=.2, size=32), IMDBWiki(str(tmp_path), label_ratio=.2, size=32).load()
+    assert data.labelled.tolist() == by_hand.labelled.tolist() and data.strong == by_hand.strong
+    assert data.notes == by_hand.notes | {"views": "released", "size": 32, "deduplicate": False, "labelled_count": "released"}
 
 
 def test_plain_view_is_the_releases_resize(tmp_path):

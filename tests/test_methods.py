@@ -1,46 +1,47 @@
 "Every setting does what it says, and phi's and theta's gradients are those of the formulas, by autograd."
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from small_runs import METHODS, differences, make, on_cpu, vectors  # noqa: F401
 
-from hpl_nb.cli import Options, make_method
 from hpl_nb.core import HplError, seed_everything
 from hpl_nb.data.core import Streams, StreamSettings
-from hpl_nb.hypergrad import hypergradient_autograd, sgd_step
+from hpl_nb.hypergrad import Labelled, PseudoLabelled, hypergradient_autograd, sgd_step
 from hpl_nb.loss import labelled_loss, pseudo_label_weight, unlabelled_loss
-from hpl_nb.methods.core import FullySupervised, PseudoLabel, Supervised, forward_batches
-from hpl_nb.methods.hpl import HPL, LEARNER_INPUTS, PAPER, RELEASE, HPLSettings, JointUncertainty, outer_features, step_passes, teach
+from hpl_nb.methods.core import FullySupervised, PseudoLabel, Released, Supervised, forward_batches
+from hpl_nb.methods.hpl import HPL, JointUncertainty, LearnerInputs, outer_features, step_passes, teach
 from hpl_nb.models import mlp, small_cnn
+from hpl_nb.settings import as_json, change, from_json, setting_names
 from hpl_nb.trainer import OptimizerSettings, TrainSettings, fit
 from hpl_nb.uncertainty import disagreement, learner_input, scaled_features
 
-FAST = replace(PAPER, learner_lr=1e-2)
+PAPER, RELEASE = HPL.presets().values()
+FAST = change(PAPER, learner_lr=1e-2)
 SETTINGS = TrainSettings(epochs=3, iterations_per_epoch=10, streams=StreamSettings(8, 8), optimizer=OptimizerSettings(1e-2, 1e-2))
 
 
-def trained(method, data=None, settings=SETTINGS):
+def trained(chosen, data=None, settings=SETTINGS):
     "State after 30 steps."
     seed_everything(0)
-    method = method(mlp(3, (16,), data.outputs if data else 1, dropout=.2))
+    method = chosen.build(mlp(3, (16,), data.outputs if data else 1, dropout=.2))
     run = fit(method, data or vectors(), settings, progress=False)
     return dict(method.state_dict()), run
 
 
 def weights(settings):
     "Trained weights of theta, and of phi."
-    state, _ = trained(partial(HPL, settings=settings))
+    state, _ = trained(settings)
     return ([value for name, value in state.items() if name.startswith(part)] for part in ("regressor", "learner"))
 
 
-def prepared(settings=FAST, outputs=1, method=HPL):
+def prepared(settings=FAST, outputs=1):
     "A method in float64 with its optimisers, and a batch: nothing random but the weights."
     seed_everything(0)
-    regressor = mlp(3, (16,), outputs)
-    method = (method(regressor, settings) if method is HPL else method(regressor)).double()
+    method = settings.build(mlp(3, (16,), outputs)).double()
     method.optimizers = method.make_optimizers(OptimizerSettings())
     return method, in_float64(Streams(vectors(outputs), method.needs, StreamSettings(8, 12), 10, seed=0)[0])
 
@@ -62,25 +63,25 @@ class TestEverySetting:
     "Thirty steps with one setting changed."
 
     def test_all_are_covered(self):
-        assert {*CHANGES, "preset", "log_term", "passes", "evaluate"} == {field.name for field in fields(HPLSettings)}
+        assert {*CHANGES, "label", "log_term", "passes", "evaluate"} == {*setting_names(PAPER)}
 
     @pytest.mark.parametrize("name", CHANGES)
     def test_changes_theta_and_phi(self, name):
-        for before, after in zip(weights(FAST), weights(replace(FAST, **{name: CHANGES[name]}))): assert differences(before, after)
+        for before, after in zip(weights(FAST), weights(change(FAST, **{name: CHANGES[name]}))): assert differences(before, after)
 
     @pytest.mark.parametrize("detach", [True, False])
     def test_log_term(self, detach):
         "D6: without a gradient through g's input the log term changes nothing, to the bit; with one it does."
-        settings = replace(FAST, detach_input=detach)
-        for before, after in zip(weights(settings), weights(replace(settings, log_term=False))):
+        settings = change(FAST, detach_input=detach)
+        for before, after in zip(weights(settings), weights(change(settings, log_term=False))):
             assert bool(differences(before, after)) is not detach
 
-    def test_preset_is_only_a_name(self):
-        for before, after in zip(weights(FAST), weights(replace(FAST, preset="mine"))): assert not differences(before, after)
+    def test_label_is_only_a_name(self):
+        assert change(FAST, label="mine") == FAST
 
     def test_log_term_is_logged(self):
         "It is part of the loss that is reported."
-        logs = [trained(partial(HPL, settings=replace(FAST, log_term=on)))[1].log for on in (True, False)]
+        logs = [trained(change(FAST, log_term=on))[1].log for on in (True, False)]
         difference = logs[0]["loss/unlabelled"] - logs[1]["loss/unlabelled"]
         np.testing.assert_allclose(difference, logs[0]["log_variance_mean"], atol=1e-5)
 
@@ -90,60 +91,61 @@ class TestEverySetting:
         ("normalize_weights", "mean"), ("learner_inputs", "features"), ("outer_batch", 0), ("outer_batch", 2.5), ("passes", 0),
         ("passes", 2), ("teacher_decay", -.1), ("teacher_decay", 1.1), ("teacher_decay", float("nan")), ("evaluate", "teacher")])
     def test_out_of_range(self, name, value):
-        with pytest.raises(HplError): HPL(mlp(3, (4,)), replace(PAPER, **{name: value}))
+        with pytest.raises(HplError, match=f"^{name} is"): change(PAPER, **{name: value})
 
 
 class TestPhi:
     "phi follows the outer loss after one step of the head: against autograd, in float64."
 
     @pytest.mark.parametrize("outputs", [1, 2])
-    @pytest.mark.parametrize("change", [
+    @pytest.mark.parametrize("changes", [
         {}, {"half_weight": True}, {"residual_input": True}, {"reduction": "sum"}, {"unlabelled_weight": .3},
         {"log_variance_bound": None}, {"log_variance_bound": .5}, {"normalize_weights": True},
         {"normalize_weights": True, "half_weight": True, "reduction": "sum"}], ids=str)
-    def test_detached_input(self, change, outputs):
+    def test_detached_input(self, changes, outputs):
         "The weights' hypergradient, carried on to phi."
-        method, batch = prepared(settings := replace(FAST, virtual_lr=.05, **change), outputs)
-        passes, (features, y) = forward_batches(method.regressor, batch), outer_features(method, batch)
-        teach(method, passes, features, y)
-        taught = grads(method.learner)
-        z = method.learner(learner_input(passes.prediction, passes.pseudo_label, settings.residual_input))
-        omega = pseudo_label_weight(z, settings.half_weight)/(torch.exp(-z).mean() if settings.normalize_weights else 1)
+        method, batch = prepared(change(FAST, virtual_lr=.05, **changes), outputs)
+        passes, outer = forward_batches(method.regressor, batch), outer_features(method, batch)
+        teach(method, passes, outer)
+        taught, s = grads(method.learner), method.settings
+        z = method.learner(learner_input(passes.prediction, passes.pseudo_label, s.learner.residual_input))
+        omega = pseudo_label_weight(z, s.weights.half_weight)/(torch.exp(-z).mean() if s.weights.normalize_weights else 1)
         result = hypergradient_autograd(
-            method.regressor.head, partial(sgd_step, learning_rate=.05), passes.labelled_features.detach(), passes.y,
-            passes.unlabelled_features.detach(), passes.pseudo_label, omega.detach(), settings.unlabelled_weight, features, y,
-            settings.reduction)
+            method.regressor.head, partial(sgd_step, learning_rate=.05), Labelled(passes.labelled_features.detach(), passes.y),
+            PseudoLabelled(passes.unlabelled_features.detach(), passes.pseudo_label, omega.detach()), outer, s.unlabelled_weight,
+            s.reduction)
         expected = torch.autograd.grad(omega, list(method.learner.parameters()), result.weights)
         for actual, correct in zip(taught, expected): torch.testing.assert_close(actual, correct, rtol=1e-9, atol=1e-15)
 
     @pytest.mark.parametrize("outputs", [1, 2])
     @pytest.mark.parametrize("detach", [True, False])
-    @pytest.mark.parametrize("change", [{}, {"log_term": False, "half_weight": True, "residual_input": True, "reduction": "sum"},
+    @pytest.mark.parametrize("changes", [{}, {"log_term": False, "half_weight": True, "residual_input": True, "reduction": "sum"},
                                         {"outer_regularizer": .1}, {"normalize_weights": True},
                                         {"outer_regularizer": .1, "learner_inputs": "pair+features+disagreement"}], ids=str)
-    def test_whole_step_written_down_once_more(self, change, detach, outputs):
+    def test_whole_step_written_down_once_more(self, changes, detach, outputs):
         "Eq. 5, 7, 6 and D1 with one graph from phi to the outer loss, also where the gradient goes through g's input."
-        method, batch = prepared(settings := replace(FAST, virtual_lr=.05, detach_input=detach, **change), outputs)
-        (passes, further), (features, y) = step_passes(method, batch), outer_features(method, batch)
-        teach(method, passes, features, y, further)
+        method, batch = prepared(change(FAST, virtual_lr=.05, detach_input=detach, **changes), outputs)
+        (passes, further), outer_batch = step_passes(method, batch), outer_features(method, batch)
+        teach(method, passes, outer_batch, further)
+        (features, y), s = outer_batch, method.settings
         taught, head, learner = grads(method.learner), method.regressor.head, method.learner
         weight, bias = (p.detach().clone().requires_grad_() for p in (head.weight, head.bias))
         r = passes.unlabelled_features.detach() @ weight.T + bias
-        z = learner(learner_input(r, passes.pseudo_label, settings.residual_input, detach, further))
-        omega, kind = pseudo_label_weight(z, settings.half_weight), settings.reduction
-        if settings.normalize_weights: omega = omega/torch.exp(-z).mean()
+        z = learner(learner_input(r, passes.pseudo_label, s.learner.residual_input, detach, further))
+        omega, kind = pseudo_label_weight(z, s.weights.half_weight), s.reduction
+        if s.weights.normalize_weights: omega = omega/torch.exp(-z).mean()
         inner = labelled_loss(passes.labelled_features.detach() @ weight.T + bias, passes.y, kind) + unlabelled_loss(
-            r, passes.pseudo_label, omega, z if settings.log_term else None, kind)
+            r, passes.pseudo_label, omega, z if s.weights.log_term else None, kind)
         steps = torch.autograd.grad(inner, (weight, bias), create_graph=True)
         prediction = features @ (weight - .05*steps[0]).T + bias - .05*steps[1]
         outer = labelled_loss(prediction, y, kind)
         seen = None if further is None else torch.cat([scaled_features(features), disagreement(torch.stack([prediction, y]))], 1)
-        outer = outer - settings.outer_regularizer*learner(learner_input(prediction, y, settings.residual_input, further=seen)).mean()
+        outer = outer - s.look_ahead.outer_regularizer*learner(learner_input(prediction, y, s.learner.residual_input, further=seen)).mean()
         expected = torch.autograd.grad(outer, list(learner.parameters()))
         for actual, correct in zip(taught, expected): torch.testing.assert_close(actual, correct, rtol=1e-9, atol=1e-14)
 
     @pytest.mark.parametrize("settings", [
-        PAPER, RELEASE, replace(PAPER, detach_input=False), replace(PAPER, detach_input=False, reduction="sum")],
+        PAPER, RELEASE, change(PAPER, detach_input=False), change(PAPER, detach_input=False, reduction="sum")],
         ids=["paper", "release", "attached", "attached, sum"])
     def test_theta_s_loss_gives_phi_nothing(self, settings):
         "And the teaching gives theta nothing."
@@ -153,12 +155,12 @@ class TestPhi:
         before = grads(method.learner)
         sum(losses.values()).backward()
         assert not differences(before, grads(method.learner)) and all(gradient is not None for gradient in grads(method.regressor))
-        if not settings.learner_first: assert any(gradient.abs().max() > 0 for gradient in before)
+        if not settings.look_ahead.learner_first: assert any(gradient.abs().max() > 0 for gradient in before)
 
     @pytest.mark.parametrize("first", [True, False])
     def test_learner_first(self, first):
         "D4: the weights of theta's own step are those of the new phi, or of the old one."
-        method, batch = prepared(replace(FAST, learner_first=first))
+        method, batch = prepared(change(FAST, learner_first=first))
         old = [p.detach().clone() for p in method.learner.parameters()]
         losses = method.training_step(batch)
         assert bool(differences(old, list(method.learner.parameters()))) is first
@@ -168,7 +170,7 @@ class TestPhi:
         torch.testing.assert_close(losses["unlabelled"], unlabelled_loss(passes.prediction, passes.pseudo_label, torch.exp(-z), z))
 
     def test_nothing_is_learned_without_unlabelled_loss(self):
-        method, batch = prepared(replace(FAST, unlabelled_weight=0.))
+        method, batch = prepared(change(FAST, unlabelled_weight=0.))
         method.training_step(batch)
         assert all((gradient == 0).all() for gradient in grads(method.learner))
 
@@ -179,7 +181,7 @@ class TestBeyondThePaper:
     @pytest.mark.parametrize("settings, error, spread", [(PAPER, 12.172258, .786459), (RELEASE, 11.33272, .319325)], ids=["paper", "code"])
     def test_presets_are_as_before(self, settings, error, spread):
         "What thirty steps of the presets gave before there was any of them."
-        _, run = trained(partial(HPL, settings=replace(settings, learner_lr=1e-2)))
+        _, run = trained(change(settings, learner_lr=1e-2))
         assert run.log["val_mse"].iloc[-1] == pytest.approx(error, rel=1e-4)
         assert run.log["log_variance_sd"].iloc[-1] == pytest.approx(spread, rel=1e-3)
 
@@ -187,7 +189,7 @@ class TestBeyondThePaper:
     @pytest.mark.parametrize("outputs", [1, 2])
     def test_normalised_weights_have_mean_one(self, outputs, half):
         "Or one half; they stand in the relation of exp(-z), and it does not matter what is added to z."
-        method, batch = prepared(replace(FAST, normalize_weights=True, half_weight=half, log_variance_bound=None), outputs)
+        method, batch = prepared(change(FAST, normalize_weights=True, half_weight=half, log_variance_bound=None), outputs)
         method.training_step(batch)
         weight, z = method.record["weight"], method.record["log_variance"]
         torch.testing.assert_close(weight.mean(), torch.tensor(.5 if half else 1., dtype=torch.float64))
@@ -198,20 +200,20 @@ class TestBeyondThePaper:
 
     def test_normalised_weights_leave_lambda_alone(self):
         "The gradient in a common shift of all z is zero: g cannot turn the unlabelled loss up or down."
-        method, batch = prepared(replace(FAST, normalize_weights=True, log_variance_bound=None))
+        method, batch = prepared(change(FAST, normalize_weights=True, log_variance_bound=None))
         method.training_step(batch)
         shift, others = method.learner.layers[2].bias.grad, method.learner.layers[2].weight.grad
         assert shift.abs().max() < 1e-12*others.abs().max()
 
     def test_teacher_without_memory_is_the_student(self):
         "Decay 0, to the bit (no batch norm); a decay of its own is another training."
-        for before, after, slow in zip(*(weights(replace(FAST, teacher_decay=decay)) for decay in (None, 0., .9))):
+        for before, after, slow in zip(*(weights(change(FAST, teacher_decay=decay)) for decay in (None, 0., .9))):
             assert not differences(before, after) and differences(before, slow)
 
     @pytest.mark.parametrize("measured", ["student", "teacher"])
     def test_teacher_labels_and_is_measured(self, measured):
         seed_everything(0)
-        method = HPL(mlp(3, (16,)), replace(FAST, teacher_decay=.9, evaluate=measured))
+        method = change(FAST, teacher_decay=.9, evaluate=measured).build(mlp(3, (16,)))
         fit(method, vectors(), SETTINGS, progress=False)
         x = torch.randn(5, 3)
         with torch.no_grad():
@@ -222,53 +224,83 @@ class TestBeyondThePaper:
 
     def test_outer_batch(self):
         "As large as the inner one is the default, to the bit; larger ones come as large as they are wanted."
-        for before, after in zip(weights(FAST), weights(replace(FAST, outer_batch=8))): assert not differences(before, after)
-        method = HPL(mlp(3), replace(FAST, outer_batch=20))
+        for before, after in zip(weights(FAST), weights(change(FAST, outer_batch=8))): assert not differences(before, after)
+        method = change(FAST, outer_batch=20).build(mlp(3))
         batch = Streams(vectors(), method.needs, method.stream_settings(StreamSettings(8, 12)), 10, seed=0)[0]
         assert {stream: len(tensors["index"]) for stream, tensors in batch.items()} == {"labelled": 8, "unlabelled": 12, "outer": 20}
-        with pytest.raises(HplError, match="previous"): replace(FAST, outer_batch=20, outer="previous")
+        with pytest.raises(HplError, match="previous"): change(FAST, outer_batch=20, outer="previous")
 
     @pytest.mark.parametrize("teacher", [None, .9])
-    @pytest.mark.parametrize("inputs", LEARNER_INPUTS)
+    @pytest.mark.parametrize("inputs", get_args(LearnerInputs))
     def test_inspect_sees_what_training_saw(self, inputs, teacher):
-        method, batch = prepared(replace(FAST, learner_inputs=inputs, teacher_decay=teacher), outputs=2)
+        method, batch = prepared(change(FAST, learner_inputs=inputs, teacher_decay=teacher), outputs=2)
         method.training_step(batch)
         with torch.no_grad(): views = method.inspect(batch["unlabelled"]["weak"], batch["unlabelled"]["strong"])
         for name, values in views.items(): torch.testing.assert_close(values, method.record[name])
 
     def test_disagreement_of_two_networks(self):
         "Of both views; more passes need dropout."
-        method, batch = prepared(replace(FAST, learner_inputs="pair+disagreement", teacher_decay=.9), outputs=2)
+        method, batch = prepared(change(FAST, learner_inputs="pair+disagreement", teacher_decay=.9), outputs=2)
         with torch.no_grad():
             for parameter in method.teacher.parameters(): parameter += .1
             views = [batch["unlabelled"][view] for view in ("weak", "strong")]
             predictions = torch.stack([network(view) for network in (method.regressor, method.teacher) for view in views])
         torch.testing.assert_close(step_passes(method, batch)[1], torch.log10(predictions.std(0, correction=0) + 1e-3))
-        several = replace(FAST, learner_inputs="pair+disagreement", passes=3)
-        with pytest.raises(HplError, match="dropout"): fit(HPL(mlp(3), several), vectors(), SETTINGS, progress=False)
-        for one, more in zip(weights(replace(several, passes=1)), weights(several)): assert differences(one, more)
+        several = change(FAST, learner_inputs="pair+disagreement", passes=3)
+        with pytest.raises(HplError, match="dropout"): fit(several.build(mlp(3)), vectors(), SETTINGS, progress=False)
+        for one, more in zip(weights(change(several, passes=1)), weights(several)): assert differences(one, more)
 
     def test_features_are_another_input(self):
         "g without the pair's help: two samples of the same pair and other features get another z, and phi learns from them."
-        method, batch = prepared(replace(FAST, learner_inputs="pair+features"))
+        method, batch = prepared(change(FAST, learner_inputs="pair+features"))
         passes, further = step_passes(method, batch)
         torch.testing.assert_close(further, scaled_features(passes.unlabelled_features))
         assert not further.requires_grad and method.learner.layers[0].in_features == 2 + 16
         method.training_step(batch)
         assert (method.learner.layers[0].weight.grad.abs().sum(0) > 0).all()
 
-    def test_command_line_sets_them(self):
-        given = "normalize_weights=true,learner_inputs=pair+features,outer_batch=64,teacher_decay=0.97,evaluate=teacher"
-        chosen = make_method("hpl:paper", partial(mlp, 2), Options(settings=given)).settings
-        assert chosen == replace(PAPER, normalize_weights=True, learner_inputs="pair+features", outer_batch=64, teacher_decay=.97,
-                                 evaluate="teacher", preset=f"paper, {given.replace(',', ', ')}")
+    def test_named_constructor_sets_them(self):
+        given = dict(normalize_weights=True, learner_inputs="pair+features", outer_batch=64, teacher_decay=.97, evaluate="teacher")
+        assert HPL.paper(**given) == change(PAPER, **given) and HPL.paper() == HPL() and HPL.paper(label="mine").label == "mine"
+        assert HPL.paper(outer_every=5, log_term=False, log_variance_bound=None).label == (
+            "paper, outer_every=5, log_term=false, log_variance_bound=none")
+
+
+class TestSuited:
+    "What the release chose by dataset."
+    stsb = Released(unlabelled_weight=.5, outer_regularizer=1., learner_weight_decay=1e-5)
+
+    def test_paper_takes_the_weight_alone(self):
+        assert PAPER.suited_to(self.stsb) == change(PAPER, unlabelled_weight=.5)
+        assert JointUncertainty().suited_to(self.stsb) == JointUncertainty(.5)
+
+    def test_release_takes_all_and_doubles_the_weight(self):
+        assert RELEASE.suited_to(self.stsb) == change(RELEASE, unlabelled_weight=1., outer_regularizer=1., learner_weight_decay=1e-5)
+        assert HPL.release(half_weight=False).suited_to(self.stsb).unlabelled_weight == .5
+
+    def test_what_is_given_stays(self):
+        given = HPL.release(unlabelled_weight=3., outer_regularizer=.2, learner_weight_decay=0.)
+        assert given.suited_to(self.stsb) == given and given.suited_to(self.stsb).title == (
+            "HPL (release, unlabelled_weight=3.0, outer_regularizer=0.2, learner_weight_decay=0.0)")
+
+    def test_alone(self):
+        s = RELEASE.build(mlp(3)).settings
+        assert (s.unlabelled_weight, s.look_ahead.outer_regularizer, s.learner.learner_weight_decay) == (1., .1, 0.)
+
+    def test_candidates_of_the_search(self):
+        assert [c.unlabelled_weight for c in PAPER.candidates()] == [.3, .6, 1., 2.]
+        assert [c.unlabelled_weight for c in RELEASE.candidates()] == [.6, 1.2, 2., 4.]
+        assert {c.learner.learner_lr for c in RELEASE.candidates()} == {c.learner_lr for c in JointUncertainty().candidates()} == {1e-3}
+
+    def test_json(self):
+        for value in (RELEASE, FAST, JointUncertainty(2.)): assert from_json(as_json(value), HPL, JointUncertainty) == value
 
 
 @pytest.mark.parametrize("detach", [True, False])
 @pytest.mark.parametrize("outputs", [1, 2])
 def test_theta_s_gradient_is_that_of_eq_5(detach, outputs):
     "With phi fixed; an attached input adds the way through g (D9)."
-    method, batch = prepared(replace(FAST, detach_input=detach, unlabelled_weight=.7), outputs)
+    method, batch = prepared(change(FAST, detach_input=detach, unlabelled_weight=.7), outputs)
     sum(method.training_step(batch).values()).backward()
     actual, passes = grads(method.regressor), forward_batches(method.regressor, batch)
     pair = torch.cat([passes.prediction.detach() if detach else passes.prediction, passes.pseudo_label], 1)
@@ -281,7 +313,7 @@ def test_theta_s_gradient_is_that_of_eq_5(detach, outputs):
 @pytest.mark.parametrize("outputs", [1, 2])
 def test_joint_uncertainty_follows_eq_3(outputs):
     "Theta and phi with the gradient of one loss, written down once more."
-    method, batch = prepared(method=JointUncertainty, outputs=outputs)
+    method, batch = prepared(JointUncertainty(), outputs)
     sum(method.training_step(batch).values()).backward()
     actual, passes = grads(method), forward_batches(method.regressor, batch)
     z = method.learner(torch.cat([passes.prediction, passes.pseudo_label], 1).detach())
@@ -293,26 +325,25 @@ def test_joint_uncertainty_follows_eq_3(outputs):
 
 def test_without_unlabelled_loss_all_are_supervised():
     "Lambda = 0: the same weights to the bit, although the other rows went through the network (it has no batch norm and no dropout)."
-    def weights(method):
+    def weights(chosen):
         seed_everything(0)
-        fit(method := method(mlp(3, (16,))), vectors(), SETTINGS, progress=False)
+        fit(method := chosen.build(mlp(3, (16,))), vectors(), SETTINGS, progress=False)
         return dict(method.regressor.state_dict())
-    expected = weights(Supervised)
-    for other in (PseudoLabel, JointUncertainty): assert not differences(expected, weights(partial(other, unlabelled_weight=0.)))
-    assert not differences(expected, weights(partial(HPL, settings=replace(PAPER, unlabelled_weight=0.))))
+    expected = weights(Supervised())
+    for other in (PseudoLabel, JointUncertainty, HPL): assert not differences(expected, weights(other(unlabelled_weight=0.)))
 
 
 class TestCost:
     "Forward passes of the body, counted."
 
-    @pytest.mark.parametrize("method, expected", [
-        (Supervised, [1]*6), (PseudoLabel, [3]*6), (JointUncertainty, [3]*6), (PAPER, [4]*6), (replace(PAPER, outer="previous"), [3]*6),
-        (RELEASE, [7, 3, 3, 3, 3, 7]), (replace(PAPER, outer_every=3), [4, 3, 3, 4, 3, 3])],
+    @pytest.mark.parametrize("chosen, expected", [
+        (Supervised(), [1]*6), (PseudoLabel(), [3]*6), (JointUncertainty(), [3]*6), (PAPER, [4]*6),
+        (change(PAPER, outer="previous"), [3]*6), (RELEASE, [7, 3, 3, 3, 3, 7]), (change(PAPER, outer_every=3), [4, 3, 3, 4, 3, 3])],
         ids=["Supervised", "PseudoLabel", "JointUncertainty", "fresh", "previous", "release", "fresh, each third"])
-    def test_forward_passes(self, method, expected):
+    def test_forward_passes(self, chosen, expected):
         "Of six steps."
         seed_everything(0)
-        method = HPL(mlp(3, (4,)), method) if isinstance(method, HPLSettings) else method(mlp(3, (4,)))
+        method = chosen.build(mlp(3, (4,)))
         calls, counts = [], []
         method.regressor.body.register_forward_hook(lambda module, *_: calls.append(module.training))
         after = method.after_step
@@ -336,7 +367,7 @@ class TestCost:
 class TestOuterBatch:
     def rows(self, settings):
         "Rows of the inner and the outer batch at each step."
-        method, seen = HPL(mlp(3, (4,)), settings), []
+        method, seen = settings.build(mlp(3, (4,))), []
         step = method.training_step
         def training_step(batch):
             seen.append((set(batch["labelled"]["index"].tolist()), set(batch["outer"]["index"].tolist())))
@@ -353,7 +384,7 @@ class TestOuterBatch:
 
     def test_previous_remembers_the_step_before(self):
         "The features that judge a step are those that the step before has computed; at the first step nothing is learned."
-        method, _ = prepared(replace(FAST, outer="previous"))
+        method, _ = prepared(change(FAST, outer="previous"))
         batches, memories = Streams(vectors(), method.needs, StreamSettings(8, 8), 10, seed=0), []
         for step in range(3):
             batch = in_float64(batches[step])
@@ -371,8 +402,8 @@ class TestOuterBatch:
 @pytest.mark.parametrize("bound", [.5, 8., None])
 def test_log_variance_bound(bound):
     "However hard it is pushed, z stays within the bound, in training and in the predictions table."
-    settings = replace(FAST, learner_lr=.5, outer_regularizer=100., log_variance_bound=bound)
-    method = HPL(mlp(3, (16,)), settings)
+    settings = change(FAST, learner_lr=.5, outer_regularizer=100., log_variance_bound=bound)
+    method = settings.build(mlp(3, (16,)))
     data = replace(vectors(), normalizer=None)
     run = fit(method, data, SETTINGS, progress=False)
     predicted = run.predictions["log_variance"] - 2*np.log(data.normalizer.scale[0]) # of the table, in normalised units
@@ -419,18 +450,18 @@ def test_fully_supervised_uses_all_training_rows():
     "As `Supervised` on data where all rows are labelled."
     data = vectors()
     every = replace(data, labelled=np.concatenate([data.labelled, data.unlabelled]), unlabelled=data.unlabelled[:0])
-    expected, run = trained(Supervised, every)
-    actual, _ = trained(FullySupervised, data)
+    expected, run = trained(Supervised(), every)
+    actual, _ = trained(FullySupervised(), data)
     assert not differences(expected, actual) and set(run.predictions["split"]) == {"labelled", "val", "test"}
     targets = data.targets.copy()
     targets[data.unlabelled[5]] = float("nan")
-    with pytest.raises(HplError, match="needs the true labels"): trained(FullySupervised, replace(data, targets=targets))
+    with pytest.raises(HplError, match="needs the true labels"): trained(FullySupervised(), replace(data, targets=targets))
 
 
 def test_inspecting_asks_no_other_row_and_no_other_process():
     "Also with weights of mean one: processes inspect different numbers of batches, and would wait for each other for ever."
     def never(tensor): raise AssertionError("a process would wait for the others")
-    method = HPL(small_cnn(width=4), replace(PAPER, preset="normalised", normalize_weights=True)).eval()
+    method = HPL.paper(normalize_weights=True).build(small_cnn(width=4)).eval()
     method.reduce = never
     x = torch.randn(6, 1, 16, 16)
     with torch.no_grad(): together, alone = method.inspect(x, x), method.inspect(x[:2], x[:2])

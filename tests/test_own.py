@@ -13,7 +13,8 @@ from PIL import Image
 
 from hpl_nb.core import HplError, seed_everything
 from hpl_nb.data.core import Streams
-from hpl_nb.data.own import FrameEncoder, PixelStrengths, RowStrengths, Standardizer, batches_for, from_arrays, from_frame, from_images
+from hpl_nb.data.own import (
+    FrameEncoder, PixelStrengths, RowStrengths, Split, Standardizer, batches_for, from_arrays, from_frame, from_images)
 from hpl_nb.methods.hpl import HPL
 from hpl_nb.models import mlp
 from hpl_nb.trainer import TrainSettings, fit, load_run
@@ -76,10 +77,10 @@ def test_eight_lines(tmp_path, monkeypatch):
 
 def test_hidden_labels_reach_no_batch():
     x, _, y = arrays()
-    data = from_arrays(x, y, label_ratio=.2)
+    data = from_arrays(x, y, split=Split(label_ratio=.2))
     changed = y.copy()
     changed[data.unlabelled] = 1e6*np.random.default_rng(1).normal(size=len(data.unlabelled))
-    other = from_arrays(x, changed, label_ratio=.2)
+    other = from_arrays(x, changed, split=Split(label_ratio=.2))
     assert other.normalizer == data.normalizer and equal(batches(data), batches(other))
     rows = [streams[step]["labelled"]["index"] for streams in [Streams(data, NEEDS, batches_for(data), 20, 0)] for step in range(20)]
     assert not set(torch.cat(rows).tolist()) & {*data.unlabelled, *data.val, *data.test}
@@ -91,7 +92,7 @@ def test_true_targets_only_measure():
     def train(**arguments):
         seed_everything(0)
         data = from_arrays(x, y, **arguments)
-        return fit(HPL(mlp(4)), data, replace(settings, streams=batches_for(data)), progress=False)
+        return fit(HPL().build(mlp(4)), data, replace(settings, streams=batches_for(data)), progress=False)
     without, known = train(), train(true_targets=true)
     np.testing.assert_array_equal(without.predictions["y_pred"], known.predictions["y_pred"])
     assert "pseudo_label_mae" in known.metrics and "pseudo_label_mae" not in without.metrics
@@ -127,8 +128,8 @@ def test_default_split():
     everything = [row for split in ("labelled", "unlabelled", "val", "test") for row in data.rows(split)]
     assert sorted(everything) == list(range(300))
     np.testing.assert_array_equal(from_arrays(x, y).labelled, data.labelled)
-    assert set(from_arrays(x, y, seed=1).labelled) != set(data.labelled)
-    assert len(from_arrays(x, y, val_share=0, test_share=0).labelled) == 100
+    assert set(from_arrays(x, y, split=Split(seed=1)).labelled) != set(data.labelled)
+    assert len(from_arrays(x, y, split=Split(val_share=0, test_share=0)).labelled) == 100
 
 
 def test_explicit_splits():
@@ -145,7 +146,7 @@ def test_explicit_splits():
 
 def test_label_ratio_is_nested():
     x, _, y = arrays()
-    sets = [set(from_arrays(x, y, label_ratio=ratio).labelled) for ratio in (.05, .1, .5, 1.)]
+    sets = [set(from_arrays(x, y, split=Split(label_ratio=ratio)).labelled) for ratio in (.05, .1, .5, 1.)]
     assert all(a < b for a, b in zip(sets, sets[1:])) and [len(s) for s in sets] == [6, 12, 60, 120]
 
 
@@ -158,16 +159,32 @@ def test_label_ratio_is_nested():
     ("val is of type float64", {"split": {"val": [1.5]}}),
     ("val is of type <U5", {"split": {"val": ["a.png"]}}),
     ("val is a mask of shape (2,), but there are 6 rows", {"split": {"val": np.array([True, False])}}),
-    ("label_ratio is 0", {"label_ratio": 0}),
-    ("label_ratio is 10", {"label_ratio": 10}),
-    ("sum is below 1", {"val_share": .6, "test_share": .4}),
-    ("val_share is -0.1", {"val_share": -.1}),
     ("strengths=RowStrengths", {"strengths": PixelStrengths()}),
     ("its true target", {"true_targets": np.full(6, 99.)}),
     ("6 inputs but 5 targets", {"true_targets": np.zeros(5)}),
     ("no training row has a label", {"split": ["val", "test", "val", "val", "val", "val"]}),
 ])
 def test_refused_arguments(contains, arguments): refused(contains, from_arrays, *arrays(6, 6)[:2], **arguments)
+
+
+@pytest.mark.parametrize(("contains", "arguments"), [
+    ("label_ratio is 0", {"label_ratio": 0}),
+    ("label_ratio is 10", {"label_ratio": 10}),
+    ("sum is below 1", {"val_share": .6, "test_share": .4}),
+    ("val_share is -0.1", {"val_share": -.1}),
+    ("seed is 0.5; give a whole number", {"seed": .5}),
+    ("did you mean 'val_share'?", {"val_shares": .1}),
+])
+def test_refused_splits(contains, arguments): refused(contains, Split, **arguments)
+
+
+def test_a_split_by_name_may_hide_labels_too():
+    x, _, y = arrays(6, 6)
+    names = ["train", "train", "train", "train", "val", "test"]
+    data = from_arrays(x, y, split=Split(names, label_ratio=.5))
+    assert len(data.labelled) == 2 and len(data.unlabelled) == 2 and data.val.tolist() == [4]
+    frame = pd.DataFrame(x, columns=list("abcd")).assign(y=y, part=names)
+    assert from_frame(frame, "y", split=Split("part", label_ratio=.5)).labelled.tolist() == data.labelled.tolist()
 
 
 def test_test_rows_need_labels():
@@ -179,7 +196,7 @@ def test_outputs():
     x, y, _ = arrays()
     data = from_arrays(x, np.stack([y, 2*y], axis=1))
     assert data.outputs == 2 and len(data.labelled) == 60
-    run = fit(HPL(mlp(4, outputs=2)), data, TrainSettings(epochs=1, streams=batches_for(data)), progress=False)
+    run = fit(HPL().build(mlp(4, outputs=2)), data, TrainSettings(epochs=1, streams=batches_for(data)), progress=False)
     assert set(run.predictions["output"]) == {0, 1}
     refused("it has some of its labels only", from_arrays, x, np.stack([y, np.arange(200.)], axis=1))
 
@@ -257,12 +274,12 @@ def test_run_folder_keeps_the_preparation(tmp_path):
     frame = pd.DataFrame(x, columns=list("abcd")).assign(kind=np.where(x[:, 0] > 3, "big", "small"), y=y)
     data = from_frame(frame, "y")
     settings = TrainSettings(epochs=1, streams=batches_for(data))
-    fit(HPL(mlp(6)), data, settings, folder=tmp_path, progress=False)
+    fit(HPL().build(mlp(6)), data, settings, folder=tmp_path, progress=False)
     kept = load_run(tmp_path).config["data"]
     new = FrameEncoder(**kept["encoder"]).encode(frame.iloc[5:8])
     assert torch.equal(Standardizer(**kept["standardizer"])(new), data.plain(data.inputs[5:8]))
     other = from_frame(frame, "y", strengths=RowStrengths(strong_noise=.3))
-    refused("holds another run", fit, HPL(mlp(6)), other, settings, folder=tmp_path, progress=False)
+    refused("holds another run", fit, HPL().build(mlp(6)), other, settings, folder=tmp_path, progress=False)
 
 
 def test_batches_fit():

@@ -1,6 +1,5 @@
 "PIM's step is that of the loss over all candidates, and its limits are the methods it generalises."
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -9,25 +8,26 @@ from small_runs import SETTINGS, differences, digits, inspected, noisy_cnn, on_c
 
 from hpl_nb.core import HplError, seed_everything
 from hpl_nb.data.core import Streams, StreamSettings
-from hpl_nb.methods.core import PseudoLabel, Supervised
+from hpl_nb.methods.core import PseudoLabel, PseudoLabelMethod, Supervised
 from hpl_nb.methods.pim import PIM, candidate_weights, weighted_candidate
 from hpl_nb.models import mlp
+from hpl_nb.settings import as_json
 from hpl_nb.trainer import TrainSettings, fit
 
 
 def first_batch(outputs=1):
-    return Streams(vectors(outputs), PIM.needs, StreamSettings(8, 12), 1, seed=0)[0]
+    return Streams(vectors(outputs), PseudoLabelMethod.needs, StreamSettings(8, 12), 1, seed=0)[0]
 
 
 def small(outputs=1, **kwargs):
     seed_everything(0)
-    return PIM(mlp(3, (16,), outputs, dropout=.3), **kwargs)
+    return PIM(**kwargs).build(mlp(3, (16,), outputs, dropout=.3))
 
 
-def trained(make, data=None, iterations=10):
+def trained(settings, data=None, iterations=10):
     "State after some steps on a network with dropout."
     seed_everything(0)
-    method = make(mlp(3, (16,), data.outputs if data else 1, dropout=.2))
+    method = settings.build(mlp(3, (16,), data.outputs if data else 1, dropout=.2))
     fit(method, data or vectors(), TrainSettings(epochs=2, iterations_per_epoch=iterations, streams=StreamSettings(8, 8)), progress=False)
     return dict(method.state_dict())
 
@@ -92,7 +92,7 @@ def test_no_gradient_through_pseudo_labels():
 
 @pytest.mark.parametrize("data", [None, vectors(2)], ids=["one output", "two outputs"])
 def test_one_candidate_is_pseudo_label(data):
-    assert not differences(trained(partial(PIM, passes=1), data), trained(PseudoLabel, data))
+    assert not differences(trained(PIM(passes=1), data), trained(PseudoLabel(), data))
 
 
 def test_zero_weight_trains_on_the_labels_alone():
@@ -100,7 +100,7 @@ def test_zero_weight_trains_on_the_labels_alone():
     method, batch = small(unlabelled_weight=0.), first_batch()
     seed_everything(1)
     sum(method.training_step(batch).values()).backward()
-    supervised, actual = Supervised(method.regressor), [p.grad.clone() for p in method.parameters()]
+    supervised, actual = Supervised().build(method.regressor), [p.grad.clone() for p in method.parameters()]
     method.zero_grad()
     seed_everything(1)
     for _ in range(5): method.regressor(batch["unlabelled"]["weak"]) # the dropout masks of the passes
@@ -109,35 +109,35 @@ def test_zero_weight_trains_on_the_labels_alone():
 
 
 def test_every_argument_changes_training():
-    states = [trained(partial(PIM, **change)) for change in ({}, {"passes": 2}, {"temperature": 1.}, {"unlabelled_weight": .3})]
+    states = [trained(PIM(**change)) for change in ({}, {"passes": 2}, {"temperature": 1.}, {"unlabelled_weight": .3})]
     for i, state in enumerate(states): assert all(differences(state, other) for other in states[:i])
 
 
 @pytest.mark.parametrize("change", [{"passes": 0}, {"temperature": 0.}, {"temperature": -1.}, {"temperature": float("nan")},
                                     {"unlabelled_weight": -1.}])
 def test_bad_arguments_are_refused(change):
-    with pytest.raises(HplError, match=f"{next(iter(change))} is "): PIM(mlp(3, (4,), dropout=.1), **change)
+    with pytest.raises(HplError, match=f"{next(iter(change))} is "): PIM(**change)
 
 
 def test_a_network_without_dropout_is_refused():
-    with pytest.raises(HplError, match="PIM compares several passes"): fit(PIM(mlp(3, (4,))), vectors(), progress=False)
+    with pytest.raises(HplError, match="PIM compares several passes"): fit(PIM().build(mlp(3, (4,))), vectors(), progress=False)
 
 
 def test_predict_and_inspect_change_no_state():
     "With batch norm; `predict` has no dropout, `inspect` the method's own pseudo-label."
     seed_everything(0)
-    method, x = PIM(noisy_cnn(), passes=3).eval(), digits().inputs[:5]
+    method, x = PIM(passes=3).build(noisy_cnn()).eval(), digits().inputs[:5]
     views = inspected(method, x)
     with torch.no_grad():
         seed_everything(3)
         candidates, r = method.guess(x), method.predict(x)
     assert torch.equal(views["strong_prediction"], r) and candidates.shape == (3, 5, 1) and (candidates.std(0) > 0).all()
-    assert torch.equal(views["pseudo_label"], weighted_candidate(candidates, r, method.temperature))
+    assert torch.equal(views["pseudo_label"], weighted_candidate(candidates, r, method.settings.temperature))
 
 
 def test_predictions_table_has_its_pseudo_labels():
     seed_everything(0)
-    run = fit(PIM(noisy_cnn()), digits(), replace(SETTINGS, epochs=1, record_every=0), progress=False)
+    run = fit(PIM().build(noisy_cnn()), digits(), replace(SETTINGS, epochs=1, record_every=0), progress=False)
     rows = run.predictions[run.predictions["split"] == "unlabelled"]
     assert rows["pseudo_label"].notna().all() and (rows["pseudo_label"] != rows["y_pred"]).any()
-    assert run.config["settings"] == {"unlabelled_weight": 1., "passes": 5, "temperature": .01}
+    assert run.config["settings"] == as_json(PIM())

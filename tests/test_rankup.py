@@ -1,7 +1,6 @@
 "RankUp's losses against loops over pairs, its table against numpy and scipy, and what must have no gradient."
 from copy import deepcopy
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -22,7 +21,7 @@ SETTINGS = TrainSettings(epochs=3, iterations_per_epoch=10, streams=StreamSettin
 def prepared(outputs=1, step=0, dropout=0., **arguments):
     "A method in float64 on the first batch, at a step of an epoch of ten."
     seed_everything(0)
-    method, data = RankUp(mlp(3, (16,), outputs, dropout), **arguments), vectors(outputs)
+    method, data = RankUp(**arguments).build(mlp(3, (16,), outputs, dropout)), vectors(outputs)
     method.prepare(data)
     method.double().clock = Clock(step, 30, 10)
     batch = Streams(data, method.needs, StreamSettings(8, 12), 10, seed=0)[0]
@@ -144,7 +143,7 @@ class TestTraining:
     def test_table_and_loss(self, outputs, every, ramp):
         "Every step's pseudo-labels and alignment loss, by a dictionary and numpy."
         seed_everything(0)
-        method, data = RankUp(mlp(3, (16,), outputs), alignment_weight=.7, align_every=every, ramp=ramp), vectors(outputs)
+        method, data = RankUp(alignment_weight=.7, align_every=every, ramp=ramp).build(mlp(3, (16,), outputs)), vectors(outputs)
         steps, losses, guesses = [], [], []
         step = method.training_step
         method.regressor.head.register_forward_hook(lambda *a: guesses.append(a[-1].detach().double().numpy()) if method.training else None)
@@ -175,7 +174,7 @@ class TestTraining:
                                                      ({"alignment_weight": 0}, [False]*30)], ids=str)
     def test_three_forward_passes(self, arguments, expected):
         "The weak one first, with a gradient only where something has been aligned."
-        method, modes = RankUp(mlp(3, (4,)), **arguments), []
+        method, modes = RankUp(**arguments).build(mlp(3, (4,))), []
         method.regressor.body.register_forward_hook(lambda *_: modes.append(torch.is_grad_enabled()) if method.training else None)
         fit(method, vectors(), SETTINGS, progress=False)
         assert modes == [mode for weak in expected for mode in (weak, True, True)]
@@ -204,7 +203,7 @@ class TestTraining:
     def test_every_argument_matters(self):
         def weights(**changes):
             seed_everything(0)
-            method = RankUp(mlp(3, (16,)), **{"threshold": .6, **changes})
+            method = RankUp(**{"threshold": .6, **changes}).build(mlp(3, (16,)))
             fit(method, vectors(), SETTINGS, progress=False)
             return dict(method.regressor.named_parameters())
         usual = weights()
@@ -215,10 +214,10 @@ class TestTraining:
 
     def test_alone(self):
         "ARC keeps no table; RDA moves no ranker."
-        method = RankUp(mlp(3, (16,)), alignment_weight=0)
+        method = RankUp.arc().build(mlp(3, (16,)))
         run = fit(method, vectors(), SETTINGS, progress=False)
         assert {name for name, _ in method.named_buffers()} == set() and "loss/alignment" not in run.log
-        method = RankUp(mlp(3, (16,)), ranking_weight=0)
+        method = RankUp(ranking_weight=0).build(mlp(3, (16,)))
         before = method.ranker.weight.detach().clone()
         fit(method, vectors(), SETTINGS, progress=False)
         assert torch.equal(method.ranker.weight, before)
@@ -229,7 +228,7 @@ class TestPrediction:
     def test_average(self, decay):
         "After ten steps, by the recursion in numpy."
         seed_everything(0)
-        method, seen = RankUp(mlp(3, (16,)), decay=decay), []
+        method, seen = RankUp(decay=decay).build(mlp(3, (16,))), []
         after = method.after_step
         def after_step():
             after()
@@ -244,7 +243,7 @@ class TestPrediction:
     @pytest.mark.parametrize("decay", [None, .9])
     def test_predict(self, decay):
         "By the average or the network itself; deterministic, and it changes nothing."
-        method, x = RankUp(mlp(3, (16,), dropout=.5), decay=decay), torch.randn(7, 3)
+        method, x = RankUp(decay=decay).build(mlp(3, (16,), dropout=.5)), torch.randn(7, 3)
         fit(method, vectors(), SETTINGS, progress=False)
         state = {name: value.clone() for name, value in method.eval().state_dict().items()}
         with torch.no_grad(): first, second, own = method.predict(x), method.predict(x), method.regressor(x)
@@ -272,11 +271,18 @@ class TestPrediction:
     ("ranking_weight", -1.), ("unlabelled_weight", float("nan")), ("threshold", -.1), ("alignment_weight", -1.), ("ramp", -.4),
     ("align_every", 0), ("labelled_error", "l1"), ("decay", 1.5), ("decay", -.1)])
 def test_bad_arguments(name, value):
-    with pytest.raises(HplError, match=f"{name} is"): RankUp(mlp(3, (4,)), **{name: value})
+    with pytest.raises(HplError, match=f"{name} is"): RankUp(**{name: value})
 
 
-@pytest.mark.parametrize("make", [RankUp, partial(RankUp, alignment_weight=0, decay=None)])
-def test_state_is_whole(make):
+def test_presets():
+    "ARC alone has its own name, label and candidates; other settings can be changed with it."
+    arc = RankUp.presets()["rankup_arc"]
+    assert arc == RankUp(alignment_weight=0) and arc.title == "RankUp (arc)" and RankUp.arc(decay=None).decay is None
+    assert [c.alignment_weight for c in arc.candidates()] == [0]*4 and RankUp().candidates()[2] == RankUp(.7, alignment_weight=.3)
+
+
+@pytest.mark.parametrize("settings", [RankUp(), RankUp.arc(decay=None)], ids=["full", "arc"])
+def test_state_is_whole(settings):
     "A copy that loads the state makes the same step."
     def steps(method, batches):
         method.optimizers = method.optimizers or method.make_optimizers(OptimizerSettings(1e-2, 1e-2))
@@ -286,7 +292,7 @@ def test_state_is_whole(make):
             for optimizer in method.optimizers.values(): optimizer.step()
             for optimizer in method.optimizers.values(): optimizer.zero_grad()
             method.after_step()
-    data, (first, second) = vectors(), (make(mlp(3, (16,))), make(mlp(3, (16,))))
+    data, (first, second) = vectors(), (settings.build(mlp(3, (16,))), settings.build(mlp(3, (16,))))
     batches = [*enumerate(Streams(data, first.needs, StreamSettings(8, 16), 6, seed=0)[step] for step in range(6))]
     for method in (first, second): method.prepare(data)
     steps(first, batches[:3])

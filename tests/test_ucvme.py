@@ -10,7 +10,7 @@ from small_runs import differences, noisy_cnn, on_cpu, vectors  # noqa: F401
 
 from hpl_nb.core import HplError, seed_everything
 from hpl_nb.data.core import Streams, StreamSettings
-from hpl_nb.methods.core import PseudoLabel
+from hpl_nb.methods.core import PseudoLabel, PseudoLabelMethod
 from hpl_nb.methods.ucvme import UCVME, labelled_terms, unlabelled_terms
 from hpl_nb.models import mlp
 from hpl_nb.trainer import OptimizerSettings, TrainSettings, fit
@@ -23,8 +23,8 @@ def built(outputs=1, dropout=.2, partner=True, **kwargs):
     "A method on small networks in float64, and a batch with both views."
     seed_everything(0)
     make = partial(mlp, 3, (16,), outputs, dropout=dropout)
-    method = UCVME(make(), make() if partner is True else partner, **kwargs).double()
-    batch = Streams(vectors(outputs), PseudoLabel.needs, StreamSettings(8, 12), 10, seed=0)[0]
+    method = UCVME(**kwargs).build(make(), make() if partner is True else partner).double()
+    batch = Streams(vectors(outputs), PseudoLabelMethod.needs, StreamSettings(8, 12), 10, seed=0)[0]
     return method, {s: {k: v.double() if v.is_floating_point() else v for k, v in tensors.items()} for s, tensors in batch.items()}
 
 
@@ -145,7 +145,7 @@ class TestKnownResults:
         method.partner = deepcopy(method.regressor)
         for p in method.variance_heads.parameters(): torch.nn.init.zeros_(p)
         sum(method.training_step(batch).values()).backward()
-        baseline = PseudoLabel(deepcopy(method.regressor), unlabelled_weight=3.)
+        baseline = PseudoLabel(unlabelled_weight=3.).build(deepcopy(method.regressor))
         for p in baseline.parameters(): p.grad = None
         sum(baseline.training_step(batch).values()).backward()
         for p, q, whole in zip(method.regressor.parameters(), method.partner.parameters(), baseline.parameters()):
@@ -159,7 +159,7 @@ class TestKnownResults:
         states = []
         for one in (data, other):
             seed_everything(0)
-            fit(method := UCVME(mlp(3, (16,), dropout=.2), unlabelled_weight=weight), one, SETTINGS, progress=False)
+            fit(method := UCVME(unlabelled_weight=weight).build(mlp(3, (16,), dropout=.2)), one, SETTINGS, progress=False)
             states.append([p.detach().clone() for p in method.parameters()])
         assert bool(differences(*states)) is not same
 
@@ -200,9 +200,9 @@ class TestNetworks:
         assert all(loss.isfinite() for loss in method.training_step(batch).values())
 
     def test_config(self):
-        "The arguments without the networks."
-        method, _ = built()
-        assert method.config() == {"passes": 5, "unlabelled_weight": 10., "joint_variance": True, "student_view": "weak", "test_passes": 0}
+        "The settings without the networks."
+        settings = {"passes": 5, "unlabelled_weight": 10., "joint_variance": True, "student_view": "weak", "test_passes": 0}
+        assert built()[0].config() == {"kind": "UCVME", "label": ""} | settings
 
     def test_views(self):
         "Only what is used is made."
@@ -210,15 +210,16 @@ class TestNetworks:
         assert built(student_view="strong")[0].needs == {"labelled": ("weak",), "unlabelled": ("weak", "strong")}
 
     @pytest.mark.parametrize("kwargs", [{"passes": 0}, {"test_passes": -1}, {"unlabelled_weight": -1.}, {"unlabelled_weight": float("nan")},
-                                        {"student_view": "plain"}, {"partner": mlp(3, (4,), 2)}], ids=str)
+                                        {"student_view": "plain"}], ids=str)
     def test_out_of_range(self, kwargs):
-        with pytest.raises(HplError): UCVME(mlp(3, (4,), dropout=.1), **kwargs)
+        with pytest.raises(HplError, match=f"{next(iter(kwargs))} is"): UCVME(**kwargs)
 
     def test_refuses(self):
-        "The same network twice, and networks without dropout."
+        "The same network twice, one with other outputs, and networks without dropout."
         regressor = mlp(3, (4,))
-        with pytest.raises(HplError, match="the regressor itself"): UCVME(regressor, regressor)
-        with pytest.raises(HplError, match="build it with dropout"): UCVME(regressor).prepare(vectors())
+        with pytest.raises(HplError, match="the regressor itself"): UCVME().build(regressor, regressor)
+        with pytest.raises(HplError, match="partner has 2 outputs"): UCVME().build(regressor, mlp(3, (4,), 2))
+        with pytest.raises(HplError, match="build it with dropout"): UCVME().build(regressor).prepare(vectors())
 
 
 class TestPrediction:
@@ -228,7 +229,7 @@ class TestPrediction:
     def test_changes_nothing(self, passes):
         "Neither weights and buffers nor the global generator; and gives the same numbers again."
         seed_everything(0)
-        method = UCVME(noisy_cnn(), test_passes=passes).eval()
+        method = UCVME(test_passes=passes).build(noisy_cnn()).eval()
         x, state, generator = torch.randn(6, 1, 8, 8), deepcopy(method.state_dict()), torch.get_rng_state()
         with torch.no_grad(): first, inspected, second = method.predict(x), method.inspect(x, x), method.predict(x)
         assert torch.equal(first, second) and torch.equal(inspected["pseudo_label"], first)
@@ -245,7 +246,7 @@ class TestPrediction:
             values, z = forward(method.eval(), x)
             torch.testing.assert_close(method.predict(x), values.mean(0))
             torch.testing.assert_close(method.inspect(x, x)["log_variance"], z.mean(0))
-            method.test_passes = 2000
+            method.settings = replace(method.settings, test_passes=2000)
             torch.testing.assert_close(method.predict(x), values.mean(0), rtol=0, atol=.02)
 
     def test_row_by_row(self):

@@ -15,19 +15,21 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from hpl_nb.core import HplError
-from hpl_nb.data import images, utkface
-from hpl_nb.data.core import Streams, StreamSettings
+from hpl_nb.data import images, imdb_wiki, stsb, utkface
+from hpl_nb.data.core import SETS, Streams, StreamSettings
 from hpl_nb.data.images import (
     ImageFiles,
     ImageSource,
     RandAugmentMC,
     decode_image,
+    exact_count,
     pixel_statistics,
     published_views,
     shift_image,
     tar_index,
 )
 from hpl_nb.data.utkface import released_views
+from hpl_nb.settings import as_json, digest, from_json
 
 NEEDS = {"labelled": ("weak",), "unlabelled": ("weak", "strong"), "outer": ("weak",)}
 
@@ -137,6 +139,41 @@ def test_fully_labelled_and_other_seeds(tmp_path):
     assert len(load(make_folder(tmp_path), label_ratio=1).unlabelled) == 0
     sets = [tuple(load(tmp_path, split_seed=seed).labelled) for seed in (0, 0, 1)]
     assert sets[0] == sets[1] != sets[2]
+
+
+# ---- settings
+
+def test_settings_load_what_the_loader_gives(tmp_path):
+    "In memory, on disk and on the device, with notes that say how."
+    root = str(make_folder(tmp_path))
+    by_hand = load(tmp_path, views=published_views(32), labelled_count=exact_count)
+    for pixels in ("memory", "disk", "device"):
+        data = utkface.UTKFace(root, label_ratio=.5, size=32, views="published", labelled_count="exact", pixels=pixels).load()
+        assert all(np.array_equal(data.rows(split), by_hand.rows(split)) for split in SETS) and data.normalizer == by_hand.normalizer
+        assert torch.equal(data.plain(data.inputs[data.val]), by_hand.plain(by_hand.inputs[data.val]))
+        assert data.notes == by_hand.notes | {"views": "published", "size": 32, "deduplicate": False, "labelled_count": "exact"}
+        assert getattr(data.strong, "transforms", None)[0] == by_hand.strong.transforms[0]
+        assert (tmp_path/"cache").exists() == (pixels != "memory")
+    utkface.UTKFace(root, label_ratio=.5, size=32, labelled_count="exact", pixels="disk", cache=str(tmp_path/"other")).load()
+    assert len([*(tmp_path/"other").iterdir()]) == 1
+
+
+@pytest.mark.parametrize("kind", [utkface.UTKFace, imdb_wiki.IMDBWiki, stsb.STSB])
+def test_settings_travel_and_places_do_not_count(kind):
+    "A folder decides no number; a missing one is named when it is needed."
+    value = kind("here", label_ratio=.2)
+    assert from_json(as_json(value), kind) == value == kind("there", label_ratio=.2) != kind("here")
+    assert digest(value) == digest(kind("there", label_ratio=.2))
+    with pytest.raises(HplError, match=f"root is missing: the folder that holds {kind.short}; hpl_nb.data.check"): kind().load()
+    with pytest.raises(HplError, match="label_ratio is 5"): kind("here", label_ratio=5)
+
+
+@pytest.mark.parametrize("wrong, says", [
+    (dict(views="public"), "views is 'public'; choose 'released' or 'published'"), (dict(size=0), "size is 0"), (dict(size=1.5), "size is 1.5"),
+    (dict(pixels="gpu"), "choose 'memory' or 'disk' or 'device'"), (dict(labelled_count="all"), "choose 'released' or 'exact'"),
+    (dict(lable_ratio=.1), "did you mean 'label_ratio'")])
+def test_wrong_settings_are_named(wrong, says):
+    with pytest.raises(HplError, match=says): utkface.UTKFace("here", **wrong)
 
 
 # ---- fetching

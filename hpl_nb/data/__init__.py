@@ -16,15 +16,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..core import HplError
 
 # %% auto #0
-__all__ = ['FILE_COLUMNS', 'LABEL_COLUMNS', 'SPLIT_COLUMNS', 'KNOWN_SPLITS', 'Report', 'summary', 'Finding', 'Layout',
-           'read_layout', 'label_findings', 'scale_findings', 'picture_findings', 'repeated_findings', 'dropped_note',
-           'unnamed_findings', 'table_findings', 'check_pairs', 'make_report', 'check_data', 'check']
+__all__ = ['Report', 'summary', 'check']
 
 # %% ../../nbs/16_data.check.ipynb #a209b672
 if TYPE_CHECKING:
     import pandas as pd
 
-    from hpl_nb.data.core import SemiSupervisedData
+    from hpl_nb.data.core import Problem, SemiSupervisedData
 
 # %% ../../nbs/16_data.check.ipynb #fbcc3f17
 @dataclass(repr=False)
@@ -49,7 +47,7 @@ class Report:
         return f"<p><b>{html.escape(_title(self))}</b></p><ul>{notes}</ul>{table}"
 
 # %% ../../nbs/16_data.check.ipynb #b57a0f79
-def _title(report):
+def _title(report:Report)->str:
     rows = ", ".join(f"{split} {count:,}" for split, count in report.rows.items())
     errors = int((report.problems["severity"] == "error").sum())
     return f"{report.layout}: {rows}; {errors} errors, {len(report.problems) - errors} warnings"
@@ -72,10 +70,18 @@ class Finding(NamedTuple):
     split:str # of the row
     detail:str # a sentence
 
+class Rows(NamedTuple):
+    "What findings say of rows."
+    names:Sequence[str]
+    splits:Sequence[str]
+
+    def finding(self, severity:str, row:int, kind:str, detail:str)->Finding:
+        return Finding(severity, kind, row, self.names[row] if row >= 0 else "", self.splits[row] if row >= 0 else "", detail)
+
 # %% ../../nbs/16_data.check.ipynb #068bd9b4
 class Layout(NamedTuple):
     "A table of pictures and labels, and where its pictures are."
-    name:str # of the data set
+    name:str # of the dataset
     path:Path # of the table
     table:pd.DataFrame # as it stands in the file
     columns:tuple[str, str, str|None] # of file names, labels, splits (None: there are no splits)
@@ -83,19 +89,16 @@ class Layout(NamedTuple):
     ages:tuple[float, float]=(-float("inf"), float("inf")) # smallest and largest label that can be right
     unknown_ok:bool=False # may labels be missing?
 
-# %% ../../nbs/16_data.check.ipynb #fbcbd429
+    def rows(self)->Rows:
+        splits = self.table[self.columns[2]] if self.columns[2] else ["all"]*len(self.table)
+        return Rows(self.table[self.columns[0]].astype(str).tolist(), [str(split).strip().lower() for split in splits])
+
 FILE_COLUMNS = ("FileName", "path", "file", "filename", "file_name", "image", "name")
 LABEL_COLUMNS = ("age", "label", "target", "score", "y")
 SPLIT_COLUMNS = ("SPLIT", "split")
 
-# %% ../../nbs/16_data.check.ipynb #a3462b80
-def read_layout(
-    root:Path, # folder of the data set
-    table:str|None=None, # name of the table; None: found
-    file_column:str|None=None, # None: found by its usual names
-    label_column:str|None=None, # None: found by its usual names
-    split_column:str|None=None, # None: found by its usual names
-)->Layout: # of the pictures below `root`
+# %% ../../nbs/16_data.check.ipynb #fbcbd429
+def read_layout(root:Path, table:str|None=None, file_column:str|None=None, label_column:str|None=None, split_column:str|None=None)->Layout:
     "Recognise UTKFace, IMDB-WIKI, or a folder of pictures with one table."
     from hpl_nb.data import imdb_wiki, utkface
     if table is None and (root/"utkface.csv").exists():
@@ -106,9 +109,10 @@ def read_layout(
         return Layout("IMDB-WIKI", root/"imdb_wiki.csv", faces, ("path", "age", "SPLIT"), sources, imdb_wiki.AGES)
     return _own_layout(root, table, file_column, label_column, split_column)
 
-# %% ../../nbs/16_data.check.ipynb #2d5fa8a3
-def _own_layout(root, table, file_column, label_column, split_column):
-    from hpl_nb.data.images import find_images, read_table
+# %% ../../nbs/16_data.check.ipynb #a3462b80
+def _own_layout(root:Path, table:str|None, file_column:str|None, label_column:str|None, split_column:str|None)->Layout:
+    from hpl_nb.data.images import find_images
+    from hpl_nb.data.tables import read_table
     tables = [path for path in sorted(root.iterdir()) if path.suffix.lower() in (".csv", ".tsv", ".parquet")]
     if table: tables = [root/table]
     if len(tables) != 1:
@@ -123,67 +127,49 @@ def _own_layout(root, table, file_column, label_column, split_column):
     sources = find_images(root, content[files].astype(str).tolist(), folders)
     return Layout("pictures and a table", tables[0], content, (files, labels, splits), sources, unknown_ok=True)
 
-# %% ../../nbs/16_data.check.ipynb #91424073
-def _column(table, name, usual, argument, path):
-    from hpl_nb.data.images import listed
+def _column(table:pd.DataFrame, name:str|None, usual:Sequence[str], argument:str, path:Path)->str:
+    from hpl_nb.data.tables import listed
     found = [column for column in ((name,) if name else usual) if column in table]
     if not found:
         raise HplError(f"{path} has no column {name or ' or '.join(usual)} (it has {listed(table.columns)}); name it with {argument}=.")
     return found[0]
 
 # %% ../../nbs/16_data.check.ipynb #d1756751
-KNOWN_SPLITS = ("train", "val", "test", "labelled", "unlabelled") # the last two in one's own tables only
-
-def label_findings(
-    layout:Layout, # a table
-    splits:Sequence[str], # split of each row
-)->list[Finding]: # errors: labels that are text, missing, infinite or out of range; unknown splits
-    "What is wrong with the labels and the splits of a table; a training row of one's own may lack a label."
-    from hpl_nb.data.images import Problem, label_problems, split_problems
-    files, labels, split = layout.columns
+def label_findings(layout:Layout)->list[Finding]:
+    "Labels that are text, missing, infinite or out of range, and unknown splits; a training row of one's own may lack a label."
+    from hpl_nb.data.core import SPLITS
+    from hpl_nb.data.tables import Problem, label_problems, split_problems
+    (_, labels, split), rows = layout.columns, layout.rows()
     values, problems = label_problems(layout.table[labels], *layout.ages, layout.unknown_ok)
     bad = {problem.row for problem in problems}
-    problems += [Problem(row, "missing label", f"a row of the split {splits[row]} needs a label")
+    problems += [Problem(row, "missing label", f"a row of the split {rows.splits[row]} needs a label")
                  for row, value in enumerate(values)
-                 if value != value and row not in bad and splits[row] in ("val", "test", "labelled")]
-    known = KNOWN_SPLITS if layout.unknown_ok else KNOWN_SPLITS[:3]
-    if split: problems += split_problems(layout.table[split], known)[1]
-    names = layout.table[files].astype(str).tolist()
-    return [Finding("error", kind, row, names[row], splits[row], f"row {row} ({names[row]}): {detail}")
-            for row, kind, detail in problems]
+                 if value != value and row not in bad and rows.splits[row] in ("val", "test", "labelled")]
+    if split: problems += split_problems(layout.table[split], SPLITS if layout.unknown_ok else SPLITS[:3])[1]
+    return [rows.finding("error", row, kind, f"row {row} ({rows.names[row]}): {detail}") for row, kind, detail in problems]
 
 # %% ../../nbs/16_data.check.ipynb #ca8e214d
-def scale_findings(
-    labels:Sequence[float], # one per row, NaN where there is none
-    splits:Sequence[str], # of every row
-    names:Sequence[str], # of every row
-)->tuple[list[Finding], list[str]]: # warnings; a note with the range of each split's labels
-    "Labels that are far from the others, and splits whose labels are on another scale than the first."
+def scale_findings(labels:Sequence[float], rows:Rows)->tuple[list[Finding], list[str]]:
+    "Warnings of labels far from the others and of splits on another scale than the first; a note with the range of each split's labels."
     import numpy as np
 
-    from hpl_nb.data.core import label_doubts
-    y, splits = np.asarray(labels, dtype=np.float64), np.asarray(splits, dtype=object)
+    from hpl_nb.data.core import label_warnings, range_text
+    y, splits = np.asarray(labels, dtype=np.float64), np.asarray(rows.splits, dtype=object)
     order = sorted(dict.fromkeys(splits), key=lambda split: split in ("val", "dev", "test")) # what trains comes first
-    sets = {split: rows for split in order if len(rows := np.flatnonzero((splits == split) & np.isfinite(y)))}
+    sets = {split: at for split in order if len(at := np.flatnonzero((splits == split) & np.isfinite(y)))}
     if not sets: return [], []
-    found = [Finding("warning", kind, row, names[row], splits[row], detail) for kind, row, detail in label_doubts(y[:, None], sets)]
-    ranges = [f"{split} {y[rows].min():.4g} to {y[rows].max():.4g} (mean {y[rows].mean():.4g}, {len(rows):,} rows)"
-              for split, rows in sets.items()]
-    return found, [f"Labels: {'; '.join(ranges)}."]
+    ranges = "; ".join(f"{split} {range_text(y[at], counted=True)}" for split, at in sets.items())
+    return [rows.finding("warning", *problem) for problem in label_warnings(y[:, None], sets)], [f"Labels: {ranges}."]
 
 # %% ../../nbs/16_data.check.ipynb #379fd01b
-def picture_findings(
-    layout:Layout, # a table and the places of its pictures
-    splits:Sequence[str], # split of each row
-    progress:bool=True, # show a progress bar
-)->tuple[list[Finding], dict[int, str]]: # errors: missing and broken pictures; row -> SHA-256 of good ones
-    "Decode and fingerprint every picture."
+def picture_findings(layout:Layout, progress:bool=True)->tuple[list[Finding], dict[int, str]]:
+    "Errors: missing and broken pictures; of good ones row -> SHA-256."
     from tqdm.auto import tqdm
 
     from hpl_nb.data.images import decode_image, read_source
-    names, findings, hashes = layout.table[layout.columns[0]].astype(str).tolist(), [], {}
+    rows, findings, hashes = layout.rows(), [], {}
     for row, source in enumerate(tqdm(layout.sources, desc=f"checking {layout.name}", disable=not progress)):
-        place, kind, detail = (row, names[row], splits[row]), "missing picture", f"{names[row]} is nowhere"
+        kind, detail = "missing picture", f"{rows.names[row]} is nowhere"
         if source is not None:
             try:
                 decode_image(source)
@@ -191,59 +177,40 @@ def picture_findings(
                 continue
             except HplError as error: kind, detail = "broken picture", str(error)
         detail = detail.replace(f"{layout.path.parent}{os.sep}", "")
-        findings.append(Finding("error", kind, *place, f"row {row}: {detail}"))
+        findings.append(rows.finding("error", row, kind, f"row {row}: {detail}"))
     return findings, hashes
 
 # %% ../../nbs/16_data.check.ipynb #d9a60384
-def repeated_findings(
-    keys:dict[int, str], # row -> its content's fingerprint
-    labels:Sequence[Any], # of every row; None: not to be compared
-    splits:Sequence[str], # of every row
-    names:Sequence[str], # of every row
-    what:str, # "picture", "pair" or "sample"
-)->tuple[list[Finding], list[str]]: # warnings; a note that counts the groups
-    "Groups of rows with equal content."
-    import numpy as np
-    import pandas as pd
-    findings, counts = [], np.zeros(4, dtype=int)
-    for _, rows in pd.Series(list(keys)).groupby(list(keys.values()), sort=False):
-        if len(rows) < 2: continue
-        crosses, differs = len({splits[row] for row in rows}) > 1, len({labels[row] for row in rows} - {None}) > 1
-        counts += (1, crosses, differs, crosses and differs)
-        detail = "; ".join(f"row {row} ({splits[row]}{_shown(labels[row])}): {names[row]}" for row in rows)
-        place = (int(rows.iloc[0]), names[rows.iloc[0]], splits[rows.iloc[0]])
-        kind = f"same {what} in several splits" if crosses else f"same {what} twice in one split"
-        findings.append(Finding("warning", kind, *place, detail))
-        if differs: findings.append(Finding("warning", f"same {what}, different labels", *place, detail))
+def repeated_findings(keys:dict[int, Any], labels:Sequence[Any], rows:Rows, what:str)->tuple[list[Finding], list[str]]:
+    "Groups of rows with equal keys; a label None is not compared. A note counts the groups."
+    groups, findings, counts = {}, [], [0]*4
+    for row, key in keys.items(): groups.setdefault(key, []).append(row)
+    for same in (group for group in groups.values() if len(group) > 1):
+        crosses, differs = len({rows.splits[row] for row in same}) > 1, len({labels[row] for row in same} - {None}) > 1
+        counts = [count + more for count, more in zip(counts, (1, crosses, differs, crosses and differs))]
+        detail = "; ".join(f"row {row} ({rows.splits[row]}{_shown(labels[row])}): {rows.names[row]}" for row in same)
+        kinds = [f"same {what} in several splits" if crosses else f"same {what} twice in one split", f"same {what}, different labels"]
+        findings += [rows.finding("warning", same[0], kind, detail) for kind in kinds[:1 + differs]]
     note = "{} groups of identical {}s: {} cross splits, {} carry different labels, {} do both."
-    return findings, [note.format(counts[0], what, *counts[1:])] if len(findings) else []
+    return findings, [note.format(counts[0], what, *counts[1:])] if findings else []
 
-# %% ../../nbs/16_data.check.ipynb #1bd217f2
-def _shown(label):
-    if label is None: return ""
-    return ", " + ", ".join(f"{value:g}" for value in (label if isinstance(label, tuple) else (label,)))
+def _shown(label:Any)->str:
+    return "" if label is None else ", " + ", ".join(f"{value:g}" for value in (label if isinstance(label, tuple) else (label,)))
 
-# %% ../../nbs/16_data.check.ipynb #61de3412
-def dropped_note(
-    hashes:dict[int, str], # row -> its content's fingerprint
-    splits:Sequence[str], # of every row
-)->list[str]: # one note, or none if nothing would be dropped
-    "What `deduplicate=True` would leave out."
+def dropped_note(hashes:dict[int, str], splits:Sequence[str])->list[str]:
+    "What `deduplicate=True` would leave out: a note, or none."
     import numpy as np
 
     from hpl_nb.data.images import drop_duplicates
-    train = np.array([row for row in hashes if splits[row] not in ("val", "test")], dtype=np.int64)
-    held_out = np.array([row for row in hashes if splits[row] in ("val", "test")], dtype=np.int64)
+    train, held_out = (np.array([row for row in hashes if (splits[row] in ("val", "test")) == held_out], dtype=np.int64)
+                       for held_out in (False, True))
     dropped = len(train) - len(drop_duplicates(train, held_out, hashes))
     note = (f"deduplicate=True would leave out {dropped} of {len(train):,} training rows: those whose picture is also "
             "in val or test, and repetitions within training.")
     return [note] if dropped else []
 
 # %% ../../nbs/16_data.check.ipynb #66fe6d89
-def unnamed_findings(
-    root:Path, # folder of the data set
-    layout:Layout, # its table
-)->list[Finding]: # at most one warning
+def unnamed_findings(root:Path, layout:Layout)->list[Finding]:
     "Pictures below `root` that the table does not name."
     from hpl_nb.data.images import unlisted_images
     if not (extra := unlisted_images(root, layout.sources)): return []
@@ -251,75 +218,53 @@ def unnamed_findings(
     return [Finding("warning", "picture not in the table", -1, extra[0], "", detail)]
 
 # %% ../../nbs/16_data.check.ipynb #a15f828f
-def table_findings(
-    path:Path, # a table
-)->tuple[list[Finding], list[str]]: # a warning, or a note
-    "Compare a table that has a known name with its known checksum."
-    from hpl_nb.data.images import registry, sha256
+def table_findings(path:Path)->tuple[list[Finding], list[str]]:
+    "A warning or a note: compares a table that has a known name with its known checksum."
+    from hpl_nb.data.tables import registry, sha256
     if path.name not in (known := registry()): return [], []
     if sha256(path) == known[path.name]["sha256"]: return [], [f"{path.name} is the authors' table (SHA-256 matches)."]
     detail = f"{path.name} is not the authors' table (SHA-256 differs): splits and labelled rows may not be the paper's"
     return [Finding("warning", "other table", -1, path.name, "", detail)], []
 
 # %% ../../nbs/16_data.check.ipynb #f7bb0da7
-def check_pairs(
-    path:Path, # sts.tsv
-)->Report: # of a table of sentence pairs
+def check_pairs(path:Path)->Report:
     "Check STS-B: what its reader refuses, and pairs (in either order) that stand in several rows."
     from hpl_nb.data.stsb import read_pairs
     findings, notes = table_findings(path)
     try: pairs = read_pairs(path.parent)
     except HplError as error:
         return make_report("STS-B", [], [*findings, Finding("error", "table", -1, path.name, "", str(error))], notes)
-    splits, names = pairs["split"].tolist(), (pairs["sentence1"] + " | " + pairs["sentence2"]).tolist()
+    rows = Rows((pairs["sentence1"] + " | " + pairs["sentence2"]).tolist(), pairs["split"].tolist())
     keys = {row: " | ".join(sorted(pair)) for row, pair in enumerate(zip(pairs["sentence1"], pairs["sentence2"]))}
-    repeated, crossing = repeated_findings(keys, pairs["score"].tolist(), splits, names, "pair")
-    far, ranges = scale_findings(pairs["score"].tolist(), splits, names)
-    return make_report("STS-B", splits, findings + far + repeated, notes + crossing + ranges)
+    repeated, crossing = repeated_findings(keys, pairs["score"].tolist(), rows, "pair")
+    far, ranges = scale_findings(pairs["score"], rows)
+    return make_report("STS-B", rows.splits, findings + far + repeated, notes + crossing + ranges)
 
 # %% ../../nbs/16_data.check.ipynb #3ea1f07e
-def make_report(
-    layout:str, # which kind of folder it is
-    splits:Iterable[str], # of every row
-    findings:Sequence[Finding], # errors and warnings
-    notes:Sequence[str], # what is known of the whole
-)->Report: # for reading
+def make_report(layout:str, splits:Iterable[str], findings:Sequence[Finding], notes:Sequence[str])->Report:
     "Count the rows of each split, and put the findings into a table."
     import pandas as pd
     rows = pd.Series(list(splits), dtype=object).value_counts(sort=False).to_dict()
     return Report(layout, rows, pd.DataFrame(list(findings), columns=list(Finding._fields)), list(notes))
 
 # %% ../../nbs/16_data.check.ipynb #9b5164e2
-def check_data(
-    data:SemiSupervisedData, # from any loader, or one's own
-    progress:bool=True, # show a progress bar where there are pictures to decode
-)->Report: # of what is loaded
-    "Check a data set: broken pictures, doubtful labels, samples that stand twice."
+def check_data(data:SemiSupervisedData, progress:bool=True)->Report:
+    "Check a dataset: broken pictures, labels of another unit, samples that stand twice."
     import numpy as np
 
     from hpl_nb.data import core, images
-    splits, names = np.full(len(data.targets), "left out", dtype=object), [core.row_name(data, row) for row in range(len(data.targets))]
-    for split in core.SETS: splits[data.rows(split)] = split
+    rows = Rows([core.row_name(data, row) for row in range(len(data.targets))], np.full(len(data.targets), "left out", dtype=object))
+    for split in core.SETS: rows.splits[data.rows(split)] = split
     broken = images.broken_images(data.inputs, progress) if isinstance(data.inputs, images.ImageFiles) else {}
-    findings = [Finding("error", "broken picture", row, names[row], splits[row], reason)
-                for row, reason in broken.items() if splits[row] != "left out"]
-    labelled = {split: data.rows(split) for split in ("labelled", "val", "test")}
-    for kind, row, detail in core.label_doubts(data.targets, labelled) + core.normalizer_doubts(data):
-        findings.append(Finding("warning", kind, row, names[row] if row >= 0 else "", splits[row] if row >= 0 else "", detail))
-    rows = np.concatenate([data.rows(split) for split in core.SETS])
-    if (keys := core.content_keys(data.inputs, rows)) is None:
+    findings = [rows.finding("error", row, "broken picture", why) for row, why in broken.items() if rows.splits[row] != "left out"]
+    findings += [rows.finding("warning", *problem) for problem in core.data_warnings(data, repeats=False)]
+    used, labels = np.concatenate([data.rows(split) for split in core.SETS]), [None]*len(data.targets)
+    for row in np.concatenate([*core.labelled_sets(data).values()]): labels[row] = tuple(data.targets[row].tolist())
+    if (keys := core.content_keys(data.inputs, used)) is None:
         repeated, notes = [], [f"Samples are not compared with each other: {type(data.inputs).__name__} is neither a tensor nor "
                                "pictures in files."]
-    else: repeated, notes = repeated_findings(dict(zip(rows.tolist(), keys)), _known(data), splits, names, "sample")
-    return make_report(data.name, splits, findings + repeated, [*core.describe(data).splitlines()[1:], *notes])
-
-# %% ../../nbs/16_data.check.ipynb #57db51c5
-def _known(data):
-    "One label per row, None where it is not to be looked at."
-    labels = [None]*len(data.targets)
-    for split in ("labelled", "val", "test"):
-        for row in data.rows(split): labels[row] = tuple(data.targets[row].tolist())
-    return labels
+    else: repeated, notes = repeated_findings(dict(zip(used.tolist(), keys)), labels, rows, "sample")
+    return make_report(data.name, rows.splits, findings + repeated, [*core.describe(data).splitlines()[1:], *notes])
 
 # %% ../../nbs/16_data.check.ipynb #672e055d
 def check(
@@ -331,19 +276,17 @@ def check(
     progress:bool=True, # show a progress bar
 )->Report: # print it
     "Read everything below `root` once, and report what is wrong with it; nothing is changed."
-    from hpl_nb.data.images import label_problems
+    from hpl_nb.data.tables import label_problems
     if hasattr(root, "targets"): return check_data(root, progress)
     root = Path(root)
     if not root.is_dir(): raise HplError(f"there is no folder {root}.")
     for place in (root/"sts.tsv", root/"glue_data"/"STS-B"/"sts.tsv"):
         if table is None and place.exists(): return check_pairs(place)
     layout = read_layout(root, table, file_column, label_column, split_column)
-    files, labels, split = layout.columns
-    splits = [str(s).strip().lower() for s in layout.table[split]] if split else ["all"]*len(layout.table)
-    broken, hashes = picture_findings(layout, splits, progress)
-    values, names = label_problems(layout.table[labels])[0], layout.table[files].astype(str).tolist()
-    repeated, crossing = repeated_findings(hashes, values.tolist(), splits, names, "picture")
+    rows, (broken, hashes) = layout.rows(), picture_findings(layout, progress)
+    values = label_problems(layout.table[layout.columns[1]])[0]
+    repeated, crossing = repeated_findings(hashes, values.tolist(), rows, "picture")
     other, notes = table_findings(layout.path)
-    far, ranges = scale_findings(values, splits, names)
-    findings = label_findings(layout, splits) + far + broken + repeated + unnamed_findings(root, layout) + other
-    return make_report(layout.name, splits, findings, notes + crossing + dropped_note(hashes, splits) + ranges)
+    far, ranges = scale_findings(values, rows)
+    findings = label_findings(layout) + far + broken + repeated + unnamed_findings(root, layout) + other
+    return make_report(layout.name, rows.splits, findings, notes + crossing + dropped_note(hashes, rows.splits) + ranges)

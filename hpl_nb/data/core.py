@@ -21,11 +21,8 @@ from ..core import HplError, LabelNormalizer, derive_seed, whole_number
 from ..settings import Settings
 
 # %% auto #0
-__all__ = ['View', 'SETS', 'PerSample', 'BatchView', 'plain_view', 'SemiSupervisedData', 'check_rows', 'row_name', 'DataSettings',
-           'label_ranges', 'describe', 'Doubt', 'label_doubts', 'normalizer_doubts', 'content_keys', 'repeated_samples',
-           'repeat_doubts', 'announce', 'fully_labelled', 'split_rows', 'synthetic_mean', 'synthetic_variance',
-           'synthetic', 'noise_view', 'stream_rows', 'outer_rows', 'StreamSettings', 'Streams', 'batch_rows',
-           'make_batch', 'check_streams']
+__all__ = ['PerSample', 'BatchView', 'plain_view', 'SemiSupervisedData', 'DataSettings', 'describe', 'fully_labelled',
+           'split_rows', 'synthetic', 'noise_view', 'StreamSettings', 'Streams']
 
 # %% ../../nbs/10_data.core.ipynb #6c7809b0
 View = Callable[[Any, np.ndarray | None], Tensor]
@@ -64,7 +61,9 @@ def plain_view(
 
 # %% ../../nbs/10_data.core.ipynb #e34e3f6f
 SETS = ("labelled", "unlabelled", "val", "test")
+SPLITS = ("train", "val", "test", "labelled", "unlabelled") # what a row of one's own table may be named; labels of "unlabelled" are hidden
 
+# %% ../../nbs/10_data.core.ipynb #0668e8bf
 @dataclass(repr=False)
 class SemiSupervisedData:
     "Inputs, targets, the four sets of rows, and the views; checked as it is made."
@@ -87,8 +86,8 @@ class SemiSupervisedData:
     def __post_init__(self):
         self.targets = _numbers(self.name, self.targets)
         if self.targets.ndim == 1: self.targets = self.targets[:, None]
-        for split in SETS: setattr(self, split, _row_numbers(self.name, split, getattr(self, split)))
-        check_rows(self)
+        for split in SETS: setattr(self, split, row_numbers(f"{self.name}: {split}", getattr(self, split), len(self.targets)))
+        _check_rows(self)
         if self.normalizer is None: self.normalizer = LabelNormalizer.fit(self.targets[self.labelled])
         if self.label_ratio is None:
             self.label_ratio = len(self.labelled) / (len(self.labelled) + len(self.unlabelled))
@@ -98,19 +97,38 @@ class SemiSupervisedData:
 
     def rows(self, split:str)->np.ndarray:
         "Row numbers of a split: labelled, unlabelled, val or test."
-        return {"labelled": self.labelled, "unlabelled": self.unlabelled, "val": self.val, "test": self.test}[split]
+        return getattr(self, split)
 
     def __repr__(self)->str: return describe(self)
 
-# %% ../../nbs/10_data.core.ipynb #0668e8bf
-def _row_numbers(name, split, rows):
-    rows = np.asarray(rows)
-    if rows.ndim != 1 or rows.dtype.kind not in "iu" and rows.size:
-        raise HplError(f"{name}: {split} has shape {rows.shape} and type {rows.dtype}; give a list of row numbers, such as "
-                       "np.flatnonzero(mask).")
-    return rows.astype(np.int64)
+# %% ../../nbs/10_data.core.ipynb #cce4e2bc
+def row_error(source:str, rows:Sequence[int]|np.ndarray, detail:str, advice:str)->HplError:
+    "An error that names the first wrong row and counts all."
+    return HplError(f"{source}: row {rows[0]} (the first is 0): {detail}; {len(rows)} such row(s). {advice}")
 
-def _numbers(name, targets):
+def row_numbers(source:str, listed:Sequence[int]|np.ndarray, rows:int)->np.ndarray:
+    "Row numbers of a list or a mask; fractions, text and masks of another length are an `HplError`."
+    listed = np.asarray(listed)
+    if listed.dtype == bool and listed.shape != (rows,):
+        raise HplError(f"{source} is a mask of shape {listed.shape}, but there are {rows} rows; give one value per row, or row numbers.")
+    if listed.ndim != 1 or listed.dtype.kind not in "biu" and listed.size:
+        raise HplError(f"{source} is of type {listed.dtype} and shape {listed.shape}; give row numbers, or a mask.")
+    return np.flatnonzero(listed) if listed.dtype == bool else listed.astype(np.int64)
+
+def row_owners(name:str, sets:Mapping[str, np.ndarray], rows:int)->np.ndarray:
+    "The set of each row, empty where it is in none; a row out of range or in two sets is an `HplError`."
+    owner = np.full(rows, "", dtype=object)
+    for split, listed in sets.items():
+        outside = listed[(listed < 0) | (listed >= rows)]
+        if len(outside): raise HplError(f"{name}: {split} lists row {outside[0]}; rows are 0 to {rows - 1}.")
+        if len(np.unique(listed)) < len(listed): raise HplError(f"{name}: {split} lists a row twice; list it once.")
+        if len(twice := listed[owner[listed] != ""]):
+            raise row_error(name, twice, f"it is in {owner[twice[0]]} and in {split}", "A row may be in one set only.")
+        owner[listed] = split
+    return owner
+
+# %% ../../nbs/10_data.core.ipynb #9784bc33
+def _numbers(name:str, targets:Any)->np.ndarray:
     if getattr(getattr(targets, "dtype", None), "kind", "f") in "mMc":
         raise HplError(f"{name}: the labels are of type {targets.dtype}, not real numbers; turn them into numbers of one unit first.")
     try: return np.asarray(targets, dtype=np.float64)
@@ -122,40 +140,24 @@ def _numbers(name, targets):
                                "is unknown.") from error
         raise HplError(f"{name}: the labels are no table of numbers ({error}); give shape (N,) or (N, K).") from error
 
-# %% ../../nbs/10_data.core.ipynb #9784bc33
-def check_rows(
-    data:SemiSupervisedData, # a data set whose rows and targets are arrays
-)->None:
+def _check_rows(data:SemiSupervisedData)->None:
     "Refuse missing labels, rows out of range, and rows that stand in two sets."
     if len(data.inputs) != len(data.targets):
         raise HplError(f"{data.name}: {len(data.inputs)} inputs but {len(data.targets)} targets; give one target per input "
                        "(NaN where there is no label).")
-    sets = {split: data.rows(split) for split in SETS}
-    owner = np.full(len(data.targets), "", dtype=object)
-    for split, rows in sets.items():
-        outside = rows[(rows < 0) | (rows >= len(owner))]
-        if len(outside): raise HplError(f"{data.name}: {split} names row {outside[0]}; rows are 0 to {len(owner) - 1}.")
-        if len(np.unique(rows)) < len(rows): raise HplError(f"{data.name}: {split} names a row twice.")
-        for other in set(owner[rows]) - {""}:
-            row = rows[owner[rows] == other][0]
-            raise HplError(f"{data.name}: row {row} is in {other} and in {split}; a row may be in one set only.")
-        owner[rows] = split
+    row_owners(data.name, {split: data.rows(split) for split in SETS}, len(data.targets))
     if not len(data.labelled): raise HplError(f"{data.name}: no labelled rows; at least one label is needed.")
-    for split in ("labelled", "val", "test"): _check_labels(data, split)
+    for split, rows in labelled_sets(data).items():
+        if len(bad := rows[~np.isfinite(data.targets[rows]).all(axis=1)]):
+            raise HplError(f"{data.name}: the label of {split} row {row_name(data, bad[0])} is {data.targets[bad[0]]}; {len(bad)} such "
+                           "row(s). Give a finite number, or list the row as unlabelled.")
 
-# %% ../../nbs/10_data.core.ipynb #ca34c61a
-def _check_labels(data, split):
-    rows = data.rows(split)
-    bad = rows[~np.isfinite(data.targets[rows]).all(axis=1)]
-    if len(bad):
-        raise HplError(f"{data.name}: the label of {split} row {row_name(data, bad[0])} is {data.targets[bad[0]]}; {len(bad)} such row(s). "
-                       "Give a finite number, or list the row as unlabelled.")
+def labelled_sets(data:SemiSupervisedData)->dict[str, np.ndarray]:
+    "The sets whose labels may be read."
+    return {split: data.rows(split) for split in ("labelled", "val", "test")}
 
-def row_name(
-    data:SemiSupervisedData, # any
-    row:int, # of it
-)->str: # such as "7", or "7 (face.jpg)"
-    "A row as messages call it."
+def row_name(data:SemiSupervisedData, row:int)->str:
+    "A row in a message: its number, and its name where it has one."
     named = data.sample_names is not None and str(data.sample_names[row]) != str(row)
     return f"{row} ({data.sample_names[row]})" if named else str(row)
 
@@ -171,24 +173,13 @@ class DataSettings(Settings):
         if not 0 < self.label_ratio < 1: raise HplError(f"label_ratio is {self.label_ratio}; give a share between 0 and 1, such as 0.05.")
 
 # %% ../../nbs/10_data.core.ipynb #b7b12fae
-def label_ranges(
-    data:SemiSupervisedData, # any
-)->list[dict[str, Any]]: # one for each output and each set with labels: output, split, n, min, mean, max (label units)
-    "The labels of the labelled, validation and test rows; hidden labels of unlabelled rows are not looked at."
-    sets = [(split, data.targets[data.rows(split)]) for split in ("labelled", "val", "test") if len(data.rows(split))]
-    return [{"output": k, "split": split, "n": len(y), "min": y[:, k].min(), "mean": y[:, k].mean(), "max": y[:, k].max()}
-            for k in range(data.outputs) for split, y in sets]
-
-# %% ../../nbs/10_data.core.ipynb #d8d27cad
 def describe(
-    data:SemiSupervisedData, # any
+    data:SemiSupervisedData, # with its normaliser
 )->str: # lines
-    "Rows, labels and normaliser in words."
-    counts = [f"{len(data.rows(split)):,} {split}" for split in SETS]
-    lines = [f"{data.name}: {', '.join(counts)}"]
+    "Rows, labels and normaliser in words; hidden labels of unlabelled rows stay hidden."
+    lines = [f"{data.name}: {', '.join(f'{len(data.rows(split)):,} {split}' for split in SETS)}"]
     for k in range(data.outputs):
-        shown = [f"{row['split']} {row['min']:.4g} to {row['max']:.4g} (mean {row['mean']:.4g})"
-                 for row in label_ranges(data) if row["output"] == k]
+        shown = [f"{split} {range_text(data.targets[rows, k])}" for split, rows in labelled_sets(data).items() if len(rows)]
         output = f" of output {k}" if data.outputs > 1 else ""
         lines.append(f"labels{output} in {data.unit or 'a unit that is not named'}: {'; '.join(shown)}")
         mean, scale = data.normalizer.mean[k], data.normalizer.scale[k]
@@ -196,14 +187,18 @@ def describe(
         lines.append(f"normaliser: (label - {mean:.4g})/{scale:.4g}, so that the labelled ones run from {y.min():.3g} to {y.max():.3g}")
     return "\n".join(lines)
 
+# %% ../../nbs/10_data.core.ipynb #d8d27cad
+def range_text(y:np.ndarray, counted:bool=False)->str:
+    "Smallest, largest and mean label."
+    return f"{y.min():.4g} to {y.max():.4g} (mean {y.mean():.4g}{f', {len(y):,} rows' if counted else ''})"
+
 # %% ../../nbs/10_data.core.ipynb #6f7799d6
-class Doubt(NamedTuple):
-    "Something that a person should look at before training."
-    kind:str # a few words, the same for all of its kind
-    row:int # the first; -1: none
+class Problem(NamedTuple):
+    "Something wrong, or probably wrong, with a dataset."
+    row:int # the first, from 0; -1: none
+    kind:str # a word or two, the same for all problems of its kind
     detail:str # a sentence: which rows, and what to do
 
-# %% ../../nbs/10_data.core.ipynb #8c054cc2
 def _list_rows(rows:Sequence[int], most:int=5)->str:
     "The first few row numbers."
     return ", ".join(map(str, rows[:most])) + (", ..." if len(rows) > most else "")
@@ -226,43 +221,35 @@ def _other_scale(y:np.ndarray, reference:np.ndarray, times:float=10)->bool:
     width, own = last - first, high - low
     return bool(low > most or high < least or width > 0 and (own > times*width or 0 < own < width/times))
 
-# %% ../../nbs/10_data.core.ipynb #1c3cab6e
-def label_doubts(
-    labels:np.ndarray, # (N, K), label units
-    sets:Mapping[str, np.ndarray], # rows of each set with labels; the first is what the others are compared with
-)->list[Doubt]: # of kinds "label far from the others" and "labels on another scale"
-    "Labels that may be in another unit, or numbers that stand for a missing value."
-    doubts, (reference, *_) = [], sets.values()
+# %% ../../nbs/10_data.core.ipynb #8c054cc2
+def label_warnings(labels:np.ndarray, sets:Mapping[str, np.ndarray])->list[Problem]:
+    "Labels (N, K) far from the others, and sets on another scale than the first: another unit, or a code for a missing value."
+    found, (reference, *_) = [], sets.values()
     for column, (name, rows) in ((labels[:, k], pair) for k in range(labels.shape[1]) for pair in sets.items()):
         base, y = column[reference], column[rows]
         first, _, last = _middle(base) if len(base) else (0, 0, 0)
         if rows is not reference and _other_scale(y, base):
             low, _, high = _middle(y)
-            doubts.append(Doubt("labels on another scale", int(rows[0]), f"{name} labels lie on another scale: the middle half is "
-                                f"{low:.4g} to {high:.4g}, but {first:.4g} to {last:.4g} of the {[*sets][0]} ones. Give all in one unit."))
+            found.append(Problem(int(rows[0]), "labels on another scale", f"{name} labels lie on another scale: the middle half is "
+                                 f"{low:.4g} to {high:.4g}, but {first:.4g} to {last:.4g} of the {[*sets][0]} ones. Give all in one unit."))
         elif len(far := _far(y, base)):
-            doubts.append(Doubt("label far from the others", int(rows[far[0]]), f"the label of {name} row {rows[far[0]]} is "
-                                f"{y[far[0]]:.6g}, but half of them lie within {first:.4g} to {last:.4g}; {len(far)} such row(s): "
-                                f"{_list_rows(rows[far])}. Correct it, or leave it out: is it another unit, or a code for 'missing'?"))
-    return doubts
+            found.append(Problem(int(rows[far[0]]), "label far from the others", f"the label of {name} row {rows[far[0]]} is "
+                                 f"{y[far[0]]:.6g}, but half of them lie within {first:.4g} to {last:.4g}; {len(far)} such row(s): "
+                                 f"{_list_rows(rows[far])}. Correct it, or leave it out: is it another unit, or a code for 'missing'?"))
+    return found
 
 # %% ../../nbs/10_data.core.ipynb #793aeaf7
-def normalizer_doubts(
-    data:SemiSupervisedData, # any
-)->list[Doubt]: # one for each output that the normaliser does not fit
-    "A normaliser that leaves the labels far from zero, or with a spread far from one."
+def normalizer_warnings(data:SemiSupervisedData)->list[Problem]:
+    "Outputs whose normaliser leaves the labels far from zero, or with a spread far from one."
     y = data.normalizer.normalize(data.targets[data.labelled])
     fits = (np.abs(y.mean(0)) < 10) & (y.std(0) < 20) & ((y.std(0) > .02) | (np.ptp(y, axis=0) == 0))
-    return [Doubt("normaliser of another unit", -1, f"the normaliser makes the labelled labels of output {k} run from {y[:, k].min():.3g} "
-                  f"to {y[:, k].max():.3g}, where about -2 to 2 is expected. Leave normalizer out to fit it to them, or correct the unit.")
-            for k in np.flatnonzero(~fits)]
+    return [Problem(-1, "normaliser of another unit", f"the normaliser makes the labelled labels of output {k} run from "
+                    f"{y[:, k].min():.3g} to {y[:, k].max():.3g}, where about -2 to 2 is expected. Leave normalizer out to fit it to "
+                    "them, or correct the unit.") for k in np.flatnonzero(~fits)]
 
 # %% ../../nbs/10_data.core.ipynb #763119e0
-def content_keys(
-    inputs:Any, # of a data set
-    rows:np.ndarray, # which
-)->list[bytes|str]|None: # one per row; equal for equal content; None where inputs are neither tensors nor arrays
-    "Fingerprints of samples."
+def content_keys(inputs:Any, rows:np.ndarray)->list[bytes|str]|None:
+    "Fingerprints of samples, equal for equal content; None where inputs are neither tensors nor arrays."
     if hasattr(inputs, "content_keys"): return inputs.content_keys(rows)
     keys = []
     for part in np.array_split(rows, 1 + len(rows)//1024):
@@ -274,10 +261,8 @@ def content_keys(
     return keys
 
 # %% ../../nbs/10_data.core.ipynb #901a2991
-def repeated_samples(
-    data:SemiSupervisedData, # any
-)->dict[tuple[str, str], list[tuple[int, int]]]: # two sets -> pairs of rows, the second being the first such row of its set
-    "Samples that stand in two of the four sets."
+def repeated_samples(data:SemiSupervisedData)->dict[tuple[str, str], list[tuple[int, int]]]:
+    "Samples in two sets: pairs of rows, the second being the first such row of its set."
     rows = np.concatenate([data.rows(split) for split in SETS])
     if (keys := content_keys(data.inputs, rows)) is None: return {}
     key_of = dict(zip(rows.tolist(), keys))
@@ -288,10 +273,8 @@ def repeated_samples(
     return {sets: pairs for sets, pairs in found.items() if pairs}
 
 # %% ../../nbs/10_data.core.ipynb #b532c760
-def repeat_doubts(
-    data:SemiSupervisedData, # any
-)->list[Doubt]: # at most one about held-out rows, and one about labelled and unlabelled ones
-    "Repeated samples in words."
+def repeat_warnings(data:SemiSupervisedData)->list[Problem]:
+    "At most one problem about held-out rows, and one about labelled and unlabelled ones."
     effects = {True: ("same sample in training and held out", "the error on held-out rows comes out too good. Pass deduplicate=True to "
                       "leave such rows out of training, or put equal samples into one set"),
                False: ("same sample labelled and unlabelled", "a pseudo-label is made where the label is known. Pass deduplicate=True to "
@@ -303,18 +286,17 @@ def repeat_doubts(
         found[other in ("val", "test")].append((pairs[0][0], f"{len(pairs)} of {len(data.rows(one))} {one} rows are equal to a row "
                                                 f"of {other} (row {shown}{more})"))
     advice = ". Where features are coarse, different samples may be equal: then nothing is wrong."
-    return [Doubt(effects[held_out][0], parts[0][0], f"{'; '.join(part for _, part in parts)}: {effects[held_out][1]}{advice}")
+    return [Problem(parts[0][0], effects[held_out][0], f"{'; '.join(part for _, part in parts)}: {effects[held_out][1]}{advice}")
             for held_out, parts in found.items() if parts]
 
 # %% ../../nbs/10_data.core.ipynb #be8c2147
-def announce(
-    data:SemiSupervisedData, # what a loader has made
-    repeats:bool=True, # compare samples too
-)->SemiSupervisedData: # the same
-    "Warn of every doubt about a data set."
-    sets = {split: data.rows(split) for split in ("labelled", "val", "test")}
-    doubts = label_doubts(data.targets, sets) + normalizer_doubts(data) + (repeat_doubts(data) if repeats else [])
-    for doubt in doubts: warnings.warn(f"{data.name}: {doubt.detail}", stacklevel=3)
+def data_warnings(data:SemiSupervisedData, repeats:bool=True)->list[Problem]:
+    "What is probably wrong with a dataset; `repeats`: compare samples too."
+    return label_warnings(data.targets, labelled_sets(data)) + normalizer_warnings(data) + (repeat_warnings(data) if repeats else [])
+
+def announce(data:SemiSupervisedData, repeats:bool=True)->SemiSupervisedData:
+    "The dataset, after a warning of all that is probably wrong with it."
+    for problem in data_warnings(data, repeats): warnings.warn(f"{data.name}: {problem.detail}", stacklevel=3)
     return data
 
 # %% ../../nbs/10_data.core.ipynb #955bf72f
@@ -372,14 +354,7 @@ def noise_view(
     return BatchView(lambda x, generator: x + scale*torch.randn(x.shape, generator=generator))
 
 # %% ../../nbs/10_data.core.ipynb #696208fe
-def stream_rows(
-    rows:np.ndarray, # rows of the stream
-    batch_size:int, # rows of one batch
-    step:int, # which batch, from 0
-    seed:int, # the run's
-    stream:str, # name of the stream: each has its own order
-    copies:int=1, # each pass holds every row this many times (the release repeats labelled rows twice, D12)
-)->np.ndarray: # `batch_size` row numbers
+def stream_rows(rows:np.ndarray, batch_size:int, step:int, seed:int, stream:str, copies:int=1)->np.ndarray:
     "Rows of batch `step` of an endless shuffled stream."
     per_pass = len(rows)*copies // batch_size
     pass_number, position = divmod(step, per_pass)
@@ -387,13 +362,7 @@ def stream_rows(
     return rows[order[position*batch_size:(position + 1)*batch_size] % len(rows)]
 
 # %% ../../nbs/10_data.core.ipynb #32d792a6
-def outer_rows(
-    rows:np.ndarray, # labelled rows
-    inner:np.ndarray, # rows of this step's labelled batch
-    batch_size:int, # rows of the outer batch
-    step:int, # which batch
-    seed:int, # the run's
-)->np.ndarray: # `batch_size` labelled rows, none of them in `inner`
+def outer_rows(rows:np.ndarray, inner:np.ndarray, batch_size:int, step:int, seed:int)->np.ndarray:
     "A labelled batch that shares no row with the inner one."
     others = np.setdiff1d(rows, inner)
     return np.random.default_rng(derive_seed(seed, "outer", step)).choice(others, batch_size, replace=False)
@@ -438,10 +407,7 @@ class Streams(Dataset):
         return {stream: make_batch(self, stream, rows[stream], step) for stream in self.needs}
 
 # %% ../../nbs/10_data.core.ipynb #b0df9e43
-def batch_rows(
-    streams:Streams, # the streams
-    step:int, # which batch
-)->dict[str, np.ndarray]: # rows of each stream, of all processes together
+def batch_rows(streams:Streams, step:int)->dict[str, np.ndarray]:
     "Which rows are in the batches of `step`."
     data, s, seed = streams.data, streams.settings, streams.seed
     rows = {"labelled": stream_rows(data.labelled, s.labelled_batch, step, seed, "labelled", s.labelled_copies)}
@@ -453,12 +419,7 @@ def batch_rows(
     return rows
 
 # %% ../../nbs/10_data.core.ipynb #40965a0a
-def make_batch(
-    streams:Streams, # the streams
-    stream:str, # which of them
-    rows:np.ndarray, # rows of the whole step
-    step:int, # which step
-)->dict[str, Tensor]: # "index" (b,), the views (b, ...), and normalised labels "y" (b, K) unless unlabelled
+def make_batch(streams:Streams, stream:str, rows:np.ndarray, step:int)->dict[str, Tensor]:
     "This process's share of one stream's batch."
     share = len(rows) // streams.processes
     mine = slice(streams.process*share, (streams.process + 1)*share)
@@ -472,9 +433,7 @@ def make_batch(
     return batch
 
 # %% ../../nbs/10_data.core.ipynb #2808dcb1
-def check_streams(
-    streams:Streams, # the streams
-)->None:
+def check_streams(streams:Streams)->None:
     "Refuse batches larger than their rows, empty streams, and batches that the processes cannot share equally."
     data, s, name = streams.data, streams.settings, streams.data.name
     sizes = {"labelled": s.labelled_batch, "unlabelled": s.unlabelled_batch, "outer": s.outer}

@@ -6,18 +6,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
 
 from ..core import HplError, LabelNormalizer
 from .core import SemiSupervisedData
-from .images import (ImageFiles, ImageSource, ImageViews, checked_columns, exact_count, find_images,
-                                image_data, prefix_sets, randaugment_mc_views, read_table, require_images)
+from .images import (
+    ImageFiles, ImageSource, ImageViews, exact_count, find_images, image_data, prefix_sets, randaugment_mc_views, require_images)
+from .pixels import PictureSettings
+from .tables import checked_columns, read_table
 
 # %% auto #0
-__all__ = ['AGES', 'HINT', 'RELEASED_NORMALIZER', 'read_actors', 'released_order', 'released_views', 'imdb_wiki']
+__all__ = ['AGES', 'HINT', 'RELEASED_NORMALIZER', 'read_actors', 'released_order', 'released_views', 'imdb_wiki', 'IMDBWiki']
 
 # %% ../../nbs/13_data.imdb_wiki.ipynb #297da8dc
 AGES = (0., 200.) # a label outside is an error
@@ -82,3 +86,12 @@ def imdb_wiki(
     return image_data("IMDB-WIKI", files, ages, prefix_sets(order, splits, label_ratio, labelled_count),
                       views or released_views(size), deduplicate, skip_broken, progress, normalizer=normalizer,
                       unit="years", label_ratio=label_ratio, sample_names=paths)
+
+# %% ../../nbs/13_data.imdb_wiki.ipynb #1a62cbf5
+@dataclass(frozen=True)
+class IMDBWiki(PictureSettings):
+    "IMDB-WIKI as an experiment names it; see `imdb_wiki`."
+    short:ClassVar[str] = "imdb_wiki"
+    size:int=224 # side in pixels
+
+    def load(self)->SemiSupervisedData: return self.load_with(imdb_wiki)

@@ -7,48 +7,37 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from sklearn.base import TransformerMixin
+from sklearn.compose import ColumnTransformer
+from sklearn.impute import SimpleImputer
+from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from torch import Tensor
 
 from ..core import HplError, derive_seed
-from .core import BatchView, SemiSupervisedData, StreamSettings, View, announce, content_keys, split_rows
-from .images import (ImageFiles, ImageSource, ImageViews, exact_count, find_images, first_kind, image_data, is_below,
-                                label_problems, randaugment_mc_views, read_table, repeated_rows, require_images,
-                                split_problems, unlisted_images)
+from .core import (
+    SPLITS, BatchView, SemiSupervisedData, StreamSettings, View, announce, content_keys, row_error, row_numbers, row_owners, split_rows)
+from hpl_nb.data.images import (
+    ImageFiles, ImageSource, ImageViews, exact_count, find_images, image_data, is_below, randaugment_mc_views, repeated_rows, require_images,
+    unlisted_images)
+from .tables import first_kind, label_problems, read_table, split_problems
+from ..settings import Settings
 
 # %% auto #0
-__all__ = ['SPLITS', 'row_error', 'read_labels', 'label_array', 'cut_names', 'row_list', 'listed_names', 'split_names',
-           'assign_rows', 'make_sets', 'with_true_labels', 'input_tensor', 'check_shape', 'Standardizer',
-           'fit_standardizer', 'RowStrengths', 'perturb_rows', 'row_views', 'PixelStrengths', 'shift_pixels',
-           'cut_squares', 'perturb_pixels', 'pixel_views', 'without_repeats', 'array_data', 'from_arrays',
-           'batches_for', 'FrameEncoder', 'one_hot', 'require_columns', 'number_column', 'refuse_missing',
-           'column_categories', 'fit_encoder', 'frame_labels', 'feature_columns', 'from_frame', 'picture_table',
-           'picture_sources', 'from_images']
-
-# %% ../../nbs/15_data.own.ipynb #8a70cceb
-def row_error(
-    source:str, # of the data
-    rows:Sequence[int]|np.ndarray, # that are wrong
-    detail:str, # what is wrong with the first
-    advice:str, # what to do
-)->HplError: # to be raised
-    "An error that names a row."
-    return HplError(f"{source}: row {rows[0]} (the first is 0): {detail}; {len(rows)} such row(s). {advice}")
+__all__ = ['Split', 'RowStrengths', 'PixelStrengths', 'from_arrays', 'batches_for', 'FrameEncoder', 'default_preprocessor',
+           'from_frame', 'from_images']
 
 # %% ../../nbs/15_data.own.ipynb #671a7d30
-def read_labels(
-    columns:Mapping[str, Iterable], # name of each output -> its labels; numbers or their text
-    name:str, # of the data, for messages
-)->np.ndarray: # (n, K) float64, NaN where there is no label
-    "Parse labels; text, an infinite one or a partly labelled row is an `HplError` that names the row."
+def read_labels(columns:Mapping[str, Iterable], name:str)->np.ndarray:
+    "Labels (n, K) of K columns, NaN where there is none; text, an infinite one or a partly labelled row is an `HplError`."
     labels = []
     for column, raw in columns.items():
         values, problems = label_problems(raw, unknown_ok=True)
@@ -63,12 +52,8 @@ def read_labels(
     return labels
 
 # %% ../../nbs/15_data.own.ipynb #aff02cd4
-def label_array(
-    targets:np.ndarray|Tensor|Sequence, # (n,) or (n, K)
-    rows:int, # n, how many inputs there are
-    name:str, # of the data, for messages
-)->np.ndarray: # (n, K) float64, NaN where there is no label
-    "Labels given as an array."
+def label_array(targets:np.ndarray|Tensor|Sequence, rows:int, name:str)->np.ndarray:
+    "Labels (n, K) of an array (n,) or (n, K)."
     if isinstance(targets, Tensor): targets = targets.detach().cpu().double().numpy()
     array = np.asarray(targets)
     if array.ndim not in (1, 2):
@@ -79,117 +64,71 @@ def label_array(
     return read_labels({str(k): array[:, k] for k in range(array.shape[1])}, name)
 
 # %% ../../nbs/15_data.own.ipynb #9347e13c
-SPLITS = ("train", "val", "test", "labelled", "unlabelled")
+@dataclass(frozen=True)
+class Split(Settings):
+    "Which rows train, select and judge, and whose labels are hidden."
+    by:Any=None # n names, or {name: list of rows, or a mask}; None: val and test are drawn from the rows with a label
+    val_share:float=.2 # without `by`: of the rows with a label
+    test_share:float=.2 # without `by`: of the rows with a label
+    label_ratio:float|None=None # share of the training labels that is kept, the others are hidden; None: all
+    seed:int=0 # of the draw, and of which labels are hidden
 
-def cut_names(
-    known:np.ndarray, # (n,) does the row have a label?
-    val_share:float, # of the rows with a label
-    test_share:float, # of the rows with a label
-    seed:int, # of the cut
-)->np.ndarray: # (n,) names of splits
-    "Validation and test rows drawn from the rows with a label; all others train."
-    for argument, share in (("val_share", val_share), ("test_share", test_share)):
-        if not 0 <= share < 1 or val_share + test_share >= 1:
-            raise HplError(f"{argument} is {share}; val_share and test_share are at least 0, and their sum is below 1.")
-    names, rows = np.full(len(known), "train", dtype=object), np.flatnonzero(known)
-    val, test = split_rows(len(rows), (val_share, test_share), seed)
-    names[rows[val]], names[rows[test]] = "val", "test"
-    return names
+    def check(self)->None:
+        for argument in ("val_share", "test_share"):
+            if not 0 <= getattr(self, argument) < 1 or self.val_share + self.test_share >= 1:
+                raise HplError(f"{argument} is {getattr(self, argument)}; give shares of at least 0 whose sum is below 1.")
+        if self.label_ratio is not None and not 0 < self.label_ratio <= 1:
+            raise HplError(f"label_ratio is {self.label_ratio}; give a share above 0 and up to 1.")
 
 # %% ../../nbs/15_data.own.ipynb #b9506f1c
-def row_list(
-    listed:Sequence[int]|np.ndarray, # row numbers, or a mask
-    rows:int, # how many there are
-    source:str, # of the list, for messages
-)->np.ndarray: # row numbers
-    "Row numbers; fractions, text and masks of another length are an `HplError`."
-    listed = np.asarray(listed)
-    if listed.dtype == bool and listed.shape != (rows,):
-        raise HplError(f"{source} is a mask of shape {listed.shape}, but there are {rows} rows; give one value per row.")
-    if listed.ndim != 1 or listed.dtype.kind not in "biu" and listed.size:
-        raise HplError(f"{source} is of type {listed.dtype} and shape {listed.shape}; give row numbers, or a mask.")
-    return np.flatnonzero(listed) if listed.dtype == bool else listed.astype(np.int64)
-
-# %% ../../nbs/15_data.own.ipynb #4cc0eef1
-def listed_names(
-    lists:Mapping[str, Sequence[int]|np.ndarray], # split -> row numbers, or a mask of n
-    rows:int, # n
-    name:str, # of the data, for messages
-)->np.ndarray: # (n,) names of splits; "" where a row is left out
-    "Splits from lists of rows. Rows in no list train; where training rows are listed too, they are left out."
-    for split in lists:
-        if split not in SPLITS: raise HplError(f"{name}: split {split!r} is none of {', '.join(SPLITS)}.")
-    names = np.full(rows, "", dtype=object)
-    for split, listed in lists.items():
-        listed = row_list(listed, rows, f"{name}: {split}")
-        outside = listed[(listed < 0) | (listed >= rows)]
-        if len(outside): raise HplError(f"{name}: {split} lists row {outside[0]}; rows are 0 to {rows - 1}.")
-        twice = listed[names[listed] != ""]
-        if len(twice): raise row_error(name, twice, f"it is in {names[twice[0]]} and in {split}", "Choose one.")
-        names[listed] = split
-    if not {"train", "labelled", "unlabelled"} & set(lists): names[names == ""] = "train"
-    return names
-
-# %% ../../nbs/15_data.own.ipynb #2b31e183
-def split_names(
-    known:np.ndarray, # (n,) does the row have a label?
-    split:Sequence[str]|Mapping[str, Sequence[int]]|None, # names, lists of rows, or None
-    val_share:float=.2, # without `split`: of the rows with a label
-    test_share:float=.2, # without `split`: of the rows with a label
-    seed:int=0, # without `split`: of the cut
-    name:str="own data", # for messages
-)->np.ndarray: # (n,) names of splits
-    "The split that every row belongs to."
-    if split is None: return cut_names(known, val_share, test_share, seed)
-    if isinstance(split, Mapping): return listed_names(split, len(known), name)
-    if len(split) != len(known):
-        raise HplError(f"{name}: split has {len(split)} entries, but there are {len(known)} rows.")
-    names, problems = split_problems(split, SPLITS)
+def split_names(known:np.ndarray, split:Split, name:str)->np.ndarray:
+    "The split of each row, empty where a row is left out. Rows in no list train, unless some list has training rows."
+    if split.by is None: return _drawn_names(known, split)
+    if isinstance(split.by, Mapping): return _listed_names(split.by, len(known), name)
+    if len(split.by) != len(known):
+        raise HplError(f"{name}: split has {len(split.by)} entries, but there are {len(known)} rows; give one name per row.")
+    names, problems = split_problems(split.by, SPLITS)
     if problems: raise row_error(name, *first_kind(problems), "Name one of these.")
     return names
 
+def _drawn_names(known:np.ndarray, split:Split)->np.ndarray:
+    names, rows = np.full(len(known), "train", dtype=object), np.flatnonzero(known)
+    val, test = split_rows(len(rows), (split.val_share, split.test_share), split.seed)
+    names[rows[val]], names[rows[test]] = "val", "test"
+    return names
+
+def _listed_names(lists:Mapping[str, Sequence[int]|np.ndarray], rows:int, name:str)->np.ndarray:
+    if unknown := [split for split in lists if split not in SPLITS]:
+        raise HplError(f"{name}: split {unknown[0]!r} is none of {', '.join(SPLITS)}; name one of these.")
+    names = row_owners(name, {split: np.unique(row_numbers(f"{name}: {split}", listed, rows)) for split, listed in lists.items()}, rows)
+    if not {"train", "labelled", "unlabelled"} & set(lists): names[names == ""] = "train"
+    return names
+
 # %% ../../nbs/15_data.own.ipynb #f7991afc
-def assign_rows(
-    known:np.ndarray, # (n,) does the row have a label?
-    names:np.ndarray, # (n,) its split
-    label_ratio:float|None, # share of the training labels that is kept; None: all
-    seed:int, # of the choice
-)->dict[str, np.ndarray]: # rows of "labelled", "unlabelled", "val" and "test"
-    "Row numbers of the four sets."
+def as_split(split:Any)->Split: return split if isinstance(split, Split) else Split(split)
+
+class Words(NamedTuple):
+    "Advice in errors, in the words of the function that was called."
+    labels:str="smaller val_share and test_share"
+    missing:str="pass impute='median'"
+    categories:str="leave it out with columns=[...], make it numeric, or raise max_categories"
+
+def make_sets(labels:np.ndarray, split:Split, name:str, words:Words=Words())->dict[str, np.ndarray]:
+    "Rows of the four sets; at least one training row has a label."
+    known = np.isfinite(labels).all(axis=1)
+    names = split_names(known, split, name)
     labelled = np.flatnonzero(((names == "train") & known) | (names == "labelled"))
     unlabelled = np.flatnonzero(((names == "train") & ~known) | (names == "unlabelled"))
-    if label_ratio is not None:
-        if not 0 < label_ratio <= 1: raise HplError(f"label_ratio is {label_ratio}; give a share above 0 and up to 1.")
-        order = labelled[np.random.default_rng(derive_seed(seed, "labels")).permutation(len(labelled))]
-        labelled, hidden = np.split(order, [exact_count(len(order), label_ratio)])
+    if split.label_ratio is not None:
+        order = labelled[np.random.default_rng(derive_seed(split.seed, "labels")).permutation(len(labelled))]
+        labelled, hidden = np.split(order, [exact_count(len(order), split.label_ratio)])
         labelled, unlabelled = np.sort(labelled), np.sort(np.concatenate([unlabelled, hidden]))
-    held_out = {split: np.flatnonzero(names == split) for split in ("val", "test")}
-    return {"labelled": labelled, "unlabelled": unlabelled, **held_out}
-
-# %% ../../nbs/15_data.own.ipynb #2f590919
-def make_sets(
-    labels:np.ndarray, # (n, K), NaN where there is no label
-    split:Sequence[str]|Mapping[str, Sequence[int]]|None, # see `split_names`
-    val_share:float, # without `split`: of the rows with a label
-    test_share:float, # without `split`: of the rows with a label
-    label_ratio:float|None, # share of the training labels that is kept; None: all
-    seed:int, # of the cut, and of the choice
-    name:str, # of the data, for messages
-)->dict[str, np.ndarray]: # rows of "labelled", "unlabelled", "val" and "test"
-    "Both steps: who trains, and whose labels are known; at least one training row has a label."
-    known = np.isfinite(labels).all(axis=1)
-    sets = assign_rows(known, split_names(known, split, val_share, test_share, seed, name), label_ratio, seed)
-    if not len(sets["labelled"]):
-        raise HplError(f"{name}: no training row has a label ({known.sum()} of {len(known)} rows have one); give some, "
-                       "or smaller val_share and test_share.")
-    return sets
+    if not len(labelled):
+        raise HplError(f"{name}: no training row has a label ({known.sum()} of {len(known)} rows have one); give some, or {words.labels}.")
+    return {"labelled": labelled, "unlabelled": unlabelled, **{held_out: np.flatnonzero(names == held_out) for held_out in ("val", "test")}}
 
 # %% ../../nbs/15_data.own.ipynb #fe4b7896
-def with_true_labels(
-    labels:np.ndarray, # (n, K), NaN where there is no label
-    true_labels:np.ndarray, # (n, K), NaN where it is not known
-    name:str, # of the data, for messages
-)->np.ndarray: # (n, K)
+def with_true_labels(labels:np.ndarray, true_labels:np.ndarray, name:str)->np.ndarray:
     "Fill unknown labels with true ones; two that contradict each other are an `HplError`."
     contradict = np.flatnonzero(((labels != true_labels) & np.isfinite(labels) & np.isfinite(true_labels)).any(axis=1))
     if len(contradict):
@@ -199,11 +138,8 @@ def with_true_labels(
     return np.where(np.isnan(labels), true_labels, labels)
 
 # %% ../../nbs/15_data.own.ipynb #e72165ff
-def input_tensor(
-    inputs:np.ndarray|Tensor|Sequence, # (n, d) features, (n, H, W) or (n, C, H, W) pictures
-    name:str, # of the data, for messages
-)->Tensor: # a copy: (n, d) float64, or (n, C, H, W) uint8 or float32
-    "Inputs as a tensor; what is not a finite number is an `HplError` that says where."
+def input_tensor(inputs:np.ndarray|Tensor|Sequence, name:str)->Tensor:
+    "A copy of the inputs: (n, d) float64, or (n, C, H, W) uint8 or float32; what is not finite is an `HplError` that says where."
     try: array = inputs.detach().cpu().numpy() if isinstance(inputs, Tensor) else np.asarray(inputs)
     except (ValueError, TypeError) as error: raise HplError(f"{name}: inputs are not one array ({error}).") from error
     if array.dtype.kind not in "buif":
@@ -217,11 +153,7 @@ def input_tensor(
     array = array if array.ndim == 4 else array[:, None]
     return torch.from_numpy(array.copy() if array.dtype == np.uint8 else array.astype(np.float32))
 
-# %% ../../nbs/15_data.own.ipynb #64103cad
-def check_shape(
-    shape:tuple[int, ...], # of the inputs
-    name:str, # of the data, for messages
-)->None:
+def check_shape(shape:tuple[int, ...], name:str)->None:
     "Refuse what is neither rows of features nor pictures."
     if len(shape) not in (2, 3, 4) or 0 in shape:
         raise HplError(f"{name}: inputs have shape {shape}; give (n, d) features - a single one as (n, 1) - or "
@@ -242,11 +174,7 @@ class Standardizer:
         shape = (-1, *[1]*(x.ndim - 2))
         return ((x - x.new_tensor(self.mean).view(shape))/x.new_tensor(self.scale).view(shape)).float()
 
-# %% ../../nbs/15_data.own.ipynb #8b032159
-def fit_standardizer(
-    x:Tensor, # (n, d) or (n, C, H, W)
-    rows:np.ndarray, # training rows
-)->Standardizer:
+def fit_standardizer(x:Tensor, rows:np.ndarray)->Standardizer:
     "Mean and standard deviation of each feature or channel over the training rows; a constant one keeps its unit."
     parts = [torch.from_numpy(part) for part in np.array_split(rows, 1 + len(rows)//1024)]
     dims, count = (0, *range(2, x.ndim)), len(rows)*x[0, 0].numel()
@@ -257,38 +185,29 @@ def fit_standardizer(
     return Standardizer(tuple(mean.tolist()), tuple(torch.where(variance > 0, variance.sqrt(), 1.).tolist()))
 
 # %% ../../nbs/15_data.own.ipynb #f71d38e8
+def _check_strengths(strengths:Settings, *shares:str)->None:
+    for argument, value in asdict(strengths).items():
+        if not value >= 0 or (argument in shares and value >= 1):
+            raise HplError(f"{argument} is {value}; give a number of at least 0 (a share: below 1).")
+
+# %% ../../nbs/15_data.own.ipynb #7e0eaa94
 @dataclass(frozen=True)
-class RowStrengths:
+class RowStrengths(Settings):
     "How strongly the views change rows of features."
     weak_noise:float=.05 # standard deviation of the noise, in standard deviations of the feature
     strong_noise:float=.1 # and of the strong view
     feature_dropout:float=0. # probability that the strong view sets a feature to its mean
 
-    def __post_init__(self): _check_strengths(self)
+    def check(self)->None: _check_strengths(self, "feature_dropout")
 
-def _check_strengths(strengths):
-    for argument, value in asdict(strengths).items():
-        if not value >= 0 or (argument in ("feature_dropout", "shift", "cutout") and value >= 1):
-            raise HplError(f"{argument} is {value}; give a number of at least 0 (a share: below 1).")
-
-# %% ../../nbs/15_data.own.ipynb #7e0eaa94
-def perturb_rows(
-    x:Tensor, # (b, d), raw
-    generator:torch.Generator, # source of randomness
-    standardizer:Standardizer, # of the features
-    noise:float, # standard deviation, in standard deviations of the feature
-    dropout:float=0., # probability of a feature being set to its mean
-)->Tensor: # (b, d) float32, standardised
+# %% ../../nbs/15_data.own.ipynb #103bcfce
+def perturb_rows(x:Tensor, generator:torch.Generator, standardizer:Standardizer, noise:float, dropout:float=0.)->Tensor:
     "Standardise, add noise, and set some features to their mean."
     x = standardizer(x)
     x = x + noise*torch.randn(x.shape, generator=generator)
     return x.masked_fill(torch.rand(x.shape, generator=generator) < dropout, 0.)
 
-# %% ../../nbs/15_data.own.ipynb #103bcfce
-def row_views(
-    strengths:RowStrengths, # of the views
-    standardizer:Standardizer, # of the features
-)->dict[str, View]: # weak, strong and plain
+def row_views(strengths:RowStrengths, standardizer:Standardizer)->dict[str, View]:
     "The three views of rows of features."
     perturb = partial(perturb_rows, standardizer=standardizer)
     weak = partial(perturb, noise=strengths.weak_noise)
@@ -297,20 +216,16 @@ def row_views(
 
 # %% ../../nbs/15_data.own.ipynb #c1e5849f
 @dataclass(frozen=True)
-class PixelStrengths:
+class PixelStrengths(Settings):
     "How strongly the views change pictures."
     shift:float=1/16 # largest shift, as a share of the shorter side
     noise:float=.25 # of the strong view, in standard deviations of the channel's pixels
     cutout:float=1/8 # side of the strong view's square, as a share of the shorter side
 
-    def __post_init__(self): _check_strengths(self)
+    def check(self)->None: _check_strengths(self, "shift", "cutout")
 
 # %% ../../nbs/15_data.own.ipynb #9db7d38e
-def shift_pixels(
-    images:Tensor, # (b, C, H, W)
-    generator:torch.Generator, # source of randomness
-    pixels:int, # largest shift
-)->Tensor: # (b, C, H, W)
+def shift_pixels(images:Tensor, generator:torch.Generator, pixels:int)->Tensor:
     "Move each picture by up to `pixels` in both directions; what comes in repeats the edge."
     b, channels, height, width = images.shape
     padded = F.pad(images, (pixels,)*4, mode="replicate")
@@ -318,12 +233,7 @@ def shift_pixels(
     y, x = y + torch.arange(height)[:, None], x + torch.arange(width)
     return padded[torch.arange(b)[:, None, None, None], torch.arange(channels)[:, None, None], y, x]
 
-# %% ../../nbs/15_data.own.ipynb #9c7af1b3
-def cut_squares(
-    images:Tensor, # (b, C, H, W)
-    generator:torch.Generator, # source of randomness
-    side:int, # of the square, in pixels
-)->Tensor: # (b, C, H, W)
+def cut_squares(images:Tensor, generator:torch.Generator, side:int)->Tensor:
     "Set a square of each picture to 0, the mean of standardised pixels."
     b, _, height, width = images.shape
     top = torch.randint(0, height - side + 1, (b, 1, 1), generator=generator)
@@ -331,77 +241,43 @@ def cut_squares(
     y, x = torch.arange(height)[:, None] - top, torch.arange(width) - left
     return images.masked_fill(((0 <= y) & (y < side) & (0 <= x) & (x < side))[:, None], 0.)
 
-# %% ../../nbs/15_data.own.ipynb #e57fd80f
-def perturb_pixels(
-    images:Tensor, # (b, C, H, W), raw
-    generator:torch.Generator, # source of randomness
-    standardizer:Standardizer, # of the channels
-    shift:int, # largest shift, pixels
-    noise:float=0., # standard deviation, in standard deviations of the channel's pixels
-    cutout:int=0, # side of the square, pixels
-)->Tensor: # (b, C, H, W) float32, standardised
+# %% ../../nbs/15_data.own.ipynb #9c7af1b3
+def perturb_pixels(images:Tensor, generator:torch.Generator, standardizer:Standardizer, shift:int, noise:float=0., cutout:int=0)->Tensor:
     "Standardise and shift; add noise and cut out a square where they are asked for."
     images = shift_pixels(standardizer(images), generator, shift)
     if noise: images = images + noise*torch.randn(images.shape, generator=generator)
     return cut_squares(images, generator, cutout) if cutout else images
 
-# %% ../../nbs/15_data.own.ipynb #6f9831c5
-def pixel_views(
-    strengths:PixelStrengths, # of the views
-    standardizer:Standardizer, # of the channels
-    side:int, # the shorter one, pixels
-)->dict[str, View]: # weak, strong and plain
+def pixel_views(strengths:PixelStrengths, standardizer:Standardizer, side:int)->dict[str, View]:
     "The three views of pictures."
     common = {"standardizer": standardizer, "shift": round(strengths.shift*side)}
     strong = partial(perturb_pixels, **common, noise=strengths.noise, cutout=round(strengths.cutout*side))
     return {"weak": BatchView(partial(perturb_pixels, **common)), "strong": BatchView(strong), "plain": standardizer}
 
 # %% ../../nbs/15_data.own.ipynb #3eb440d1
-def without_repeats(
-    x:Tensor, # inputs
-    sets:dict[str, np.ndarray], # rows of "labelled", "unlabelled", "val" and "test"
-    notes:dict[str, Any], # of the data
-)->tuple[dict[str, np.ndarray], dict[str, Any]]: # the sets without repeated training rows; the notes with their numbers
-    "Leave out training rows whose content is held out, or stands earlier in training."
-    repeated = repeated_rows(sets, content_keys(x, np.arange(len(x))))
-    return {split: rows[~np.isin(rows, repeated)] for split, rows in sets.items()}, notes | {"duplicates": repeated.tolist()}
-
-# %% ../../nbs/15_data.own.ipynb #aa7c95d1
-def array_data(
-    x:Tensor, # (n, d) or (n, C, H, W), raw
-    labels:np.ndarray, # (n, K)
-    sets:dict[str, np.ndarray], # rows of "labelled", "unlabelled", "val" and "test"
-    strengths:RowStrengths|PixelStrengths|None, # None: the defaults
-    name:str, # of the data
-    notes:dict[str, Any]|None=None, # what else is to be kept
-    deduplicate:bool=False, # drop training rows that are repeated or held out
-    **fields:Any, # further fields of `SemiSupervisedData`
-)->SemiSupervisedData:
-    "Join inputs, labels and rows; fit the standardisation to the training rows, make the views, and say what is doubtful."
-    kind = RowStrengths if x.ndim == 2 else PixelStrengths
+def array_data(x:Tensor, labels:np.ndarray, sets:dict[str, np.ndarray], strengths:RowStrengths|PixelStrengths|None, name:str,
+               notes:dict[str, Any]|None=None, deduplicate:bool=False, **fields:Any)->SemiSupervisedData:
+    "Join inputs, labels and rows; fit the standardisation to the training rows, make the views, and warn of likely mistakes."
+    kind, notes = RowStrengths if x.ndim == 2 else PixelStrengths, notes or {}
     if not isinstance(strengths := kind() if strengths is None else strengths, kind):
         raise HplError(f"{name}: inputs of shape {tuple(x.shape)} need strengths={kind.__name__}(...).")
-    if deduplicate: sets, notes = without_repeats(x, sets, notes or {})
-    train = np.sort(np.concatenate([sets["labelled"], sets["unlabelled"]]))
-    standardizer = fit_standardizer(x, train)
-    if kind is RowStrengths: views = row_views(strengths, standardizer)
-    else: views = pixel_views(strengths, standardizer, min(x.shape[2:]))
-    kept = {"strengths": asdict(strengths), "standardizer": asdict(standardizer)}
-    return announce(SemiSupervisedData(name, x, labels, **sets, **views, notes=(notes or {}) | kept, **fields))
+    if deduplicate:
+        repeated = repeated_rows(sets, content_keys(x, np.arange(len(x))))
+        sets, notes = {split: rows[~np.isin(rows, repeated)] for split, rows in sets.items()}, notes | {"duplicates": repeated.tolist()}
+    standardizer = fit_standardizer(x, np.sort(np.concatenate([sets["labelled"], sets["unlabelled"]])))
+    views = row_views(strengths, standardizer) if kind is RowStrengths else pixel_views(strengths, standardizer, min(x.shape[2:]))
+    notes = notes | {"strengths": asdict(strengths), "standardizer": asdict(standardizer)}
+    return announce(SemiSupervisedData(name, x, labels, **sets, **views, notes=notes, **fields))
 
-# %% ../../nbs/15_data.own.ipynb #d59a9fb0
+# %% ../../nbs/15_data.own.ipynb #aa7c95d1
 def from_arrays(
     inputs:np.ndarray|Tensor|Sequence, # (n, d) features, (n, H, W) or (n, C, H, W) pictures
     targets:np.ndarray|Tensor|Sequence, # (n,) or (n, K) in label units; NaN = unlabelled
     *,
-    split:Sequence[str]|Mapping[str, Sequence[int]]|None=None, # names of n rows, or lists of rows; see `split_names`
-    val_share:float=.2, # without `split`: of the rows with a label
-    test_share:float=.2, # without `split`: of the rows with a label
-    label_ratio:float|None=None, # share of the training labels that is kept, the others are hidden; None: all
+    split:Split|Sequence[str]|Mapping[str, Sequence[int]]|None=None, # names of n rows, lists of rows, or `Split(val_share=.1)` and the like
     true_targets:np.ndarray|Tensor|Sequence|None=None, # known labels of unlabelled rows, for evaluation only
     strengths:RowStrengths|PixelStrengths|None=None, # of the views; None: the defaults
-    deduplicate:bool=False, # drop training rows that are repeated or held out (rule: `image_data`)
-    seed:int=0, # of the split, and of which labels are hidden
+    deduplicate:bool=False, # drop training rows that are repeated or held out
     name:str="own data", # for tables, figures and messages
     unit:str="", # of the targets, for axes
     sample_names:Sequence[str]|None=None, # n names, for figures and messages
@@ -409,7 +285,7 @@ def from_arrays(
     "A data set from arrays."
     x = input_tensor(inputs, name)
     labels = label_array(targets, len(x), name)
-    sets = make_sets(labels, split, val_share, test_share, label_ratio, seed, name)
+    sets = make_sets(labels, as_split(split), name)
     if true_targets is not None: labels = with_true_labels(labels, label_array(true_targets, len(x), name), name)
     return array_data(x, labels, sets, strengths, name, None, deduplicate, unit=unit, sample_names=sample_names)
 
@@ -438,40 +314,29 @@ class FrameEncoder:
 
     def encode(self, frame:pd.DataFrame, name:str="frame")->np.ndarray:
         "Features (n, d) of `frame`, float64; missing and infinite ones are an `HplError`."
-        require_columns(frame, [*self.medians, *self.categories], name)
-        if self.impute is None: refuse_missing(frame[[*self.medians, *self.categories]], name)
-        numbers = [number_column(frame, column, name) for column in self.medians]
-        numbers = [np.where(np.isnan(x), median, x)[:, None] for x, median in zip(numbers, self.medians.values())]
-        texts = [one_hot(frame[column], values) for column, values in self.categories.items()]
-        return np.concatenate([np.empty((len(frame), 0)), *numbers, *texts], axis=1)
+        require_columns(frame, columns := [*self.medians, *self.categories], name)
+        if self.impute is None: refuse_missing(frame[columns], name)
+        numbers = {column: number_column(frame, column, name) for column in self.medians}
+        texts = {column: frame[column].astype(object).map(str).where(frame[column].notna(), None).to_numpy() for column in self.categories}
+        encoder = column_encoder(SimpleImputer(strategy="median"), [*numbers], [*texts], [*self.categories.values()])
+        encoder.fit(pd.DataFrame({column: [median] for column, median in self.medians.items()} | {column: [""] for column in texts}))
+        if not len(frame): return np.empty((0, len(self.features)))
+        return np.asarray(encoder.transform(pd.DataFrame(numbers | texts)), dtype=np.float64)
 
 # %% ../../nbs/15_data.own.ipynb #7a3d9b19
-def one_hot(
-    column:pd.Series, # of text, n values
-    values:Sequence[str], # which have a feature
-)->np.ndarray: # (n, len(values)) bool; all False where the value is missing, or another one
-    "One feature for each value of a column."
-    text = column.astype(object).map(str).to_numpy()[:, None]
-    return (text == np.array(values, dtype=object)) & column.notna().to_numpy()[:, None]
+def column_encoder(number:TransformerMixin, numbers:Sequence, texts:Sequence, categories:Sequence|str="auto")->ColumnTransformer:
+    "Not fitted yet: `number` for columns of numbers, and one feature for each value of a column of text; other values have none."
+    one_hot = OneHotEncoder(categories=categories, handle_unknown="ignore", sparse_output=False)
+    return ColumnTransformer([("numbers", number, list(numbers)), ("texts", one_hot, list(texts))])
 
-# %% ../../nbs/15_data.own.ipynb #90f5866a
-def require_columns(
-    frame:pd.DataFrame, # a table
-    columns:Sequence[str], # which must be there
-    name:str, # of the data, for messages
-)->None:
+def require_columns(frame:pd.DataFrame, columns:Sequence[str], name:str)->None:
     "Refuse a table that lacks a column, or has two of one name."
     for column in columns:
         if (count := list(frame.columns).count(column)) != 1:
             raise HplError(f"{name} has {count or 'no'} column{'s' if count else ''} {column!r} (it has "
                            f"{', '.join(map(repr, frame.columns))}); rename one.")
 
-# %% ../../nbs/15_data.own.ipynb #30615a48
-def number_column(
-    frame:pd.DataFrame, # a table
-    column:str, # a numeric column of it
-    name:str, # of the data, for messages
-)->np.ndarray: # (n,) float64, NaN where missing
+def number_column(frame:pd.DataFrame, column:str, name:str)->np.ndarray:
     "A numeric column; text and infinite values are an `HplError`."
     try: values = frame[column].to_numpy(dtype=np.float64, na_value=np.nan)
     except (TypeError, ValueError) as error:
@@ -480,11 +345,7 @@ def number_column(
         raise row_error(f"{name}, column {column!r}", bad, "it is infinite", "Correct or drop such rows.")
     return values
 
-# %% ../../nbs/15_data.own.ipynb #1909f1ed
-def refuse_missing(
-    frame:pd.DataFrame, # features
-    name:str, # of the data, for messages
-)->None:
+def refuse_missing(frame:pd.DataFrame, name:str, words:Words=Words())->None:
     "Refuse missing features, naming the columns and counting the rows."
     missing = frame.isna()
     counts = missing.sum()
@@ -492,15 +353,12 @@ def refuse_missing(
     listed = ", ".join(f"{column!r} in {count} row(s)" for column, count in counts.items())
     first = int(np.flatnonzero(missing[counts.index[0]])[0])
     raise HplError(f"{name}: features are missing: {listed}; the first is row {first}. Fill them, drop the rows or "
-                   "columns, or pass impute='median'.")
+                   f"columns, or {words.missing}.")
 
 # %% ../../nbs/15_data.own.ipynb #56c339b4
-def column_categories(
-    column:pd.Series, # of text
-    rows:np.ndarray, # training rows
-    most:int, # how many values are too many
-    name:str, # of the data, for messages
-)->list[str]: # sorted
+def is_number(column:pd.Series)->bool: return pd.api.types.is_numeric_dtype(column) and column.dtype.kind != "c"
+
+def column_categories(column:pd.Series, rows:np.ndarray, most:int, name:str, words:Words=Words())->list[str]:
     "Values of a column of text in the training rows."
     source = f"{name}, column {column.name!r}"
     if column.dtype.kind in "mMc": raise HplError(f"{source}: it is {column.dtype}; turn it into numbers first.")
@@ -511,28 +369,21 @@ def column_categories(
                         "values are numbers", "Correct such rows and make the column numeric, or leave it out.")
     values = sorted(set(column.iloc[rows].dropna().astype(object).map(str)))
     if len(values) > most:
-        raise HplError(f"{source}: it is text of {len(values)} different values; leave it out with columns=[...], make "
-                       "it numeric, or raise max_categories.")
+        raise HplError(f"{source}: it is text of {len(values)} different values; {words.categories}.")
     return values
 
 # %% ../../nbs/15_data.own.ipynb #8468dbde
-def fit_encoder(
-    frame:pd.DataFrame, # one row per sample
-    columns:Sequence[str], # features
-    rows:np.ndarray, # training rows: they decide medians and categories
-    impute:Literal["median"]|None=None, # what to do about missing values; None: refuse them
-    max_categories:int=50, # most values of a column of text
-    name:str="frame", # for messages
-)->FrameEncoder:
-    "Find out which columns are numbers and which are text, and how to encode them."
+def fit_encoder(frame:pd.DataFrame, columns:Sequence[str], rows:np.ndarray, impute:Literal["median"]|None=None, most:int=50,
+                name:str="frame")->FrameEncoder:
+    "Find out which columns are numbers and which are text; the training rows decide medians and categories, at most `most` a column."
     if impute not in (None, "median"): raise HplError(f"impute is {impute!r}; it is 'median', or None to refuse.")
-    if not len(columns): raise HplError(f"{name}: there are no feature columns.")
+    if not len(columns): raise HplError(f"{name}: there are no feature columns; give some.")
     require_columns(frame, columns, name)
     if impute is None: refuse_missing(frame[list(columns)], name)
     medians, categories = {}, {}
     for column in columns:
-        if not pd.api.types.is_numeric_dtype(frame[column]) or frame[column].dtype.kind == "c":
-            categories[column] = column_categories(frame[column], rows, max_categories, name)
+        if not is_number(frame[column]):
+            categories[column] = column_categories(frame[column], rows, most, name)
             continue
         present = pd.Series(number_column(frame, column, name)[rows]).dropna()
         if present.empty: raise HplError(f"{name}: column {column!r} is missing in all training rows; leave it out.")
@@ -540,26 +391,40 @@ def fit_encoder(
     return FrameEncoder(medians, categories, impute)
 
 # %% ../../nbs/15_data.own.ipynb #ae6b60b0
-def frame_labels(
-    frame:pd.DataFrame, # one row per sample
-    target:str|Sequence[str], # column(s) of labels
-    split:str|Sequence[str]|Mapping[str, Sequence[int]]|None, # column of splits, or what `split_names` takes
-    name:str, # of the data, for messages
-)->tuple[np.ndarray, Any, set[str]]: # labels (n, K); splits as `split_names` takes them; columns that were used
-    "Labels and splits of a table."
-    targets = [target] if isinstance(target, str) else list(target)
-    splits = [split] if isinstance(split, str) else []
-    require_columns(frame, targets + splits, name)
-    labels = read_labels({column: frame[column] for column in targets}, name)
-    return labels, frame[split].to_numpy() if splits else split, {*targets, *splits}
+OWN_PREPROCESSOR = Words("a smaller validation_fraction", "use make_pipeline(SimpleImputer(), ...) or preprocessor=",
+                         "drop it, make it numeric, or pass preprocessor=")
+
+def _check_texts(column:pd.Series, rows:np.ndarray, most:int)->None:
+    "Refuse dates, numbers as text, names of the rows, and texts among other things, which have no order."
+    column_categories(column, rows, most, "X", OWN_PREPROCESSOR)
+    is_text = column.map(lambda value: isinstance(value, str)).to_numpy(bool)
+    if is_text.any() and not is_text.all():
+        value = column.iloc[np.flatnonzero(~is_text)[0]]
+        raise row_error(f"X, column {column.name!r}", np.flatnonzero(~is_text), f"{value!r} is no text, as others are",
+                        f"Make all of them text: X[{column.name!r}] = X[{column.name!r}].astype(str).")
 
 # %% ../../nbs/15_data.own.ipynb #1c55b8f9
-def feature_columns(
-    frame:pd.DataFrame, # one row per sample
-    columns:Sequence[str]|None, # as asked for; None: all others
-    used:set[str], # targets and split
-    name:str, # of the data, for messages
-)->list[str]: # the columns that are features
+def default_preprocessor(
+    frame:pd.DataFrame, # features
+    train:np.ndarray|None=None, # rows that train; None: all
+    most:int=50, # values of a column of text
+)->ColumnTransformer: # not fitted yet; columns are named by their positions
+    "Standardised numbers, and one feature for each value of a column of text."
+    columns, rows = [frame.iloc[:, place] for place in range(frame.shape[1])], np.arange(len(frame)) if train is None else train
+    texts = [place for place, column in enumerate(columns) if not is_number(column)]
+    for place in texts: _check_texts(columns[place], rows, most)
+    return column_encoder(StandardScaler(), [place for place in range(len(columns)) if place not in texts], texts)
+
+# %% ../../nbs/15_data.own.ipynb #b5a80d8a
+def frame_labels(frame:pd.DataFrame, target:str|Sequence[str], split:Any, name:str)->tuple[np.ndarray, Split, set[str]]:
+    "Labels (n, K) and split of a table, and the columns that they took."
+    targets, split = [target] if isinstance(target, str) else list(target), as_split(split)
+    splits = [split.by] if isinstance(split.by, str) else []
+    require_columns(frame, targets + splits, name)
+    labels = read_labels({column: frame[column] for column in targets}, name)
+    return labels, replace(split, by=frame[split.by].to_numpy()) if splits else split, {*targets, *splits}
+
+def feature_columns(frame:pd.DataFrame, columns:Sequence[str]|None, used:set[str], name:str)->list[str]:
     "Features are named, or all columns but the targets and the split."
     if columns is None: columns = [column for column in frame.columns if column not in used]
     if both := used.intersection(columns):
@@ -568,24 +433,23 @@ def feature_columns(
         raise HplError(f"{name}: the column name {others[0]!r} is not text; frame.rename(columns=str) makes it so.")
     return list(columns)
 
-# %% ../../nbs/15_data.own.ipynb #c7b732c0
+# %% ../../nbs/15_data.own.ipynb #7d66e113
 def from_frame(
     frame:pd.DataFrame, # one row per sample
     target:str|Sequence[str], # column(s) of labels; empty (NaN) = unlabelled
     *,
     columns:Sequence[str]|None=None, # features; None: all other columns
-    split:str|Sequence[str]|Mapping[str, Sequence[int]]|None=None, # column of split names, or as in `from_arrays`
+    split:Split|str|Sequence[str]|Mapping[str, Sequence[int]]|None=None, # column of split names, or as in `from_arrays`
     impute:Literal["median"]|None=None, # fill missing features; None: refuse them
     max_categories:int=50, # most values of a column of text
     strengths:RowStrengths|None=None, # of the views; None: the defaults
-    val_share:float=.2, test_share:float=.2, label_ratio:float|None=None, seed:int=0, # as in `from_arrays`
     deduplicate:bool=False, # drop training rows that are repeated or held out, as they are encoded
     name:str="own data", # for tables, figures and messages
     unit:str="", # of the targets, for axes
 )->SemiSupervisedData: # notes["encoder"] holds the fields of its `FrameEncoder`
     "A data set from a data frame."
-    labels, splits, used = frame_labels(frame, target, split, name)
-    sets = make_sets(labels, splits, val_share, test_share, label_ratio, seed, name)
+    labels, split, used = frame_labels(frame, target, split, name)
+    sets = make_sets(labels, split, name)
     features = feature_columns(frame, columns, used, name)
     train = np.concatenate([sets["labelled"], sets["unlabelled"]])
     encoder = fit_encoder(frame, features, train, impute, max_categories, name)
@@ -593,11 +457,7 @@ def from_frame(
     return array_data(x, labels, sets, strengths, name, {"encoder": asdict(encoder)}, deduplicate, unit=unit, sample_names=names)
 
 # %% ../../nbs/15_data.own.ipynb #56f049ba
-def picture_table(
-    table:str|Path|pd.DataFrame, # .csv, .tsv, .parquet, or the table itself
-    file:str, # column of file names
-    name:str, # of the data, for messages
-)->tuple[pd.DataFrame, list[str]]: # the table; its file names
+def picture_table(table:str|Path|pd.DataFrame, file:str, name:str)->tuple[pd.DataFrame, list[str]]:
     "A table whose file names are all there, each once."
     frame = table if isinstance(table, pd.DataFrame) else read_table(table, [file])
     require_columns(frame, [file], name)
@@ -611,12 +471,7 @@ def picture_table(
         raise row_error(name, again, f"its picture {names[first]} stands in row {first} already", "Keep one row.")
     return frame, names
 
-# %% ../../nbs/15_data.own.ipynb #ca799e8e
-def picture_sources(
-    folder:str|Path, # of the pictures
-    names:Sequence[str], # file names, which may begin with folders below it
-    skip_missing:bool, # leave the judgement to decoding, rather than refuse missing ones
-)->list[ImageSource]: # one per name
+def picture_sources(folder:str|Path, names:Sequence[str], skip_missing:bool)->list[ImageSource]:
     "Where each picture is."
     if not Path(folder).is_dir(): raise HplError(f"there is no folder {folder}.")
     if outside := [row for row, name in enumerate(names) if not is_below(folder, Path(folder)/name)]:
@@ -634,11 +489,10 @@ def from_images(
     file:str, # its column of file names, relative to `folder`
     target:str|Sequence[str], # its column(s) of labels; empty = unlabelled
     *,
-    split:str|Sequence[str]|Mapping[str, Sequence[int]]|None=None, # column of split names, or as in `from_arrays`
+    split:Split|str|Sequence[str]|Mapping[str, Sequence[int]]|None=None, # column of split names, or as in `from_arrays`
     size:int=224, # side in pixels, to which pictures are squeezed; ImageNet weights know 224, smaller is quicker
     views:ImageViews|None=None, # None: mirror and crop, `RandAugmentMC` and cutout; or `image_views(weak, strong)`
-    val_share:float=.2, test_share:float=.2, label_ratio:float|None=None, seed:int=0, # as in `from_arrays`
-    deduplicate:bool=False, # drop training pictures that are repeated or held out (rule: `image_data`)
+    deduplicate:bool=False, # drop training pictures that are repeated or held out
     skip_broken:bool=False, # leave out broken and missing pictures, with a warning
     cache_in_memory:bool=False, # keep decoded pictures
     name:str="own data", unit:str="", # for tables, figures and messages; of the targets
@@ -646,8 +500,8 @@ def from_images(
     "A data set from a folder of pictures and a table."
     source = name if isinstance(table, pd.DataFrame) else f"{name} ({table})"
     frame, names = picture_table(table, file, source)
-    labels, splits, _ = frame_labels(frame, target, split, source)
-    sets = make_sets(labels, splits, val_share, test_share, label_ratio, seed, source)
+    labels, split, _ = frame_labels(frame, target, split, source)
+    sets = make_sets(labels, split, source)
     files = ImageFiles(picture_sources(folder, names, skip_broken), size, cache_in_memory)
     if extra := unlisted_images(folder, files.sources):
         warnings.warn(f"{name}: {len(extra):,} pictures in {folder} are in no row of the table and are left out, for example {extra[0]}; "

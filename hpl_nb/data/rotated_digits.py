@@ -5,6 +5,9 @@
 # %% ../../nbs/11_data.rotated_digits.ipynb #f0bafc12
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -12,10 +15,10 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from ..core import HplError, derive_seed
-from .core import BatchView, SemiSupervisedData, split_rows
+from .core import BatchView, DataSettings, SemiSupervisedData, split_rows
 
 # %% auto #0
-__all__ = ['rotate', 'turned_digits', 'shift', 'distort', 'rotated_digits']
+__all__ = ['rotate', 'turned_digits', 'shift', 'distort', 'rotated_digits', 'RotatedDigits']
 
 # %% ../../nbs/11_data.rotated_digits.ipynb #623db052
 def rotate(
@@ -86,3 +89,18 @@ def rotated_digits(
     strong = BatchView(lambda x, generator: distort(shift(x, generator), generator, *amounts))
     return SemiSupervisedData("rotated_digits", images, angles, *rows, weak=BatchView(shift), strong=strong,
                               unit="degrees", label_ratio=label_ratio, sample_names=names, notes={"strength": strength})
+
+# %% ../../nbs/11_data.rotated_digits.ipynb #4a7309d8
+@dataclass(frozen=True)
+class RotatedDigits(DataSettings):
+    "1,797 turned digits; see `rotated_digits`."
+    short:ClassVar[str] = "rotated_digits"
+    label_ratio:float=.055 # labelled share of the 1,258 training rows; 0.055 gives 69
+    strength:float=1. # of the strong view, 0 to 8: factor on `distort`'s defaults
+    split_seed:int=0 # of the angles and the split
+
+    def load(self)->SemiSupervisedData: return rotated_digits(self.label_ratio, self.strength, self.split_seed)
+
+    def check(self)->None:
+        super().check()
+        if not 0 <= self.strength <= 8: raise HplError(f"strength is {self.strength}; give a factor from 0 to 8, such as 0.25.")

@@ -13,10 +13,10 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
@@ -25,13 +25,13 @@ from torch import Tensor
 
 from ..core import HplError, LabelNormalizer, check_header, derive_seed, reading, reason
 from .core import PerSample, SemiSupervisedData
-from .images import fetch, listed
+from .tables import FolderSettings, fetch, listed
 
 # %% auto #0
 __all__ = ['PAIR_COLUMNS', 'STRONG_COLUMNS', 'find_table', 'read_pairs', 'labelled_rows', 'tokenize', 'sentence_words',
            'Vocabulary', 'build_vocabulary', 'encode', 'short_lines', 'stored_array', 'load_vectors', 'coverage',
            'WordNet', 'read_wordnet', 'synonyms', 'insert_synonyms', 'SynonymTransform', 'SentencePairs',
-           'original_view', 'stored_strong_view', 'synonym_table', 'stsb']
+           'original_view', 'stored_strong_view', 'synonym_table', 'stsb', 'STSB']
 
 # %% ../../nbs/14_data.stsb.ipynb #8fa72fef
 PAIR_COLUMNS = ["sentence1", "sentence2", "score", "split"]
@@ -500,3 +500,24 @@ def stsb(
         normalizer=None if fit_normalizer else LabelNormalizer((0.,), (5.,)), unit="points", label_ratio=label_ratio,
         notes={"strong_view": "stored" if wordnet is None else "WordNet", "words": len(inputs.vocabulary)},
         sample_names=[f"{first} | {second}" for first, second in zip(pairs["sentence1"], pairs["sentence2"])])
+
+# %% ../../nbs/14_data.stsb.ipynb #690df2a3
+@dataclass(frozen=True)
+class STSB(FolderSettings):
+    "STS-B as an experiment names it; see `stsb`."
+    short:ClassVar[str] = "stsb"
+    strong:Literal["stored", "wordnet"]="stored" # synonyms of the table, or fresh ones in every epoch (D15)
+    wordnet:str=field(default="", compare=False) # folder of WordNet's files, for fresh synonyms
+    lowercase:bool=True # False for cased word vectors (the release with GloVe 840B)
+    split_underscores:bool=False # True: take break_down as two words
+    fit_normalizer:bool=False # True: mean and scale of the labelled rows; False: score / 5 (as released)
+
+    def load(self)->SemiSupervisedData:
+        return stsb(self.require_root(), self.label_ratio, self.wordnet or None, self.lowercase, self.split_underscores,
+                    fit_normalizer=self.fit_normalizer)
+
+    def check(self)->None:
+        super().check()
+        if (self.strong == "wordnet") != bool(self.wordnet):
+            raise HplError(f"strong is {self.strong!r} and wordnet {self.wordnet!r}; give strong=\"wordnet\" together with the folder of "
+                           "WordNet's files, or neither.")

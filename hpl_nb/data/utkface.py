@@ -6,20 +6,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar, Literal
 
 import numpy as np
 import pandas as pd
 
 from ..core import HplError, LabelNormalizer
 from .core import SemiSupervisedData
-from .images import (IMAGENET_MEAN, IMAGENET_STD, ImageFiles, ImageSource, ImageViews, checked_columns,
-                                exact_count, fetch, find_images, image_data, prefix_sets, randaugment_mc_views,
-                                read_table, require_images)
+from .images import (
+    IMAGENET_MEAN, IMAGENET_STD, ImageFiles, ImageSource, ImageViews, exact_count, find_images, image_data, prefix_sets,
+    randaugment_mc_views, require_images)
+from .pixels import PictureSettings
+from .tables import checked_columns, fetch, read_table
 
 # %% auto #0
 __all__ = ['FOLDERS', 'TARS', 'AGES', 'HINT', 'RELEASED_NORMALIZER', 'read_faces', 'released_order', 'released_count',
-           'released_views', 'utkface']
+           'released_views', 'utkface', 'UTKFace']
 
 # %% ../../nbs/12_data.utkface.ipynb #cebf6152
 FOLDERS = ("UTKFace", "images", "") # below the root, in order of preference
@@ -95,3 +99,13 @@ def utkface(
     return image_data("UTKFace", files, ages, prefix_sets(order, splits, label_ratio, labelled_count),
                       views or released_views(size), deduplicate, skip_broken, progress, normalizer=normalizer,
                       unit="years", label_ratio=label_ratio, sample_names=names)
+
+# %% ../../nbs/12_data.utkface.ipynb #818dfbef
+@dataclass(frozen=True)
+class UTKFace(PictureSettings):
+    "UTKFace as an experiment names it; see `utkface`."
+    short:ClassVar[str] = "utkface"
+    labelled_count:Literal["released", "exact"]="released" # 500, 1000 or 2000 as released, or the exact share (D11)
+
+    def load(self)->SemiSupervisedData:
+        return self.load_with(utkface, labelled_count={"released": released_count, "exact": exact_count}[self.labelled_count])

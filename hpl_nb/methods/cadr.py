@@ -5,30 +5,26 @@
 # %% ../../nbs/72_methods.cadr.ipynb #334fec2a
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..core import HplError, not_negative, one_of, whole_number
+from ..core import HplError, not_negative, whole_number
 from ..data.core import SemiSupervisedData
-from .core import Passes, PseudoLabel, adam
+from .core import Passes, PseudoLabel, PseudoLabelMethod, Released, adam
 from ..models import Head, Regressor
 from ..trainer import OptimizerSettings
 
 # %% auto #0
-__all__ = ['bin_of', 'bin_weights', 'bin_thresholds', 'SurrogateClasses', 'CADR', 'check_arguments', 'labelled_losses',
-           'imputation', 'admitted']
+__all__ = ['bin_weights', 'bin_thresholds', 'CADR', 'CADRMethod']
 
 # %% ../../nbs/72_methods.cadr.ipynb #3be25790
-def bin_of(
-    y:Tensor, # labels, (n, K)
-    limits:Tensor, # lowest and highest label, (2, K)
-    bins:int, # how many, of equal width
-)->Tensor: # (n, K), 0 to bins - 1
-    "The bin of each label."
+def bin_of(y:Tensor, limits:Tensor, bins:int)->Tensor: # limits: lowest and highest label, (2, K)
+    "The bin of each label (n, K), 0 to bins - 1."
     low, high = limits
     return ((y - low)/(high - low)*bins).floor().clamp(0, bins - 1).long()
 
@@ -54,11 +50,7 @@ def bin_thresholds(
 # %% ../../nbs/72_methods.cadr.ipynb #adb32b67
 class SurrogateClasses(nn.Module):
     "Bins of the labels, and a linear classifier of them."
-    def __init__(self,
-        features:int, # d
-        outputs:int, # K, each with bins of its own
-        bins:int, # of equal width, over the labelled range
-    ):
+    def __init__(self, features:int, outputs:int, bins:int): # each output has bins of its own
         super().__init__()
         self.bins, self.classifier = bins, Head(features, bins*outputs)
         self.register_buffer("limits", torch.zeros(2, outputs))
@@ -75,23 +67,40 @@ class SurrogateClasses(nn.Module):
     def forward(self, features:Tensor)->Tensor: return self.classifier(features).unflatten(1, (self.bins, -1)) # logits (n, bins, K)
 
 # %% ../../nbs/72_methods.cadr.ipynb #0f12854c
+@dataclass(frozen=True)
 class CADR(PseudoLabel):
     "Weights by label bin for labelled rows, and thresholds by bin on the confidence of pseudo-labels."
+    short:ClassVar[str] = "cadr"
+    bins:int=10 # surrogate classes, of equal width over the labelled range
+    prior:Literal["labelled", "predicted", "uniform"]="labelled" # whose inverse weighs the labelled rows; uniform: no weights
+    max_weight:float=5. # of a labelled row
+    threshold:float=.95 # tau, on a confidence
+    power:float=.5 # beta; 0: one threshold for all bins
+    decay:float=.99 # of the moving average
+
+    def build(self, regressor:Regressor)->CADRMethod: return CADRMethod(regressor, self)
+    def candidates(self)->list[CADR]:
+        own = self.suited_to(Released())
+        return [own, replace(own, threshold=.8), replace(own, prior="predicted", bins=5), replace(own, unlabelled_weight=.3)]
+
+    def check(self)->None:
+        super().check()
+        whole_number("bins", self.bins)
+        if not self.max_weight >= 1: raise HplError(f"max_weight is {self.max_weight}; give a number of at least 1.")
+        if not 0 <= self.threshold <= 1: raise HplError(f"threshold is {self.threshold}; give a confidence from 0 to 1, such as 0.95.")
+        not_negative("power", self.power)
+        if not 0 <= self.decay < 1: raise HplError(f"decay is {self.decay}; give a number from 0 to below 1.")
+
+# %% ../../nbs/72_methods.cadr.ipynb #5cdc6cef
+class CADRMethod(PseudoLabelMethod):
+    "A classifier of the bins beside the head says which pseudo-labels count."
     def __init__(self,
         regressor:Regressor, # the network to train
-        unlabelled_weight:float=1., # lambda
-        bins:int=10, # surrogate classes
-        prior:Literal["labelled", "predicted", "uniform"]="labelled", # whose inverse weighs the labelled rows; uniform: no weights
-        max_weight:float=5., # of a labelled row
-        threshold:float=.95, # tau, on a confidence
-        power:float=.5, # beta; 0: one threshold for all bins
-        decay:float=.99, # of the moving average
+        settings:CADR=CADR(),
     ):
-        super().__init__(regressor, unlabelled_weight)
-        self.bins, self.prior, self.max_weight, self.threshold, self.power, self.decay = bins, prior, max_weight, threshold, power, decay
-        check_arguments(self)
-        self.classes = SurrogateClasses(regressor.head.in_features, regressor.head.out_features, bins)
-        self.register_buffer("marginal", torch.full_like(self.classes.share, 1/bins))
+        super().__init__(regressor, settings)
+        self.classes = SurrogateClasses(regressor.head.in_features, regressor.head.out_features, settings.bins)
+        self.register_buffer("marginal", torch.full_like(self.classes.share, 1/settings.bins))
 
     def guess(self, weak:Tensor)->Tensor:
         "The prediction, and after it the probabilities of the bins: (1 + bins, m, K)."
@@ -112,44 +121,23 @@ class CADR(PseudoLabel):
         self.classes.observe(self.classes.limits.new_tensor(data.normalizer.normalize(data.targets[data.labelled])))
         return data
 
-# %% ../../nbs/72_methods.cadr.ipynb #5cdc6cef
-def check_arguments(
-    method:CADR, # under construction
-)->None:
-    "Refuse what makes no bins, weights, thresholds or averages."
-    whole_number("bins", method.bins)
-    one_of("prior", method.prior, ("labelled", "predicted", "uniform"))
-    if not method.max_weight >= 1: raise HplError(f"max_weight is {method.max_weight}; give a number of at least 1.")
-    if not 0 <= method.threshold <= 1: raise HplError(f"threshold is {method.threshold}; give a confidence from 0 to 1, such as 0.95.")
-    not_negative("power", method.power)
-    if not 0 <= method.decay < 1: raise HplError(f"decay is {method.decay}; give a number from 0 to below 1.")
-
 # %% ../../nbs/72_methods.cadr.ipynb #e52a5110
-def labelled_losses(
-    method:CADR, # bins and weights
-    passes:Passes, # of this step
-)->dict[str, Tensor]: # "labelled" and "classifier"
+def labelled_losses(method:CADRMethod, passes:Passes)->dict[str, Tensor]:
     "Weighted squared error, and weighted cross-entropy of the bins."
-    classes, target = method.classes, method.classes.target(passes.y)
-    probability = {"labelled": classes.share, "predicted": method.marginal, "uniform": torch.ones_like(classes.share)}[method.prior]
-    weight = bin_weights(probability, classes.share, method.max_weight).gather(0, target)
+    classes, target, settings = method.classes, method.classes.target(passes.y), method.settings
+    probability = {"labelled": classes.share, "predicted": method.marginal, "uniform": torch.ones_like(classes.share)}[settings.prior]
+    weight = bin_weights(probability, classes.share, settings.max_weight).gather(0, target)
     entropy = F.cross_entropy(classes(passes.labelled_features), target, reduction="none")
     return {"labelled": (weight*(passes.labelled_prediction - passes.y)**2).mean(), "classifier": (weight*entropy).mean()}
 
 # %% ../../nbs/72_methods.cadr.ipynb #3e9df2a5
-def imputation(
-    method:CADR, # thresholds and moving average
-    guesses:Tensor, # prediction and probabilities of the bins, (1 + bins, m, K)
-)->tuple[Tensor, Tensor]: # pseudo-label and weight, (m, K)
+def imputation(method:CADRMethod, guesses:Tensor)->tuple[Tensor, Tensor]: # see `guess`
     "Move the average; let a prediction in where the classifier is sure enough of a bin."
-    method.marginal.lerp_(method.reduce(guesses[1:].mean(1)), 1 - method.decay)
+    method.marginal.lerp_(method.reduce(guesses[1:].mean(1)), 1 - method.settings.decay)
     return guesses[0], admitted(method, guesses[1:])
 
-def admitted(
-    method:CADR, # its thresholds
-    probability:Tensor, # of the bins, (bins, m, K)
-)->Tensor: # ones and zeros, (m, K)
-    "Whose winning bin is more probable than its threshold asks."
+def admitted(method:CADRMethod, probability:Tensor)->Tensor: # of the bins, (bins, m, K)
+    "One where the winning bin is as probable as its threshold asks, zero elsewhere, (m, K)."
     confidence, winner = probability.max(0)
-    threshold = bin_thresholds(method.marginal, method.threshold, method.power).gather(0, winner)
+    threshold = bin_thresholds(method.marginal, method.settings.threshold, method.settings.power).gather(0, winner)
     return (confidence >= threshold).to(probability.dtype)

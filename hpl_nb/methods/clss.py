@@ -6,47 +6,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..core import HplError, not_negative
+from ..core import HplError, not_negative, whole_number
 from ..data.core import StreamSettings
 from ..loss import labelled_loss
-from .core import Method, joined_rows
+from .core import Method, MethodSettings, joined_rows
 from ..models import Regressor
 
 # %% auto #0
-__all__ = ['label_centres', 'tightness', 'diversity', 'ordinal_entropy', 'ranks', 'fiedler_vector', 'order_ranks', 'RankLoss',
-           'rank_loss', 'CLSS', 'check_arguments', 'order_losses']
+__all__ = ['ordinal_entropy', 'fiedler_vector', 'order_ranks', 'rank_loss', 'CLSS', 'CLSSMethod']
 
 # %% ../../nbs/68_methods.clss.ipynb #a1752428
-def label_centres(
-    features:Tensor, # h, (n, d)
-    distance:Tensor, # between labels, (n, n)
-)->Tensor: # (n, d): for each row the centre of its label
-    "Mean feature of the rows with the same label, of length 1."
+def label_centres(features:Tensor, distance:Tensor)->Tensor: # (n, d) and (n, n) to (n, d)
+    "For each row the mean feature of the rows with the same label, of length 1."
     same = (distance == 0).to(features.dtype)
     return normalize(same @ features/same.sum(1, keepdim=True))
 
 # %% ../../nbs/68_methods.clss.ipynb #e3896bb0
-def tightness(
-    features:Tensor, # h, (n, d)
-    centres:Tensor, # of each row's label, (n, d)
-    distance:Tensor, # between labels, (n, n)
-)->Tensor: # a scalar; 0 where no two rows share a label
-    "How far features are from the centre of their label."
+def tightness(features:Tensor, centres:Tensor, distance:Tensor)->Tensor:
+    "How far features are from the centre of their label; 0 where no two rows share one."
     shared = (distance == 0).sum(1) > 1
     return (shared*((normalize(features) - centres)**2).sum(1)).sum()/shared.sum().clamp(min=1)
 
 # %% ../../nbs/68_methods.clss.ipynb #ad8a7f14
-def diversity(
-    centres:Tensor, # of each row's label, (n, d)
-    distance:Tensor, # between labels, (n, n)
-)->Tensor: # a scalar; 0 where all labels are equal
-    "How far centres are from each other, weighted by the distance of their labels."
+def diversity(centres:Tensor, distance:Tensor)->Tensor:
+    "How far centres are from each other, weighted by the distance of their labels; 0 where all labels are equal."
     first = ~(distance == 0).tril(-1).any(1) # one row speaks for each value
     pair = (first[:, None] & first).triu(1)
     nearest = distance.masked_fill(~pair, float("inf")).min()
@@ -68,11 +58,8 @@ def ordinal_entropy(
         return tightness(features, centres, distance) - diversity(centres, distance)
 
 # %% ../../nbs/68_methods.clss.ipynb #c1d6dede
-def ranks(
-    x:Tensor, # (..., m)
-    average_ties:bool=True, # equal values share their mean rank; False: of equal values the last is first
-)->Tensor: # (..., m): 1/m for the largest value of a row, 1 for the smallest
-    "Rank of each value in its row, largest first, divided by the length of the row."
+def ranks(x:Tensor, average_ties:bool=True)->Tensor: # False: of equal values the last is first
+    "Rank of each value in its row: 1/m for the largest, 1 for the smallest; equal values share their mean rank."
     def position(x): return x.argsort(dim=-1, stable=True).flip(-1).argsort(-1) + 1
     rank = position(x).to(x.dtype)
     if average_ties: rank = (rank + position(x.flip(-1)).flip(-1))/2
@@ -91,7 +78,7 @@ def fiedler_vector(
 # %% ../../nbs/68_methods.clss.ipynb #0ac20327
 def order_ranks(
     vector:Tensor, # one number for each sample, (m,)
-    average_ties:bool=True, # see `ranks`
+    average_ties:bool=True, # equal distances share their mean rank; False: of equal ones the last is first
 )->Tensor: # (m, m): how near sample j is to sample i in the order, 1/m for i itself
     "Ranks of all samples by their distance in the order of a vector, seen from each of them."
     place = vector.argsort(stable=True).argsort().to(vector.dtype)
@@ -119,37 +106,48 @@ def rank_loss(
     weight:float, # w
     interpolation:float=2., # lambda
     reference_batch:int|None=8, # the sum over rows is multiplied by this over m; None: left as it is
-    average_ties:bool=True, # see `ranks`
+    average_ties:bool=True, # see `order_ranks`
 )->Tensor: # a scalar
     "w R, mean over the outputs."
     share = reference_batch/len(target) if reference_batch else 1.
     return share/len(scores)*RankLoss.apply(scores, target.to(scores.dtype), weight, interpolation, average_ties)
 
 # %% ../../nbs/68_methods.clss.ipynb #ae9aa82a
-class CLSS(Method):
+@dataclass(frozen=True)
+class CLSS(MethodSettings):
     "Contrastive learning on labels, and on the order that spectral seriation finds in unlabelled features."
-    needs = {"labelled": ("weak",), "unlabelled": ("weak",)}
+    short:ClassVar[str] = "clss"
+    contrast_weight:float=1. # w_c, of the ordinal entropy of labelled features
+    unlabelled_weight:float=.05 # w_0, of the ranks of unlabelled similarities
+    prediction_weight:float=.01 # w_1, of the ranks of unlabelled predictions
+    interpolation:float=2. # lambda, of the derivative of ranks
+    reference_batch:int|None=8 # both rank losses are multiplied by this over m; None: plain sums, as in the original
+    unlabelled_batch:int|None=None # m (original: 8); None: that of the streams
+    label_width:float|None=None # normalised labels are rounded to multiples of it for the ordinal entropy; None: as they are
+    average_ties:bool=True # see `order_ranks`; original: False
 
-    def __init__(self,
-        regressor:Regressor, # the network to train
-        contrast_weight:float=1., # w_c, of the ordinal entropy of labelled features
-        unlabelled_weight:float=.05, # w_0, of the ranks of unlabelled similarities
-        prediction_weight:float=.01, # w_1, of the ranks of unlabelled predictions
-        interpolation:float=2., # lambda, of the derivative of ranks
-        reference_batch:int|None=8, # both rank losses are multiplied by this over m; None: plain sums, as in the original
-        unlabelled_batch:int|None=None, # m (original: 8); None: that of the streams
-        label_width:float|None=None, # normalised labels are rounded to multiples of it for the ordinal entropy; None: as they are
-        average_ties:bool=True, # see `ranks`; original: False
-    ):
-        super().__init__(regressor)
-        self.contrast_weight, self.unlabelled_weight, self.prediction_weight = contrast_weight, unlabelled_weight, prediction_weight
-        self.interpolation, self.reference_batch, self.unlabelled_batch = interpolation, reference_batch, unlabelled_batch
-        self.label_width, self.average_ties = label_width, average_ties
-        check_arguments(self)
+    def build(self, regressor:Regressor)->CLSSMethod: return CLSSMethod(regressor, self)
+    def candidates(self)->list[CLSS]:
+        mild = replace(self, contrast_weight=.1)
+        return [self, mild, replace(mild, prediction_weight=1.), replace(mild, unlabelled_weight=.5, prediction_weight=.1)]
+
+    def check(self)->None:
+        for name in ("contrast_weight", "unlabelled_weight", "prediction_weight"): not_negative(name, getattr(self, name))
+        if not self.interpolation > 0: raise HplError(f"interpolation is {self.interpolation}; give a number above 0, such as 2.")
+        if self.unlabelled_batch is not None: whole_number("unlabelled_batch", self.unlabelled_batch, 3)
+        for name in ("reference_batch", "label_width"):
+            value = getattr(self, name)
+            if value is not None and not value > 0: raise HplError(f"{name} is {value}; give a number above 0, or None.")
+
+# %% ../../nbs/68_methods.clss.ipynb #deafcb7f
+class CLSSMethod(Method):
+    "Rows are compared with each other: labelled features by their labels, unlabelled ones by their order."
+    needs = {"labelled": ("weak",), "unlabelled": ("weak",)}
 
     def stream_settings(self, settings:StreamSettings)->StreamSettings:
         "With m unlabelled rows, which must be enough to have an order."
-        if self.unlabelled_batch is not None: settings = replace(settings, unlabelled_batch=self.unlabelled_batch)
+        batch = self.settings.unlabelled_batch
+        if batch is not None: settings = replace(settings, unlabelled_batch=batch)
         if settings.unlabelled_batch >= 3: return settings
         raise HplError(f"unlabelled_batch is {settings.unlabelled_batch}; CLSS sorts the rows of a batch, so give at least 3.")
 
@@ -158,33 +156,20 @@ class CLSS(Method):
         labelled, index = batch["labelled"], batch["unlabelled"]["index"]
         features = self.regressor.features(labelled["weak"])
         unlabelled_features = joined_rows(self, self.regressor.features(batch["unlabelled"]["weak"]), index)
-        contrast = ordinal_entropy(joined_rows(self, features, index), self.gather(labelled["y"]), self.label_width)
+        contrast = ordinal_entropy(joined_rows(self, features, index), self.gather(labelled["y"]), self.settings.label_width)
         return {"labelled": labelled_loss(self.regressor.head(features), labelled["y"]),
-                "contrast": self.contrast_weight*contrast} | order_losses(self, unlabelled_features)
-
-# %% ../../nbs/68_methods.clss.ipynb #deafcb7f
-def check_arguments(
-    method:CLSS, # just built
-)->None:
-    "Raise `HplError` where a setting is out of range."
-    for name in ("contrast_weight", "unlabelled_weight", "prediction_weight"): not_negative(name, getattr(method, name))
-    if not method.interpolation > 0: raise HplError(f"interpolation is {method.interpolation}; give a number above 0, such as 2.")
-    for name in ("reference_batch", "label_width"):
-        value = getattr(method, name)
-        if value is not None and not value > 0: raise HplError(f"{name} is {value}; give a number above 0, or None.")
+                "contrast": self.settings.contrast_weight*contrast} | order_losses(self, unlabelled_features)
 
 # %% ../../nbs/68_methods.clss.ipynb #afdd814c
-def order_losses(
-    method:CLSS, # with head, weights and lambda
-    features:Tensor, # of the unlabelled batch, (m, d)
-)->dict[str, Tensor]: # "unlabelled" and "prediction"
-    "The two rank losses, which follow one order."
+def order_losses(method:CLSSMethod, features:Tensor)->dict[str, Tensor]:
+    "The two rank losses of the unlabelled features (m, d), which follow one order."
+    settings = method.settings
     if len(features) < 3:
         raise HplError(f"CLSS sorts the rows of a batch, and there are {len(features)}; raise unlabelled_batch or lower accumulate.")
     with torch.autocast(features.device.type, enabled=False):
         unit, prediction = normalize(features), method.regressor.head(features).T
         similarity, closeness = (unit @ unit.T)[None], -(prediction[:, :, None] - prediction[:, None]).abs()
-        target = order_ranks(fiedler_vector(similarity[0]), method.average_ties)
-        settings = method.interpolation, method.reference_batch, method.average_ties
-        return {"unlabelled": rank_loss(similarity, target, method.unlabelled_weight, *settings),
-                "prediction": rank_loss(closeness, target, method.prediction_weight, *settings)}
+        target = order_ranks(fiedler_vector(similarity[0]), settings.average_ties)
+        rule = settings.interpolation, settings.reference_batch, settings.average_ties
+        return {"unlabelled": rank_loss(similarity, target, settings.unlabelled_weight, *rule),
+                "prediction": rank_loss(closeness, target, settings.prediction_weight, *rule)}

@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from fastcore.basics import patch
@@ -18,34 +18,29 @@ from torch.optim import Adam, Optimizer
 
 from ..core import HplError, not_negative, whole_number
 from ..data.core import SemiSupervisedData, StreamSettings
-from ..hypergrad import Hypergradient, VirtualStep, optimizer_step, sgd_step, slope_hypergradient
+from ..hypergrad import Hypergradient, Labelled, Sloped, VirtualStep, optimizer_step, sgd_step, slope_hypergradient
 from ..loss import Reduction, labelled_loss, pseudo_label_weight, unlabelled_loss
-from .core import (
-    Method, Passes, average_weights, dropout_features, forward_batches, frozen_copy, require_dropout, sample_record)
+from hpl_nb.methods.core import (
+    Method, MethodSettings, Passes, PseudoLabel, Released, average_weights, dropout_features, forward_batches, frozen_copy, require_dropout,
+    sample_record)
 from ..models import Regressor
+from ..settings import Settings, change
 from ..trainer import OptimizerSettings
 from ..uncertainty import UncertaintyLearner, disagreement, learner_input, scaled_features
 
 # %% auto #0
-__all__ = ['LEARNER_INPUTS', 'PAPER', 'RELEASE', 'LearnerMethod', 'JointUncertainty', 'HPLSettings', 'check_extensions', 'HPL',
-           'outer_stream', 'look_ahead', 'step_passes', 'learner_adam', 'outer_features', 'teach', 'unlabelled_slope',
-           'virtual_step', 'ProcessAverage', 'batch_weights', 'further_inputs', 'beyond_the_pair', 'further_columns',
-           'regularise', 'log_variance_for_theta', 'inner_losses']
+__all__ = ['LearnerInputs', 'JointUncertainty', 'JointUncertaintyMethod', 'LearnerSettings', 'LookAhead', 'WeightSettings',
+           'Teacher', 'HPL', 'HPLMethod']
 
 # %% ../../nbs/61_methods.hpl.ipynb #798ce4c8
 class LearnerMethod(Method):
     "A pseudo-labelling method with an uncertainty-learner g."
     needs = {"labelled": ("weak",), "unlabelled": ("weak", "strong")}
 
-    def __init__(self,
-        regressor:Regressor, # the network to train
-        log_variance_bound:float|None, # largest |z|; None: no bound
-        residual_input:bool, # what g reads, see `learner_input`
-        further:int=0, # numbers that it reads beyond the pair
-    ):
-        super().__init__(regressor)
+    def __init__(self, regressor:Regressor, settings:MethodSettings, log_variance_bound:float|None, residual_input:bool, further:int=0):
+        super().__init__(regressor, settings)
         self.learner = UncertaintyLearner(regressor.head.out_features, bound=log_variance_bound, further=further)
-        self.log_variance_bound, self.residual_input = log_variance_bound, residual_input
+        self.residual_input = residual_input
 
     def inspect(self, weak:Tensor, strong:Tensor)->dict[str, Tensor]:
         "Pseudo-label, strong prediction, log-variance and weight, (m, K) each."
@@ -53,23 +48,36 @@ class LearnerMethod(Method):
         pair = learner_input(views["strong_prediction"], views["pseudo_label"], self.residual_input)
         return views | {"log_variance": (z := self.learner(pair)), "weight": pseudo_label_weight(z)}
 
+def check_learner(learner_lr:float, log_variance_bound:float|None)->None:
+    not_negative("learner_lr", learner_lr)
+    if log_variance_bound is not None and not log_variance_bound > 0:
+        raise HplError(f"log_variance_bound is {log_variance_bound}; give a positive number, or None for no bound.")
+
 # %% ../../nbs/61_methods.hpl.ipynb #32d9b3b6
-class JointUncertainty(LearnerMethod):
+@dataclass(frozen=True)
+class JointUncertainty(PseudoLabel):
     "Baseline with an uncertainty-learner but without bi-level optimisation: eq. 3 over theta and phi."
-    def __init__(self,
-        regressor:Regressor, # the network to train
-        unlabelled_weight:float=1., # lambda
-        learner_lr:float=1e-4, # Adam's rate for phi (B.3)
-        log_variance_bound:float|None=8., # largest |z|; None: no bound
-    ):
-        super().__init__(regressor, log_variance_bound, residual_input=False)
-        self.unlabelled_weight = not_negative("unlabelled_weight", unlabelled_weight)
-        self.learner_lr = not_negative("learner_lr", learner_lr)
+    short:ClassVar[str] = "joint_uncertainty"
+    learner_lr:float=1e-4 # Adam's rate for phi (B.3)
+    log_variance_bound:float|None=8. # largest |z|; None: no bound
+
+    def build(self, regressor:Regressor)->JointUncertaintyMethod: return JointUncertaintyMethod(regressor, self)
+    def candidates(self)->list[JointUncertainty]: return [change(value, learner_lr=1e-3) for value in super().candidates()]
+
+    def check(self)->None:
+        super().check()
+        check_learner(self.learner_lr, self.log_variance_bound)
+
+# %% ../../nbs/61_methods.hpl.ipynb #b41ca3fa
+class JointUncertaintyMethod(LearnerMethod):
+    "Eq. 3 over theta and phi."
+    def __init__(self, regressor:Regressor, settings:JointUncertainty=JointUncertainty()):
+        super().__init__(regressor, settings.suited_to(Released()), settings.log_variance_bound, residual_input=False)
 
     def make_optimizers(self, settings:OptimizerSettings)->dict[str, Optimizer]:
         "phi is one more group of the regressor's optimiser: both follow the same loss."
         optimizers = super().make_optimizers(settings)
-        optimizers["regressor"].add_param_group({"params": [*self.learner.parameters()], "lr": self.learner_lr, "weight_decay": 0.})
+        optimizers["regressor"].add_param_group({"params": [*self.learner.parameters()], "lr": self.settings.learner_lr, "weight_decay": 0.})
         return optimizers
 
     def training_step(self, batch:Mapping[str, Mapping[str, Tensor]])->dict[str, Tensor]:
@@ -79,82 +87,123 @@ class JointUncertainty(LearnerMethod):
         weight = pseudo_label_weight(z)
         self.record = sample_record(batch, p.pseudo_label, p.prediction, weight, z)
         return {"labelled": labelled_loss(p.labelled_prediction, p.y),
-                "unlabelled": self.unlabelled_weight*unlabelled_loss(p.prediction, p.pseudo_label, weight, z)}
+                "unlabelled": self.settings.unlabelled_weight*unlabelled_loss(p.prediction, p.pseudo_label, weight, z)}
 
-# %% ../../nbs/61_methods.hpl.ipynb #b41ca3fa
-LEARNER_INPUTS = ("pair", "pair+features", "pair+disagreement", "pair+features+disagreement")
+# %% ../../nbs/61_methods.hpl.ipynb #c55aac00
+LearnerInputs = Literal["pair", "pair+features", "pair+disagreement", "pair+features+disagreement"]
 
 @dataclass(frozen=True)
-class HPLSettings:
-    "Every choice of the method; the defaults are the paper's, with a bound on z."
-    preset:str="paper" # name for tables
-    unlabelled_weight:float=1. # lambda
-    learner_lr:float=1e-4 # Adam's rate for phi (B.3)
-    learner_weight_decay:float=0. # of phi; release: 0, STS-B 1e-5
+class LearnerSettings(Settings):
+    "What g reads, and how it learns."
+    learner_inputs:LearnerInputs="pair"
+    residual_input:bool=False # D8: g reads (r - pseudo_label, r) instead of (r, pseudo_label)
+    detach_input:bool=True # D9: no gradient through g's input
+    passes:int=1 # for the disagreement: of each network on each view; more than one need dropout
     log_variance_bound:float|None=8. # largest |z| (ours); None: no bound (paper, release)
+    learner_lr:float=1e-4 # Adam's rate for phi (B.3)
+    learner_weight_decay:float|None=0. # of phi; None: the release's, 0, for STS-B 1e-5
+
+    def check(self)->None:
+        check_learner(self.learner_lr, self.log_variance_bound)
+        if self.learner_weight_decay is not None: not_negative("learner_weight_decay", self.learner_weight_decay)
+        if whole_number("passes", self.passes) > 1 and "disagreement" not in self.learner_inputs:
+            raise HplError(f"passes is {self.passes}, and learner_inputs {self.learner_inputs!r} has no disagreement to use them.")
+
+# %% ../../nbs/61_methods.hpl.ipynb #45a4de6c
+@dataclass(frozen=True)
+class LookAhead(Settings):
+    "When and how the virtual step is made and judged."
     outer:Literal["fresh", "previous"]="fresh" # a new labelled batch, or the previous step's features at no cost
     outer_overlap:bool=False # D10: may the outer batch share rows with the inner one
     outer_every:int=1 # D3: steps between updates of phi
-    outer_regularizer:float=0. # D1: lambda2 of the hidden term -lambda2 mean(z) on the outer batch
+    outer_batch:int|None=None # rows of the fresh outer batch; None: as many as the inner one has
+    outer_regularizer:float|None=0. # D1: lambda2 of the hidden term -lambda2 mean(z) on the outer batch; None: the release's
     virtual_step:Literal["sgd", "optimizer"]="sgd" # D2: eq. 7, or the live optimiser's next step
     virtual_lr:float|None=None # alpha of eq. 7; None: the head's current learning rate
     learner_first:bool=False # D4: theta's own step already uses the updated phi
     separate_forward:bool=False # D5: theta's own step runs new forward passes (new dropout masks)
+
+    def check(self)->None:
+        whole_number("outer_every", self.outer_every)
+        if self.virtual_lr is not None: not_negative("virtual_lr", self.virtual_lr)
+        if self.outer_batch is not None: whole_number("outer_batch", self.outer_batch)
+        if self.outer_batch and self.outer == "previous":
+            raise HplError("outer_batch is the size of a fresh outer batch; with outer='previous' the inner batch gives it.")
+
+# %% ../../nbs/61_methods.hpl.ipynb #f3f4b09f
+@dataclass(frozen=True)
+class WeightSettings(Settings):
+    "From z to the weight of a pseudo-label."
     half_weight:bool=False # D6: weight exp(-z)/2 instead of exp(-z)
     log_term:bool=True # D6: keep + z in the unlabelled loss (no gradient in theta when the input is detached)
-    reduction:Reduction="mean" # D7: of all losses; "sum" as the paper writes them
-    residual_input:bool=False # D8: g reads (r - pseudo_label, r) instead of (r, pseudo_label)
-    detach_input:bool=True # D9: no gradient through g's input
     normalize_weights:bool=False # exp(-z) over its mean in the batch: g decides who, lambda how much
-    learner_inputs:str="pair" # what g reads: one of `LEARNER_INPUTS`
-    passes:int=1 # for the disagreement: of each network on each view; more than one need dropout
-    outer_batch:int|None=None # rows of the fresh outer batch; None: as many as the inner one has
+
+@dataclass(frozen=True)
+class Teacher(Settings):
+    "A moving average of the network."
     teacher_decay:float|None=None # pseudo-labels of a moving average of the weights; None: of the network itself
     evaluate:Literal["student", "teacher"]="student" # whose predictions are measured
 
-    def __post_init__(self):
-        choices = {"outer": ("fresh", "previous"), "virtual_step": ("sgd", "optimizer"), "reduction": ("mean", "sum"),
-                   "normalize_weights": (False, True), "learner_inputs": LEARNER_INPUTS, "evaluate": ("student", "teacher")}
-        for name, allowed in choices.items():
-            value = getattr(self, name)
-            if value not in allowed: raise HplError(f"{name} is {value!r}; choose {' or '.join(map(repr, allowed))}.")
-        for name in ("unlabelled_weight", "learner_weight_decay", "learner_lr"): not_negative(name, getattr(self, name))
-        if self.virtual_lr is not None: not_negative("virtual_lr", self.virtual_lr)
-        whole_number("outer_every", self.outer_every)
-        check_extensions(self)
+    def check(self)->None:
+        decay = self.teacher_decay
+        if decay is not None and not 0 <= decay <= 1:
+            raise HplError(f"teacher_decay is {decay}; give 0 (the student itself) to 1 (its mean since the start), or None for no teacher.")
+        if decay is None and self.evaluate == "teacher": raise HplError("evaluate is 'teacher', and there is none; set teacher_decay.")
 
-# %% ../../nbs/61_methods.hpl.ipynb #c55aac00
-def check_extensions(
-    settings:HPLSettings, # of what the paper does not have
-)->None:
-    "Refuse sizes that are none, and settings that contradict each other."
-    if whole_number("passes", settings.passes) > 1 and "disagreement" not in settings.learner_inputs:
-        raise HplError(f"passes is {settings.passes}, and learner_inputs {settings.learner_inputs!r} has no disagreement to use them.")
-    if settings.outer_batch is not None: whole_number("outer_batch", settings.outer_batch)
-    if settings.outer_batch and settings.outer == "previous":
-        raise HplError("outer_batch is the size of a fresh outer batch; with outer='previous' the inner batch gives it.")
-    decay = settings.teacher_decay
-    if decay is not None and not 0 <= decay <= 1:
-        raise HplError(f"teacher_decay is {decay}; give 0 (the student itself) to 1 (its mean since the start), or None for no teacher.")
-    if decay is None and settings.evaluate == "teacher": raise HplError("evaluate is 'teacher', and there is none; set teacher_decay.")
+# %% ../../nbs/61_methods.hpl.ipynb #c1546fe5
+RELEASED_CODE = dict(log_variance_bound=None, outer_overlap=True, outer_every=5, outer_regularizer=None, virtual_step="optimizer",
+                     learner_first=True, separate_forward=True, half_weight=True, log_term=False, residual_input=True,
+                     learner_weight_decay=None)
 
-# %% ../../nbs/61_methods.hpl.ipynb #45a4de6c
-PAPER = HPLSettings()
-RELEASE = HPLSettings(preset="release", log_variance_bound=None, outer_overlap=True, outer_every=5, outer_regularizer=.1,
-                      virtual_step="optimizer", learner_first=True, separate_forward=True, half_weight=True, log_term=False,
-                      residual_input=True)
+def variant(name:str, choices:dict[str, Any], changes:dict[str, Any])->HPL:
+    label = ", ".join([name, *(f"{key}={value}".lower() for key, value in changes.items())])
+    return change(HPL(), **{"label": label} | choices | changes)
+
+def filled(settings:HPL, released:Released, unlabelled_weight:float)->HPL:
+    "With the released constants where there is None."
+    own = {"unlabelled_weight": settings.unlabelled_weight, "outer_regularizer": settings.look_ahead.outer_regularizer,
+           "learner_weight_decay": settings.learner.learner_weight_decay}
+    values = vars(released) | {"unlabelled_weight": unlabelled_weight}
+    return change(settings, **{name: values[name] for name, value in own.items() if value is None})
+
+# %% ../../nbs/61_methods.hpl.ipynb #1b5a4874
+@dataclass(frozen=True)
+class HPL(PseudoLabel):
+    "Semi-supervised regression with heteroscedastic pseudo-labels (Algorithm 1)."
+    short:ClassVar[str] = "hpl"
+    reduction:Reduction="mean" # D7: of all losses; "sum" as the paper writes them
+    learner:LearnerSettings=LearnerSettings()
+    look_ahead:LookAhead=LookAhead()
+    weights:WeightSettings=WeightSettings()
+    teacher:Teacher=Teacher()
+
+    @classmethod
+    def paper(cls, **changes:Any)->HPL:
+        "The text's choices, and changes by name, such as `outer_every=5`."
+        return variant("paper", {}, changes)
+
+    @classmethod
+    def release(cls, **changes:Any)->HPL:
+        "The released code's choices, and changes by name."
+        return variant("release", RELEASED_CODE, changes)
+
+    @classmethod
+    def presets(cls)->dict[str, HPL]: return {"hpl_paper": cls.paper(), "hpl_release": cls.release()}
+    def build(self, regressor:Regressor)->HPLMethod: return HPLMethod(regressor, self)
+    def candidates(self)->list[HPL]: return [change(value, learner_lr=1e-3) for value in super().candidates()]
+    def suited_to(self, released:Released)->HPL:
+        return filled(self, released, released.unlabelled_weight*(2 if self.weights.half_weight else 1))
 
 # %% ../../nbs/61_methods.hpl.ipynb #2a4a4d3d
-class HPL(LearnerMethod):
-    "Semi-supervised regression with heteroscedastic pseudo-labels (Algorithm 1)."
-    def __init__(self,
-        regressor:Regressor, # the network to train
-        settings:HPLSettings=PAPER, # a preset, or `dataclasses.replace(PAPER, ...)`
-    ):
-        super().__init__(regressor, settings.log_variance_bound, settings.residual_input, further_columns(regressor, settings))
-        self.settings, self.memory = settings, {} # the previous step's labelled features and labels
-        self.teacher = None if settings.teacher_decay is None else frozen_copy(regressor)
-        if settings.outer == "fresh": self.needs = {**self.needs, "outer": ("weak",)}
+class HPLMethod(LearnerMethod):
+    "Algorithm 1: phi by the hypergradient, theta by the weighted inner loss."
+    def __init__(self, regressor:Regressor, settings:HPL=HPL()):
+        settings = filled(settings, Released(), 1.)
+        learner, further = settings.learner, further_columns(regressor, settings.learner.learner_inputs)
+        super().__init__(regressor, settings, learner.log_variance_bound, learner.residual_input, further)
+        self.memory:dict[str, Tensor] = {} # the previous step's labelled features and labels
+        self.teacher = None if settings.teacher.teacher_decay is None else frozen_copy(regressor)
+        if settings.look_ahead.outer == "fresh": self.needs = {**self.needs, "outer": ("weak",)}
 
     def training_step(self, batch:Mapping[str, Mapping[str, Tensor]])->dict[str, Tensor]:
         "Inner loss of eq. 5; leaves phi's gradient of eq. 8 in .grad."
@@ -164,129 +213,105 @@ class HPL(LearnerMethod):
         self.record = sample_record(batch, passes.pseudo_label, passes.prediction, weight, z)
         return inner_losses(self, passes, weight, z)
 
-    def config(self)->dict[str, Any]: return asdict(self.settings)
     def get_extra_state(self)->dict[str, Any]: return dict(self.memory)
     def set_extra_state(self, state:dict[str, Any])->None: self.memory = dict(state)
-    def stream_settings(self, settings:StreamSettings)->StreamSettings: return outer_stream(self.settings, settings)
-    def make_optimizers(self, settings:OptimizerSettings)->dict[str, Optimizer]:
-        return super().make_optimizers(settings) | {"learner": learner_adam(self)}
+
+    def stream_settings(self, settings:StreamSettings)->StreamSettings:
+        "The outer batch as large, and as independent of the inner one, as the method wants it."
+        ahead = self.settings.look_ahead
+        return replace(settings, outer_overlap=ahead.outer_overlap, outer_batch=ahead.outer_batch or settings.outer_batch)
 
 # %% ../../nbs/61_methods.hpl.ipynb #77958594
 @patch
-def prepare(self:HPL, data:SemiSupervisedData)->SemiSupervisedData:
+def make_optimizers(self:HPLMethod, settings:OptimizerSettings)->dict[str, Optimizer]:
+    "The regressor's, and Adam for phi (B.3)."
+    learner = self.settings.learner
+    phi = Adam(self.learner.parameters(), learner.learner_lr, weight_decay=learner.learner_weight_decay)
+    return Method.make_optimizers(self, settings) | {"learner": phi}
+
+@patch
+def prepare(self:HPLMethod, data:SemiSupervisedData)->SemiSupervisedData:
     "Several passes need dropout; the data stay as they are."
-    if self.settings.passes > 1: require_dropout(self, self.regressor)
+    if self.settings.learner.passes > 1: require_dropout(self, self.regressor)
     return data
 
 @patch
-def after_step(self:HPL)->None:
+def after_step(self:HPLMethod)->None:
     "The teacher, if there is one, follows the student's new weights."
-    if self.teacher: average_weights(self.teacher, self.regressor, self.settings.teacher_decay, self.clock.step)
+    if self.teacher: average_weights(self.teacher, self.regressor, self.settings.teacher.teacher_decay, self.clock.step)
 
+# %% ../../nbs/61_methods.hpl.ipynb #58b9f65f
 @patch
-def predict(self:HPL, x:Tensor)->Tensor:
+def predict(self:HPLMethod, x:Tensor)->Tensor:
     "Of the network that is evaluated."
-    return (self.teacher if self.settings.evaluate == "teacher" else self.regressor)(x)
+    return (self.teacher if self.settings.teacher.evaluate == "teacher" else self.regressor)(x)
 
 @patch
-def inspect(self:HPL, weak:Tensor, strong:Tensor)->dict[str, Tensor]:
+def inspect(self:HPLMethod, weak:Tensor, strong:Tensor)->dict[str, Tensor]:
     "Pseudo-label, strong prediction, log-variance and weight (before a batch's mean is made one), (m, K) each; no other row counts."
     pseudo_label, features = (self.teacher or self.regressor)(weak), self.regressor.features(strong)
     prediction, further = self.regressor.head(features), further_inputs(self, weak, strong, features)
     z = self.learner(learner_input(prediction, pseudo_label, self.residual_input, further=further))
     return {"pseudo_label": pseudo_label, "strong_prediction": prediction, "log_variance": z,
-            "weight": pseudo_label_weight(z, self.settings.half_weight)}
-
-def outer_stream(
-    chosen:HPLSettings, # the method's
-    settings:StreamSettings, # the run's
-)->StreamSettings: # for the method
-    "The outer batch as large, and as independent of the inner one, as the method wants it."
-    return replace(settings, outer_overlap=chosen.outer_overlap, outer_batch=chosen.outer_batch or settings.outer_batch)
+            "weight": pseudo_label_weight(z, self.settings.weights.half_weight)}
 
 # %% ../../nbs/61_methods.hpl.ipynb #ee462b43
-def look_ahead(
-    method:HPL, # whose g is taught
-    batch:Mapping[str, Mapping[str, Tensor]], # the step's batches
-)->tuple[Passes, Tensor|None]: # for theta's own step, with what g reads beyond the pair
-    "Forward passes of a step; teaches g if it is due."
-    s, outer = method.settings, outer_features(method, batch)
-    if outer and s.separate_forward:
-        with torch.no_grad(): ahead = step_passes(method, batch)
-        teach(method, ahead[0], *outer, ahead[1])
+def look_ahead(method:HPLMethod, batch:Mapping[str, Mapping[str, Tensor]])->tuple[Passes, Tensor|None]:
+    "Passes for theta's own step, with what g reads beyond the pair; teaches g if it is due."
+    ahead, outer = method.settings.look_ahead, outer_features(method, batch)
+    if outer and ahead.separate_forward:
+        with torch.no_grad(): passes, further = step_passes(method, batch)
+        teach(method, passes, outer, further)
     passes, further = step_passes(method, batch)
-    if outer and not s.separate_forward: teach(method, passes, *outer, further)
-    if s.outer == "previous": method.memory |= {"features": passes.labelled_features.detach(), "y": passes.y}
+    if outer and not ahead.separate_forward: teach(method, passes, outer, further)
+    if ahead.outer == "previous": method.memory |= {"features": passes.labelled_features.detach(), "y": passes.y}
     return passes, further
 
-def step_passes(
-    method:HPL, # with or without a teacher
-    batch:Mapping[str, Mapping[str, Tensor]], # the step's batches
-)->tuple[Passes, Tensor|None]: # and what g reads beyond the pair
+def step_passes(method:HPLMethod, batch:Mapping[str, Mapping[str, Tensor]])->tuple[Passes, Tensor|None]:
     "The three passes, pseudo-labels by the teacher if there is one."
     views = batch["unlabelled"]
     passes = forward_batches(method.regressor, batch, method.teacher)
     return passes, further_inputs(method, views["weak"], views["strong"], passes.unlabelled_features)
 
-def learner_adam(
-    method:HPL, # its settings and learner
-)->Adam:
-    "Adam for phi (B.3)."
-    s = method.settings
-    return Adam(method.learner.parameters(), s.learner_lr, weight_decay=s.learner_weight_decay)
-
 # %% ../../nbs/61_methods.hpl.ipynb #b647cd1b
-def outer_features(
-    method:HPL, # with its memory
-    batch:Mapping[str, Mapping[str, Tensor]], # the step's batches
-)->tuple[Tensor, Tensor]|None: # features (n, d) and labels (n, K); None if phi is not due
-    "The batch that judges the virtual step."
-    if method.clock.step % method.settings.outer_every: return None
-    if method.settings.outer == "previous":
-        return (method.memory["features"], method.memory["y"]) if "features" in method.memory else None
-    with torch.no_grad(): return method.regressor.features(batch["outer"]["weak"]), batch["outer"]["y"]
+def outer_features(method:HPLMethod, batch:Mapping[str, Mapping[str, Tensor]])->Labelled|None:
+    "The batch that judges the virtual step; None if phi is not due."
+    ahead, memory = method.settings.look_ahead, method.memory
+    if method.clock.step % ahead.outer_every: return None
+    if ahead.outer == "previous": return Labelled(memory["features"], memory["y"]) if "features" in memory else None
+    with torch.no_grad(): return Labelled(method.regressor.features(batch["outer"]["weak"]), batch["outer"]["y"])
 
 # %% ../../nbs/61_methods.hpl.ipynb #5435690d
-def teach(
-    method:HPL, # whose learner is taught
-    passes:Passes, # of this step
-    features:Tensor, # of the outer batch, (n, d)
-    y:Tensor, # its labels, (n, K)
-    further:Tensor|None=None, # what g reads beyond the pair, (m, e)
-)->None:
+def teach(method:HPLMethod, passes:Passes, outer:Labelled, further:Tensor|None=None)->None:
     "Put the gradient of the outer loss in phi's .grad; step at once if theta is to use the new phi (D4)."
-    s, head = method.settings, method.regressor.head
-    slope = unlabelled_slope(method, passes, further)
+    s, slope = method.settings, unlabelled_slope(method, passes, further)
     result = slope_hypergradient(
-        head, virtual_step(method), passes.labelled_features.detach(), passes.y, passes.unlabelled_features.detach(), slope,
-        s.unlabelled_weight, features, y, reduction=s.reduction, reduce=method.reduce, processes=method.processes)
+        method.regressor.head, virtual_step(method), Labelled(passes.labelled_features.detach(), passes.y),
+        Sloped(passes.unlabelled_features.detach(), slope), outer, s.unlabelled_weight, s.reduction, method.reduce, method.processes)
     slope.backward(result.slope)
-    if s.outer_regularizer: regularise(method, result, features, y)
+    if s.look_ahead.outer_regularizer: regularise(method, result, outer)
     for parameter in method.learner.parameters(): parameter.grad = method.reduce(parameter.grad)
-    if s.learner_first:
+    if s.look_ahead.learner_first:
         method.optimizers["learner"].step()
         method.optimizers["learner"].zero_grad()
 
 # %% ../../nbs/61_methods.hpl.ipynb #ebe5c9a3
-def unlabelled_slope(
-    method:HPL, # g, weight, input, log term
-    passes:Passes, # of this step
-    further:Tensor|None=None, # what g reads beyond the pair, (m, e)
-)->Tensor: # s, shape (m, K), differentiable in phi
-    "Derivative of the unlabelled losses in each prediction r."
-    s, r = method.settings, passes.prediction.detach().requires_grad_()
-    z = method.learner(learner_input(r, passes.pseudo_label, s.residual_input, s.detach_input, further))
-    loss = unlabelled_loss(r, passes.pseudo_label, batch_weights(method, z), z if s.log_term else None, "sum")
+def learner_reads(method:HPLMethod, prediction:Tensor, passes:Passes, further:Tensor|None)->Tensor:
+    read = method.settings.learner
+    return learner_input(prediction, passes.pseudo_label, read.residual_input, read.detach_input, further)
+
+def unlabelled_slope(method:HPLMethod, passes:Passes, further:Tensor|None=None)->Tensor:
+    "Derivative s of the unlabelled losses in each prediction r, (m, K), differentiable in phi."
+    r = passes.prediction.detach().requires_grad_()
+    z = method.learner(learner_reads(method, r, passes, further))
+    loss = unlabelled_loss(r, passes.pseudo_label, batch_weights(method, z), z if method.settings.weights.log_term else None, "sum")
     return torch.autograd.grad(loss, r, create_graph=True)[0]
 
-# %% ../../nbs/61_methods.hpl.ipynb #d2172845
-def virtual_step(
-    method:HPL, # its settings and live optimiser
-)->Callable[[Tensor, Tensor], VirtualStep]: # (eta, G) -> eta' and D
-    "The step that is looked ahead: eq. 7, or the live optimiser's (D2)."
-    s, optimizer = method.settings, method.optimizers["regressor"]
-    if s.virtual_step == "optimizer": return lambda eta, gradient: optimizer_step(optimizer, method.regressor.head, gradient)
-    return partial(sgd_step, learning_rate=optimizer.param_groups[-1]["lr"] if s.virtual_lr is None else s.virtual_lr)
+def virtual_step(method:HPLMethod)->Callable[[Tensor, Tensor], VirtualStep]:
+    "The step that is looked ahead, (eta, G) -> eta' and D: eq. 7, or the live optimiser's (D2)."
+    ahead, optimizer = method.settings.look_ahead, method.optimizers["regressor"]
+    if ahead.virtual_step == "optimizer": return lambda eta, gradient: optimizer_step(optimizer, method.regressor.head, gradient)
+    return partial(sgd_step, learning_rate=optimizer.param_groups[-1]["lr"] if ahead.virtual_lr is None else ahead.virtual_lr)
 
 # %% ../../nbs/61_methods.hpl.ipynb #d1044141
 class ProcessAverage(torch.autograd.Function):
@@ -299,84 +324,51 @@ class ProcessAverage(torch.autograd.Function):
     @staticmethod
     def backward(ctx:Any, gradient:Tensor)->tuple[Tensor, None]: return ProcessAverage.apply(gradient, ctx.reduce), None
 
-def batch_weights(
-    method:HPL, # its settings, and the other processes
-    log_variance:Tensor, # z of this process's batch, (m, K)
-)->Tensor: # omega, (m, K)
-    "Weights of a batch's pseudo-labels."
-    s = method.settings
-    weight = pseudo_label_weight(log_variance, s.half_weight)
-    if not s.normalize_weights: return weight
+def batch_weights(method:HPLMethod, log_variance:Tensor)->Tensor:
+    "Weights of a batch's pseudo-labels, (m, K)."
+    settings = method.settings.weights
+    weight = pseudo_label_weight(log_variance, settings.half_weight)
+    if not settings.normalize_weights: return weight
     return weight/ProcessAverage.apply(torch.exp(-log_variance).mean(), method.reduce)
 
 # %% ../../nbs/61_methods.hpl.ipynb #0a1e9f1b
-def further_inputs(
-    method:HPL, # what g reads
-    weak:Tensor, # views of the unlabelled samples
-    strong:Tensor,
-    features:Tensor, # of the strong view, (m, d)
-)->Tensor|None: # (m, e); None where g reads the pair alone
-    "What g reads about each sample beyond the pair."
-    networks = [method.regressor, *filter(None, [method.teacher])]
+def further_inputs(method:HPLMethod, weak:Tensor, strong:Tensor, features:Tensor)->Tensor|None:
+    "What g reads about each sample beyond the pair, (m, e); None where that is all."
+    networks, read = [method.regressor, *filter(None, [method.teacher])], method.settings.learner
     def predictions():
-        return torch.cat([network.head(dropout_features(network, view, method.settings.passes))
-                          for network in networks for view in (weak, strong)])
-    with torch.no_grad(): return beyond_the_pair(method.settings, features, predictions)
+        return torch.cat([network.head(dropout_features(network, view, read.passes)) for network in networks for view in (weak, strong)])
+    with torch.no_grad(): return beyond_the_pair(read.learner_inputs, features, predictions)
 
-def beyond_the_pair(
-    settings:HPLSettings, # what g reads
-    features:Tensor, # (m, d)
-    predictions:Callable[[], Tensor], # several of each sample, (P, m, K); only called where they are needed
-)->Tensor|None: # (m, e)
-    "Scaled features, disagreement, or both."
-    parts = [scaled_features(features)] if "features" in settings.learner_inputs else []
-    if "disagreement" in settings.learner_inputs: parts.append(disagreement(predictions()))
+def beyond_the_pair(inputs:LearnerInputs, features:Tensor, predictions:Callable[[], Tensor])->Tensor|None:
+    "Scaled features, disagreement of predictions (P, m, K), or both."
+    parts = [scaled_features(features)] if "features" in inputs else []
+    if "disagreement" in inputs: parts.append(disagreement(predictions()))
     return torch.cat(parts, 1) if parts else None
 
-def further_columns(
-    regressor:Regressor, # d and K
-    settings:HPLSettings, # what g reads
-)->int: # e
-    "How many numbers that is."
+def further_columns(regressor:Regressor, inputs:LearnerInputs)->int:
     d, K = regressor.head.in_features, regressor.head.out_features
-    return d*("features" in settings.learner_inputs) + K*("disagreement" in settings.learner_inputs)
+    return d*("features" in inputs) + K*("disagreement" in inputs)
 
 # %% ../../nbs/61_methods.hpl.ipynb #7664eaf6
-def regularise(
-    method:HPL, # whose learner is pushed
-    result:Hypergradient, # with the outer predictions of the virtual head
-    features:Tensor, # of the outer batch, (n, d)
-    y:Tensor, # its labels, (n, K)
-)->None:
+def regularise(method:HPLMethod, result:Hypergradient, outer:Labelled)->None:
     "Add the gradient of -lambda2 mean(z) on the outer batch to phi's .grad (D1)."
-    s, r = method.settings, result.outer_prediction
-    further = beyond_the_pair(s, features, lambda: torch.stack([r, y]))
-    z = method.learner(learner_input(r, y, s.residual_input, further=further))
-    (-s.outer_regularizer*z.mean()).backward()
+    s, r, y = method.settings, result.outer_prediction, outer.targets
+    further = beyond_the_pair(s.learner.learner_inputs, outer.features, lambda: torch.stack([r, y]))
+    z = method.learner(learner_input(r, y, s.learner.residual_input, further=further))
+    (-s.look_ahead.outer_regularizer*z.mean()).backward()
 
 # %% ../../nbs/61_methods.hpl.ipynb #228d27ed
-def log_variance_for_theta(
-    method:HPL, # with its learner
-    passes:Passes, # of this step
-    further:Tensor|None=None, # what g reads beyond the pair, (m, e)
-)->Tensor: # z, (m, K), no gradient in phi
-    "The log-variances that weigh this step's pseudo-labels."
-    s = method.settings
+def log_variance_for_theta(method:HPLMethod, passes:Passes, further:Tensor|None=None)->Tensor:
+    "The log-variances that weigh this step's pseudo-labels, (m, K); no gradient in phi."
     fixed = {name: p.detach() for name, p in method.learner.named_parameters()}
-    pair = learner_input(passes.prediction, passes.pseudo_label, s.residual_input, s.detach_input, further)
-    return functional_call(method.learner, fixed, pair)
+    return functional_call(method.learner, fixed, learner_reads(method, passes.prediction, passes, further))
 
 # %% ../../nbs/61_methods.hpl.ipynb #31d81f3f
-def inner_losses(
-    method:HPL, # lambda and reduction
-    passes:Passes, # of this step
-    weight:Tensor, # omega, (m, K)
-    log_variance:Tensor, # z, (m, K)
-)->dict[str, Tensor]: # "labelled" and "unlabelled", whose sum is eq. 5
-    "L_l and lambda L_u; a sum counts the samples of all processes, whose gradients are averaged."
+def inner_losses(method:HPLMethod, passes:Passes, weight:Tensor, log_variance:Tensor)->dict[str, Tensor]:
+    "L_l and lambda L_u, whose sum is eq. 5; a sum counts the samples of all processes, whose gradients are averaged."
     s = method.settings
     scale = method.processes if s.reduction == "sum" else 1
-    z = log_variance if s.log_term else None
+    z = log_variance if s.weights.log_term else None
     unlabelled = unlabelled_loss(passes.prediction, passes.pseudo_label, weight, z, s.reduction)
     return {"labelled": scale*labelled_loss(passes.labelled_prediction, passes.y, s.reduction),
             "unlabelled": scale*s.unlabelled_weight*unlabelled}

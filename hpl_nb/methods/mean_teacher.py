@@ -5,45 +5,59 @@
 # %% ../../nbs/62_methods.mean_teacher.ipynb #00ec264b
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ..core import HplError, not_negative, one_of
-from .core import Passes, PseudoLabel, average_weights, frozen_copy, gaussian_ramp
+from ..core import HplError, not_negative
+from .core import Passes, PseudoLabel, PseudoLabelMethod, Released, average_weights, frozen_copy, gaussian_ramp
 from ..models import Regressor
+from ..settings import change
 
 # %% auto #0
-__all__ = ['MeanTeacher']
+__all__ = ['MeanTeacher', 'MeanTeacherMethod']
 
 # %% ../../nbs/62_methods.mean_teacher.ipynb #f607c7db
+@dataclass(frozen=True)
 class MeanTeacher(PseudoLabel):
-    "Pseudo-labels from the moving average of the network's own weights."
-    def __init__(self,
-        regressor:Regressor, # the network to train: the student
-        unlabelled_weight:float=1., # lambda, the largest w(t)
-        ramp_share:float=.25, # of training until w(t) is lambda; 0: from the first step
-        decay:float=.99, # alpha
-        evaluate:Literal["teacher", "student"]="teacher", # whose predictions are measured
-    ):
-        super().__init__(regressor, unlabelled_weight)
-        if not 0 <= decay <= 1: raise HplError(f"decay is {decay}; give 0 (the student itself) to 1 (its mean since the start).")
-        self.ramp_share, self.decay = not_negative("ramp_share", ramp_share), decay
-        self.evaluate = one_of("evaluate", evaluate, ("teacher", "student"))
+    "Pseudo-labels from the moving average of the network's own weights; the unlabelled weight is the largest w(t)."
+    short:ClassVar[str] = "mean_teacher"
+    ramp_share:float=.25 # of training until w(t) is lambda; 0: from the first step
+    decay:float=.99 # alpha
+    evaluate:Literal["teacher", "student"]="teacher" # whose predictions are measured
+
+    def build(self, regressor:Regressor)->MeanTeacherMethod: return MeanTeacherMethod(regressor, self)
+    def candidates(self)->list[MeanTeacher]:
+        "Another decay, and two other weights."
+        changes = ({}, {"decay": .97}, {"unlabelled_weight": .5}, {"unlabelled_weight": 2.})
+        return [change(self.suited_to(Released()), **values) for values in changes]
+
+    def check(self)->None:
+        super().check()
+        not_negative("ramp_share", self.ramp_share)
+        if not 0 <= self.decay <= 1: raise HplError(f"decay is {self.decay}; give 0 (the student itself) to 1 (its mean since the start).")
+
+# %% ../../nbs/62_methods.mean_teacher.ipynb #8cc875f5
+class MeanTeacherMethod(PseudoLabelMethod):
+    "The network is the student; its teacher makes the pseudo-labels."
+    def __init__(self, regressor:Regressor, settings:MeanTeacher=MeanTeacher()):
+        super().__init__(regressor, settings)
         self.teacher = frozen_copy(regressor)
 
     def guess(self, weak:Tensor)->Tensor: return self.teacher(weak)
-    def predict(self, x:Tensor)->Tensor: return (self.teacher if self.evaluate == "teacher" else self.regressor)(x)
+    def predict(self, x:Tensor)->Tensor: return (self.teacher if self.settings.evaluate == "teacher" else self.regressor)(x)
 
     def weigh(self, passes:Passes)->tuple[Tensor, Tensor]:
         "The teacher's pseudo-labels; all weigh the same, more and more."
-        ramp = gaussian_ramp(self.clock.share/self.ramp_share) if self.ramp_share else 1.
+        share = self.settings.ramp_share
+        ramp = gaussian_ramp(self.clock.share/share) if share else 1.
         return passes.pseudo_label, torch.full_like(passes.pseudo_label, ramp)
 
     def after_step(self)->None:
         "The teacher follows the student's new weights."
-        average_weights(self.teacher, self.regressor, self.decay, self.clock.step)
+        average_weights(self.teacher, self.regressor, self.settings.decay, self.clock.step)
 
     def inspect(self, weak:Tensor, strong:Tensor)->dict[str, Tensor]:
         "The teacher's pseudo-label, the student's strong prediction, (m, K) each."

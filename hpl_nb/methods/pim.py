@@ -5,15 +5,18 @@
 # %% ../../nbs/70_methods.pim.ipynb #147ef23e
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from ..core import HplError
-from .core import DropoutPseudoLabel, Passes
+from .core import DropoutPseudoLabel, DropoutPseudoLabelMethod, Passes, Released
 from ..models import Regressor
 
 # %% auto #0
-__all__ = ['candidate_weights', 'weighted_candidate', 'PIM']
+__all__ = ['candidate_weights', 'weighted_candidate', 'PIM', 'PIMMethod']
 
 # %% ../../nbs/70_methods.pim.ipynb #12bb81b2
 def candidate_weights(
@@ -34,24 +37,30 @@ def weighted_candidate(
     return (candidate_weights(candidates, prediction, temperature)*candidates).sum(0)
 
 # %% ../../nbs/70_methods.pim.ipynb #25a9fb04
+@dataclass(frozen=True)
 class PIM(DropoutPseudoLabel):
     "Progressive identification among candidates that are passes with dropout."
-    def __init__(self,
-        regressor:Regressor, # the network to train, with dropout
-        unlabelled_weight:float=1., # lambda
-        passes:int=5, # T, candidates of each sample
-        temperature:float=.01, # beta, squared normalised label units
-    ):
-        super().__init__(regressor, unlabelled_weight, passes)
-        if not temperature > 0: raise HplError(f"temperature is {temperature}; give a number above 0, such as 0.01.")
-        self.temperature = temperature
+    short:ClassVar[str] = "pim"
+    temperature:float=.01 # beta, squared normalised label units
 
+    def build(self, regressor:Regressor)->PIMMethod: return PIMMethod(regressor, self)
+    def candidates(self)->list[PIM]:
+        own = self.suited_to(Released())
+        return [own, replace(own, temperature=.1), replace(own, unlabelled_weight=.3), replace(own, unlabelled_weight=2.)]
+
+    def check(self)->None:
+        super().check()
+        if not self.temperature > 0: raise HplError(f"temperature is {self.temperature}; give a number above 0, such as 0.01.")
+
+class PIMMethod(DropoutPseudoLabelMethod):
+    "Each sample's pseudo-label is the weighted mean of its candidates."
     def weigh(self, passes:Passes)->tuple[Tensor, Tensor]:
         "The weighted mean of the candidates; every sample weighs one."
-        pseudo_label = weighted_candidate(passes.pseudo_label, passes.prediction, self.temperature)
+        pseudo_label = weighted_candidate(passes.pseudo_label, passes.prediction, self.settings.temperature)
         return pseudo_label, torch.ones_like(pseudo_label)
 
     def inspect(self, weak:Tensor, strong:Tensor)->dict[str, Tensor]:
         "The weighted mean of the candidates, as in a step, and the prediction that weighs them."
         prediction = self.regressor(strong)
-        return {"pseudo_label": weighted_candidate(self.guess(weak), prediction, self.temperature), "strong_prediction": prediction}
+        pseudo_label = weighted_candidate(self.guess(weak), prediction, self.settings.temperature)
+        return {"pseudo_label": pseudo_label, "strong_prediction": prediction}

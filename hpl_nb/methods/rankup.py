@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -14,23 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..core import HplError, not_negative, one_of, whole_number
+from ..core import HplError, not_negative, whole_number
 from ..data.core import SemiSupervisedData
 from ..loss import labelled_loss
-from .core import Method, adam, average_weights, frozen_copy, linear_ramp, sample_record
+from .core import Method, MethodSettings, adam, average_weights, frozen_copy, linear_ramp, sample_record
 from ..models import Head, Regressor
 from ..trainer import OptimizerSettings
 
 # %% auto #0
-__all__ = ['ERRORS', 'STAGES', 'pair_logits', 'true_order', 'ranking_loss', 'sure_pairs', 'align', 'RankUp', 'check_arguments',
-           'rankup_losses', 'pair_score', 'labelled_pairs', 'unlabelled_pairs', 'register_tables', 'look_up',
-           'align_table', 'align_and_average', 'alignment_period', 'alignment_weight', 'inspected_pseudo_label']
+__all__ = ['true_order', 'ranking_loss', 'sure_pairs', 'align', 'RankUp', 'RankUpMethod']
 
 # %% ../../nbs/69_methods.rankup.ipynb #dc7e636e
-def pair_logits(
-    score:Tensor, # s_i of n samples, (n, K)
-    others:Tensor, # s_j of N samples, (N, K)
-)->Tensor: # (n, N, K)
+def pair_logits(score:Tensor, others:Tensor)->Tensor: # (n, K) and (N, K) to (n, N, K)
     "s_j - s_i of every pair: the log-odds that j has the larger label."
     return others[None] - score[:, None]
 
@@ -78,28 +74,52 @@ def align(
     return torch.lerp(labels.gather(0, low), labels.gather(0, (low + 1).clamp(max=len(labels) - 1)), place - low)
 
 # %% ../../nbs/69_methods.rankup.ipynb #2bd82f29
-class RankUp(Method):
+@dataclass(frozen=True)
+class RankUp(MethodSettings):
     "Regression with an auxiliary ranking classifier (ARC) and aligned pseudo-labels (RDA)."
+    short:ClassVar[str] = "rankup"
+    ranking_weight:float=.2 # beta, of the losses on pairs; 0: RDA alone
+    unlabelled_weight:float=1. # w_u, of the unlabelled pairs among them
+    threshold:float=.95 # tau; above 1 no unlabelled pair counts
+    alignment_weight:float=1. # w, of the distance to the aligned pseudo-labels; 0: ARC alone
+    ramp:float=.4 # share of training over which w grows; 0: none
+    align_every:int|None=None # steps between alignments; None: once per epoch
+    labelled_error:Literal["squared", "absolute"]="squared" # of the labelled rows
+    decay:float|None=.97 # a, of the averaged weights that predict; None: the trained weights predict
+
+    @classmethod
+    def arc(cls, **changes:Any)->RankUp:
+        "Without alignment, and with other changes of settings."
+        return cls(**{"alignment_weight": 0., "label": "arc"} | changes)
+
+    @classmethod
+    def presets(cls)->dict[str, RankUp]: return {"rankup": cls(), "rankup_arc": cls.arc()}
+
+    def build(self, regressor:Regressor)->RankUpMethod: return RankUpMethod(regressor, self)
+    def candidates(self)->list[RankUp]:
+        strict = replace(self, ranking_weight=.7)
+        if not self.alignment_weight: return [self, strict, replace(self, ranking_weight=2.), replace(self, decay=None)]
+        return [self, strict, replace(strict, alignment_weight=.3), replace(strict, decay=None)]
+
+    def check(self)->None:
+        for name in ("ranking_weight", "unlabelled_weight", "threshold", "alignment_weight", "ramp"):
+            not_negative(name, getattr(self, name))
+        if self.align_every is not None: whole_number("align_every", self.align_every)
+        if self.decay is not None and not 0 <= self.decay <= 1:
+            raise HplError(f"decay is {self.decay}; give a number from 0 to 1, or None to predict with the trained weights.")
+
+# %% ../../nbs/69_methods.rankup.ipynb #849be30c
+class RankUpMethod(Method):
+    "A ranker beside the head, a table of aligned pseudo-labels, and averaged weights that predict."
     needs = {"labelled": ("weak",), "unlabelled": ("weak", "strong")}
 
     def __init__(self,
         regressor:Regressor, # the network to train
-        ranking_weight:float=.2, # beta, of the losses on pairs; 0: RDA alone
-        unlabelled_weight:float=1., # w_u, of the unlabelled pairs among them
-        threshold:float=.95, # tau; above 1 no unlabelled pair counts
-        alignment_weight:float=1., # w, of the distance to the aligned pseudo-labels; 0: ARC alone
-        ramp:float=.4, # share of training over which w grows; 0: none
-        align_every:int|None=None, # steps between alignments; None: once per epoch
-        labelled_error:Literal["squared", "absolute"]="squared", # of the labelled rows
-        decay:float|None=.97, # a, of the averaged weights that predict; None: the trained weights predict
+        settings:RankUp=RankUp(),
     ):
-        super().__init__(regressor)
-        self.ranking_weight, self.unlabelled_weight = ranking_weight, unlabelled_weight
-        self.threshold, self.labelled_error, self.decay = threshold, labelled_error, decay
-        self.alignment_weight, self.ramp, self.align_every = alignment_weight, ramp, align_every
-        check_arguments(self)
+        super().__init__(regressor, settings)
         self.ranker = Head(regressor.head.in_features, 2*regressor.head.out_features, bias=False)
-        self.average = None if decay is None else frozen_copy(regressor)
+        self.average = None if settings.decay is None else frozen_copy(regressor)
 
     def training_step(self, batch:Mapping[str, Mapping[str, Tensor]])->dict[str, Tensor]:
         "Labelled error, labelled and unlabelled pairs, and the distance to the aligned pseudo-labels."
@@ -116,78 +136,50 @@ class RankUp(Method):
         views = super().inspect(weak, strong)
         return views | {"pseudo_label": inspected_pseudo_label(self, views["pseudo_label"])}
 
-# %% ../../nbs/69_methods.rankup.ipynb #f386931e
+# %% ../../nbs/69_methods.rankup.ipynb #fa0babbd
 ERRORS = {"squared": labelled_loss, "absolute": F.l1_loss}
 
-def check_arguments(
-    method:RankUp, # just built
-)->None:
-    "Refuse what cannot be trained with."
-    for name in ("ranking_weight", "unlabelled_weight", "threshold", "alignment_weight", "ramp"): not_negative(name, getattr(method, name))
-    one_of("labelled_error", method.labelled_error, ERRORS)
-    if method.align_every is not None: whole_number("align_every", method.align_every)
-    if method.decay is not None and not 0 <= method.decay <= 1:
-        raise HplError(f"decay is {method.decay}; give a number from 0 to 1, or None to predict with the trained weights.")
-
-# %% ../../nbs/69_methods.rankup.ipynb #fa0babbd
-def rankup_losses(
-    method:RankUp, # its network, weights and tables
-    batch:Mapping[str, Mapping[str, Tensor]], # the step's batches
-)->dict[str, Tensor]: # "labelled", "ranking", "unlabelled" (pairs), "alignment"
+def rankup_losses(method:RankUpMethod, batch:Mapping[str, Mapping[str, Tensor]])->dict[str, Tensor]:
     "All losses of a step."
-    labelled, unlabelled, regressor = batch["labelled"], batch["unlabelled"], method.regressor
-    with torch.set_grad_enabled(method.alignment_weight > 0 and method.clock.step >= alignment_period(method)):
+    labelled, unlabelled, regressor, settings = batch["labelled"], batch["unlabelled"], method.regressor, method.settings
+    with torch.set_grad_enabled(settings.alignment_weight > 0 and method.clock.step >= alignment_period(method)):
         weak = regressor.features(unlabelled["weak"])
         weak_prediction = regressor.head(weak)
     known, strong = (regressor.features(view) for view in (labelled["weak"], unlabelled["strong"]))
     pseudo_label = look_up(method, unlabelled["index"], weak_prediction.detach())
     pairs, counts = unlabelled_pairs(method, weak.detach(), strong)
     with torch.no_grad(): method.record = sample_record(batch, pseudo_label, regressor.head(strong), counts.mean(1))
-    losses = {"labelled": ERRORS[method.labelled_error](regressor.head(known), labelled["y"]),
-              "ranking": method.ranking_weight*labelled_pairs(method, known, labelled["y"]),
-              "unlabelled": method.ranking_weight*method.unlabelled_weight*pairs}
-    if method.alignment_weight: losses["alignment"] = alignment_weight(method)*F.mse_loss(weak_prediction, pseudo_label)
+    losses = {"labelled": ERRORS[settings.labelled_error](regressor.head(known), labelled["y"]),
+              "ranking": settings.ranking_weight*labelled_pairs(method, known, labelled["y"]),
+              "unlabelled": settings.ranking_weight*settings.unlabelled_weight*pairs}
+    if settings.alignment_weight: losses["alignment"] = alignment_weight(method)*F.mse_loss(weak_prediction, pseudo_label)
     return losses
 
 # %% ../../nbs/69_methods.rankup.ipynb #f5191e24
-def pair_score(
-    method:RankUp, # its ranker
-    features:Tensor, # (b, d)
-)->Tensor: # s, (b, K)
-    "The second column of each output less its first."
+def pair_score(method:RankUpMethod, features:Tensor)->Tensor:
+    "s of each sample, (b, K): the second column of each output less its first."
     first, second = method.ranker(features).chunk(2, 1)
     return second - first
 
-def labelled_pairs(
-    method:RankUp, # its ranker, and the other processes
-    features:Tensor, # of this process's labelled samples, (n, d)
-    y:Tensor, # their labels, (n, K)
-)->Tensor: # a scalar
+def labelled_pairs(method:RankUpMethod, features:Tensor, y:Tensor)->Tensor:
     "Cross-entropy of the labelled pairs."
     score = pair_score(method, features)
     return ranking_loss(score, method.gather(score.detach()), true_order(y, method.gather(y)))
 
-def unlabelled_pairs(
-    method:RankUp, # its ranker, threshold, and the other processes
-    weak:Tensor, # features of the weak views, (m, d), without gradient
-    strong:Tensor, # features of the strong views, (m, d)
-)->tuple[Tensor, Tensor]: # a scalar, and which pairs count, (m, M, K)
-    "FixMatch on the unlabelled pairs."
+def unlabelled_pairs(method:RankUpMethod, weak:Tensor, strong:Tensor)->tuple[Tensor, Tensor]:
+    "FixMatch on the unlabelled pairs, by features of both views (m, d): the loss, and which pairs count (m, M, K)."
     with torch.no_grad():
         guess = pair_score(method, weak)
-        target, counts = sure_pairs(guess, method.gather(guess), method.threshold)
+        target, counts = sure_pairs(guess, method.gather(guess), method.settings.threshold)
     score = pair_score(method, strong)
     return ranking_loss(score, method.gather(score.detach()), target, counts), counts
 
 # %% ../../nbs/69_methods.rankup.ipynb #f2961e10
 STAGES = {"unseen": 0, "predicted": 1, "aligned": 2}
 
-def register_tables(
-    method:RankUp, # gets the buffers `labels`, `predictions`, `aligned` and `stage`
-    data:SemiSupervisedData, # whose labels are the distribution to be matched
-)->SemiSupervisedData: # unchanged
+def register_tables(method:RankUpMethod, data:SemiSupervisedData)->SemiSupervisedData:
     "Sorted labels and an empty table."
-    if not method.alignment_weight: return data
+    if not method.settings.alignment_weight: return data
     labels = np.sort(data.normalizer.normalize(data.targets[data.labelled]), axis=0)
     method.register_buffer("labels", torch.from_numpy(labels).float())
     for name in ("predictions", "aligned"): method.register_buffer(name, torch.zeros(data.targets.shape))
@@ -196,21 +188,15 @@ def register_tables(
 
 # %% ../../nbs/69_methods.rankup.ipynb #9d525c48
 @torch.no_grad()
-def look_up(
-    method:RankUp, # its tables
-    index:Tensor, # row numbers of this process's unlabelled samples, (m,)
-    prediction:Tensor, # on their weak views, (m, K)
-)->Tensor: # pseudo-labels, (m, K)
-    "Write the predictions into the table; return the aligned values, or the predictions where there are none yet."
-    if not method.alignment_weight: return prediction
+def look_up(method:RankUpMethod, index:Tensor, prediction:Tensor)->Tensor:
+    "Write the predictions of unlabelled rows into the table; return the aligned values, or the predictions where there are none yet."
+    if not method.settings.alignment_weight: return prediction
     rows = method.gather(index)
     method.predictions[rows] = method.gather(prediction)
     method.stage[rows] = method.stage[rows].clamp(min=STAGES["predicted"])
     return torch.where((method.stage[index] == STAGES["aligned"])[:, None], method.aligned[index], prediction)
 
-def align_table(
-    method:RankUp, # its tables
-)->None:
+def align_table(method:RankUpMethod)->None:
     "Align all rows seen so far."
     seen = method.stage > STAGES["unseen"]
     predictions = method.predictions[seen]
@@ -218,32 +204,24 @@ def align_table(
     method.stage[seen] = STAGES["aligned"]
 
 # %% ../../nbs/69_methods.rankup.ipynb #665fa274
-def align_and_average(
-    method:RankUp, # after a step
-)->None:
+def align_and_average(method:RankUpMethod)->None:
     "Align the table if it is due; move the averaged weights."
-    step = method.clock.step
-    if method.alignment_weight and (step + 1) % alignment_period(method) == 0: align_table(method)
+    step, settings = method.clock.step, method.settings
+    if settings.alignment_weight and (step + 1) % alignment_period(method) == 0: align_table(method)
     if method.average is None: return
-    average_weights(method.average, method.regressor, method.decay, step)
+    average_weights(method.average, method.regressor, settings.decay, step)
     for to, source in zip(method.average.buffers(), method.regressor.buffers()): to.copy_(source) # running statistics of batch norm
 
-def alignment_period(
-    method:RankUp, # its `align_every` and clock
-)->int: # steps
+def alignment_period(method:RankUpMethod)->int:
     "Steps between alignments; the first comes at the end of the first period."
-    return method.align_every or method.clock.per_epoch
+    return method.settings.align_every or method.clock.per_epoch
 
-def alignment_weight(
-    method:RankUp, # its weight, ramp and clock
-)->float:
+def alignment_weight(method:RankUpMethod)->float:
     "w(t)."
-    return method.alignment_weight*(linear_ramp(method.clock.share/method.ramp) if method.ramp else 1.)
+    weight, ramp = method.settings.alignment_weight, method.settings.ramp
+    return weight*(linear_ramp(method.clock.share/ramp) if ramp else 1.)
 
-def inspected_pseudo_label(
-    method:RankUp, # its tables
-    prediction:Tensor, # on weak views, (m, K)
-)->Tensor: # (m, K)
+def inspected_pseudo_label(method:RankUpMethod, prediction:Tensor)->Tensor:
     "What alignment makes of predictions, ranked within the table; the predictions themselves as long as it has not begun."
-    if not method.alignment_weight or not (method.stage == STAGES["aligned"]).any(): return prediction
+    if not method.settings.alignment_weight or not (method.stage == STAGES["aligned"]).any(): return prediction
     return align(prediction, method.predictions[method.stage > STAGES["unseen"]], method.labels)

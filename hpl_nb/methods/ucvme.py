@@ -7,35 +7,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..core import HplError, not_negative, one_of, whole_number
+from ..core import HplError, not_negative, whole_number
 from ..data.core import SemiSupervisedData
 from ..loss import pseudo_label_nll, pseudo_label_weight
-from .core import Method, adam, dropout_features, require_dropout, sample_record
+from .core import Method, MethodSettings, adam, dropout_features, require_dropout, sample_record
 from ..models import Head, Regressor
 from ..trainer import OptimizerSettings
 
 # %% auto #0
-__all__ = ['new_partner', 'check_partner', 'TwoNetworks', 'labelled_terms', 'unlabelled_terms', 'UCVME', 'expectation']
+__all__ = ['labelled_terms', 'unlabelled_terms', 'UCVME', 'UCVMEMethod']
 
 # %% ../../nbs/67_methods.ucvme.ipynb #cc59de34
-def new_partner(
-    regressor:Regressor, # network a
-)->Regressor: # network b
+def new_partner(regressor:Regressor)->Regressor:
     "A copy of the body, pretrained weights included, under a freshly initialised head."
     partner = deepcopy(regressor)
     partner.head.reset_parameters()
     return partner
 
-def check_partner(
-    regressor:Regressor, # network a
-    partner:Regressor, # network b, as the caller built it
-)->Regressor: # `partner`
+def check_partner(regressor:Regressor, partner:Regressor)->Regressor:
     "Refuse the same network twice, and networks with different outputs."
     if partner is regressor: raise HplError("partner is the regressor itself; pass a second network, or None for a copy of its body.")
     outputs = [network.head.out_features for network in (regressor, partner)]
@@ -45,11 +41,8 @@ def check_partner(
 # %% ../../nbs/67_methods.ucvme.ipynb #cc6154f3
 class TwoNetworks(Method):
     "Two regressors, each with a second head for the log-variance."
-    def __init__(self,
-        regressor:Regressor, # network a
-        partner:Regressor|None, # network b; None: see `new_partner`
-    ):
-        super().__init__(regressor)
+    def __init__(self, regressor:Regressor, partner:Regressor|None, settings:MethodSettings|None=None):
+        super().__init__(regressor, settings)
         self.partner = new_partner(regressor) if partner is None else check_partner(regressor, partner)
         self.variance_heads = nn.ModuleList([Head(net.head.in_features, net.head.out_features) for net in self.networks])
 
@@ -97,31 +90,47 @@ def unlabelled_terms(
             "unlabelled_consistency": 2*((log_variance - pseudo_log_variance)**2).mean()}
 
 # %% ../../nbs/67_methods.ucvme.ipynb #36cc3069
-class UCVME(TwoNetworks):
+@dataclass(frozen=True)
+class UCVME(MethodSettings):
     "Uncertainty-consistent variational model ensembling (AAAI 2023)."
+    short:ClassVar[str] = "ucvme"
+    networks:ClassVar[int] = 2
+    needs_dropout:ClassVar[bool] = True
+    passes:int=5 # T, of each network, for a pseudo-label
+    unlabelled_weight:float=10. # w_ulb, of both unlabelled terms
+    joint_variance:bool=True # see `labelled_terms`
+    student_view:Literal["weak", "strong"]="weak" # of an unlabelled row, for the passes that learn from its pseudo-label
+    test_passes:int=0 # T of a prediction, with dropout masks that are always the same; 0: dropout off
+
+    def build(self, regressor:Regressor, partner:Regressor|None=None)->UCVMEMethod: return UCVMEMethod(regressor, self, partner)
+    def candidates(self)->list[UCVME]:
+        strong = replace(self, student_view="strong")
+        return [self, replace(self, unlabelled_weight=1.), replace(strong, unlabelled_weight=3.), replace(strong, unlabelled_weight=1.)]
+
+    def check(self)->None:
+        whole_number("passes", self.passes)
+        whole_number("test_passes", self.test_passes, 0)
+        not_negative("unlabelled_weight", self.unlabelled_weight)
+
+# %% ../../nbs/67_methods.ucvme.ipynb #481ef469
+class UCVMEMethod(TwoNetworks):
+    "Two networks learn from the mean of both over many passes."
     def __init__(self,
         regressor:Regressor, # the network to train: a
-        partner:Regressor|None=None, # the other: b; None: a copy of the body under a new head, see `new_partner`
-        passes:int=5, # T, of each network, for a pseudo-label
-        unlabelled_weight:float=10., # w_ulb, of both unlabelled terms
-        joint_variance:bool=True, # see `labelled_terms`
-        student_view:Literal["weak", "strong"]="weak", # of an unlabelled row, for the passes that learn from its pseudo-label
-        test_passes:int=0, # T of a prediction, with dropout masks that are always the same; 0: dropout off
+        settings:UCVME=UCVME(),
+        partner:Regressor|None=None, # the other: b; None: a copy of the body under a new head
     ):
-        super().__init__(regressor, partner)
-        self.passes, self.test_passes = whole_number("passes", passes), whole_number("test_passes", test_passes, 0)
-        self.unlabelled_weight = not_negative("unlabelled_weight", unlabelled_weight)
-        self.joint_variance, self.student_view = joint_variance, one_of("student_view", student_view, ("weak", "strong"))
-        self.needs = {"labelled": ("weak",), "unlabelled": tuple(dict.fromkeys(("weak", student_view)))}
+        super().__init__(regressor, partner, settings)
+        self.needs = {"labelled": ("weak",), "unlabelled": tuple(dict.fromkeys(("weak", settings.student_view)))}
 
     def training_step(self, batch:Mapping[str, Mapping[str, Tensor]])->dict[str, Tensor]:
         "Both terms of the labelled rows, and w_ulb times both of the unlabelled ones."
-        labelled, unlabelled = batch["labelled"], batch["unlabelled"]
-        with torch.no_grad(): pseudo_label, z = self.ensemble(unlabelled["weak"], self.passes)
-        losses = labelled_terms(*self.both(labelled["weak"]), labelled["y"], self.joint_variance)
-        students = self.both(unlabelled[self.student_view])
+        labelled, unlabelled, settings = batch["labelled"], batch["unlabelled"], self.settings
+        with torch.no_grad(): pseudo_label, z = self.ensemble(unlabelled["weak"], settings.passes)
+        losses = labelled_terms(*self.both(labelled["weak"]), labelled["y"], settings.joint_variance)
+        students = self.both(unlabelled[settings.student_view])
         self.record = sample_record(batch, pseudo_label, students[0].mean(0), pseudo_label_weight(z), z)
-        return losses | {name: self.unlabelled_weight*term for name, term in unlabelled_terms(*students, pseudo_label, z).items()}
+        return losses | {name: settings.unlabelled_weight*term for name, term in unlabelled_terms(*students, pseudo_label, z).items()}
 
     def prepare(self, data:SemiSupervisedData)->SemiSupervisedData:
         require_dropout(self, *self.networks)
@@ -134,12 +143,9 @@ class UCVME(TwoNetworks):
                 "weight": pseudo_label_weight(log_variance)}
 
 # %% ../../nbs/67_methods.ucvme.ipynb #ea1c903f
-def expectation(
-    method:UCVME, # in evaluation mode
-    x:Tensor, # a batch
-)->tuple[Tensor, Tensor]: # value and log-variance, (b, K) each
-    "The mean of both networks, without dropout, or over `test_passes` passes with it; the global generators stay as they are."
-    if not method.test_passes: return tuple(t.mean(0) for t in method.both(x))
+def expectation(method:UCVMEMethod, x:Tensor)->tuple[Tensor, Tensor]:
+    "Value and log-variance: the mean of both networks, without dropout, or over `test_passes` passes with it."
+    if not (passes := method.settings.test_passes): return tuple(t.mean(0) for t in method.both(x))
     with torch.random.fork_rng([x.device] if x.is_cuda else []):
         torch.manual_seed(0)
-        return method.ensemble(x, method.test_passes)
+        return method.ensemble(x, passes)

@@ -5,14 +5,17 @@
 # %% ../../nbs/71_methods.ups.ipynb #592fc97f
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
 from torch import Tensor
 
 from ..core import not_negative
-from .core import DropoutPseudoLabel, Passes
+from .core import DropoutPseudoLabel, DropoutPseudoLabelMethod, Passes, Released
 from ..models import Regressor
 
 # %% auto #0
-__all__ = ['agreement', 'UPSReg']
+__all__ = ['agreement', 'UPSReg', 'UPSRegMethod']
 
 # %% ../../nbs/71_methods.ups.ipynb #d51eb080
 def agreement(
@@ -23,22 +26,31 @@ def agreement(
     return (guesses.std(0) < threshold).to(guesses.dtype)
 
 # %% ../../nbs/71_methods.ups.ipynb #0ffa213d
+@dataclass(frozen=True)
 class UPSReg(DropoutPseudoLabel):
     "Pseudo-labels are means of passes with dropout; those whose passes disagree are left out."
-    def __init__(self,
-        regressor:Regressor, # the network to train, with dropout
-        unlabelled_weight:float=1., # lambda
-        passes:int=10, # T
-        threshold:float=.1, # kappa, normalised label units
-    ):
-        super().__init__(regressor, unlabelled_weight, passes, least=2)
-        self.threshold = not_negative("threshold", threshold)
+    short:ClassVar[str] = "ups_reg"
+    least_passes:ClassVar[int] = 2
+    passes:int=10 # T
+    threshold:float=.1 # kappa, normalised label units
 
+    def build(self, regressor:Regressor)->UPSRegMethod: return UPSRegMethod(regressor, self)
+    def candidates(self)->list[UPSReg]:
+        own = self.suited_to(Released())
+        return [own, replace(own, threshold=.05), replace(own, threshold=.2), replace(own, unlabelled_weight=.3)]
+
+    def check(self)->None:
+        super().check()
+        not_negative("threshold", self.threshold)
+
+class UPSRegMethod(DropoutPseudoLabelMethod):
+    "Each sample's pseudo-label is the mean of its passes, and counts where they agree."
     def weigh(self, passes:Passes)->tuple[Tensor, Tensor]:
         "The mean of the passes; one where they agree, zero elsewhere."
-        return passes.pseudo_label.mean(0), agreement(passes.pseudo_label, self.threshold)
+        return passes.pseudo_label.mean(0), agreement(passes.pseudo_label, self.settings.threshold)
 
     def inspect(self, weak:Tensor, strong:Tensor)->dict[str, Tensor]:
         "The mean of the passes, and whether they agree."
         guesses = self.guess(weak)
-        return {"pseudo_label": guesses.mean(0), "strong_prediction": self.regressor(strong), "weight": agreement(guesses, self.threshold)}
+        weight = agreement(guesses, self.settings.threshold)
+        return {"pseudo_label": guesses.mean(0), "strong_prediction": self.regressor(strong), "weight": weight}

@@ -20,6 +20,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..core import HplError, RunFolder, atomic_write, check_archive, random_states, reading, set_random_states
+from .run import other_run
 from .state import Progress, Trainable, any_process
 
 # %% auto #0
@@ -129,11 +130,8 @@ def last(self:Checkpoint)->tuple[Path, dict[str, Any]]|None:
 @patch
 def check_origin(self:Checkpoint, content:Mapping[str, Any], path:Path)->None:
     "Refuse a checkpoint that another run has written."
-    there = json.loads(content.get("config", "{}"))
-    for key, value in self.config.items():
-        if there.get(key) != value:
-            raise HplError(f"{path} is the checkpoint of another run: {key} is {there.get(key)!r} there and {value!r} here. Put the run's "
-                           "own back, or delete it to start over.")
+    if different := other_run(json.loads(content.get("config", "{}")), self.config):
+        raise HplError(f"{path} is the checkpoint of another run: {different}. Put the run's own back, or delete it to start over.")
 
 # %% ../../nbs/50e_training.checkpoint.ipynb #29a1b320
 @patch

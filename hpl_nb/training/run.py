@@ -102,7 +102,7 @@ def stored_run(folder:RunFolder)->Run:
 
 # %% ../../nbs/50b_training.run.ipynb #4b54b519
 def run_config(method:Trainable, data:SemiSupervisedData, settings:Train, seed:int, processes:int=1, experiment:Mapping|None=None)->dict:
-    "Everything that decides a run's numbers, as plain values; `experiment` is its JSON (`as_json(..., compared=True)`)."
+    "Everything that decides a run's numbers, as plain values, and the JSON of its experiment."
     parameters = {name: list(p.shape) for name, p in method.named_parameters()}
     network = re.sub("0x[0-9a-f]+", "", repr(method)) # layers and their settings, such as dropout
     config = {"format": CONFIG_FORMAT, "method": method.title, "dataset": data.name, "label_ratio": data.label_ratio, "seed": seed,
@@ -114,14 +114,20 @@ def run_config(method:Trainable, data:SemiSupervisedData, settings:Train, seed:i
     return json.loads(json.dumps(config | ({} if experiment is None else {"experiment": experiment}), default=str))
 
 # %% ../../nbs/50b_training.run.ipynb #48e114c3
+def other_run(there:Mapping[str, Any], here:Mapping[str, Any])->str:
+    "How the config of another run differs; empty where only its experiment does, whose JSON also says where files are."
+    found = differences(dict(there), dict(here))
+    if all(name.split(".")[0] == "experiment" for name in found): return ""
+    words = [f"{name} is {a!r:.60} there and {b!r:.60} here" for name, (a, b) in found.items()]
+    return "; ".join(words[:9]) + (f"; and {len(words) - 9} more" if len(words) > 9 else "")
+
 def claim_run(folder:RunFolder, config:Mapping[str, Any])->bool:
     "Write `config.json`, or check that the one there is equal (True); clears what a killed process left half-written."
     there = folder.read_json("config.json")
     if there is not None:
         check_format(there, folder.path/"config.json")
-        if differing := [f"{name} is {a!r:.60} there and {b!r:.60} here" for name, (a, b) in differences(there, dict(config)).items()]:
-            shown = "; ".join(differing[:9]) + (f"; and {len(differing) - 9} more" if len(differing) > 9 else "")
-            raise HplError(f"{folder.path} holds another run (config.json): {shown}. Choose another folder, or delete that one.")
+        if different := other_run(there, config):
+            raise HplError(f"{folder.path} holds another run (config.json): {different}. Choose another folder, or delete that one.")
     for left in folder.path.rglob(".writing-*"): shutil.rmtree(left, ignore_errors=True)
     if there is None: folder.write_json("config.json", dict(config))
     return there is not None
