@@ -8,8 +8,7 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import anywidget
 import ipywidgets as widgets
@@ -17,24 +16,20 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import torch
-from fastcore.basics import patch
 from PIL import Image
 from torch import Tensor
 
-from . import figures
 from .data.core import SemiSupervisedData
+from .drawing import palette
+from .figures import pseudo_label_boxplots
 from .metrics import known_rows, mean_absolute_error, require_columns, spearman
 
 # %% auto #0
-__all__ = ['HEIGHTS', 'explorable', 'point_errors', 'heights_of', 'as_picture', 'picture_html', 'sample_views', 'sample_cards',
-           'WidthWatcher', 'as_widget', 'side_by_side', 'Explorer', 'parts_of']
+__all__ = ['Explorer']
 
 # %% ../nbs/22_explorer.ipynb #9fc1cf2b
-def explorable(
-    predictions:pd.DataFrame, # predictions table, any number of runs and epochs
-    output:int=0, # which of several outputs
-)->dict[str, dict[int, pd.DataFrame]]: # rows of each run and epoch, in the order of `index`
-    "The rows that have a pseudo-label and a true label, by run and epoch."
+def explorable(predictions, output=0)->dict[str, dict[int, pd.DataFrame]]:
+    "The rows that have a pseudo-label and a true label, by run and epoch, in the order of `index`."
     require_columns(predictions, ["run", "method", "epoch", "index", "y_true", "pseudo_label"])
     rows = predictions[predictions["output"] == output] if "output" in predictions else predictions
     rows = known_rows(rows.dropna(subset="pseudo_label"), "pseudo_label").sort_values("index", kind="stable")
@@ -44,27 +39,20 @@ def explorable(
     return {run: dict(sorted(runs[run].items())) for run in first if run in runs}
 
 # %% ../nbs/22_explorer.ipynb #0985a50b
-HEIGHTS = {"variance σ²": lambda rows: np.exp(rows["log_variance"]) if "log_variance" in rows else pd.Series(np.nan, rows.index),
-           "disagreement |r − pseudo-label|": lambda rows: (rows["strong_prediction"] - rows["pseudo_label"]).abs()
-           if "strong_prediction" in rows else pd.Series(np.nan, rows.index)}
+def _column(rows, name): return rows[name] if name in rows else pd.Series(np.nan, rows.index)
 
-def point_errors(
-    rows:pd.DataFrame, # with pseudo_label and y_true
-)->np.ndarray: # absolute errors of the pseudo-labels
-    "How wrong each pseudo-label is."
-    return (rows["pseudo_label"] - rows["y_true"]).abs().to_numpy()
+HEIGHTS = {"variance σ²": lambda rows: np.exp(_column(rows, "log_variance")),
+           "disagreement |r − pseudo-label|": lambda rows: (_column(rows, "strong_prediction") - rows["pseudo_label"]).abs()}
 
-def heights_of(
-    run:dict[int, pd.DataFrame], # epochs of a run
-)->list[str]: # names of `HEIGHTS`
-    "What is known of a run at every epoch."
+def point_errors(rows)->np.ndarray: return (rows["pseudo_label"] - rows["y_true"]).abs().to_numpy()
+
+def heights_of(run)->list[str]:
+    "Which of `HEIGHTS` are known of a run at every epoch."
     return [name for name, height in HEIGHTS.items() if all(height(rows).notna().all() for rows in run.values())]
 
 # %% ../nbs/22_explorer.ipynb #97dac85f
-def as_picture(
-    sample:Any, # a raw sample: PIL image, or a tensor
-)->Image.Image|None: # None where it is no picture
-    "A raw sample as a picture, its values stretched from black to white."
+def as_picture(sample)->Image.Image|None:
+    "A raw sample as a picture, its values stretched from black to white; None where it is no picture."
     if isinstance(sample, Image.Image): return sample
     sample = torch.as_tensor(sample)
     if sample.ndim == 2: sample = sample[None]
@@ -73,11 +61,8 @@ def as_picture(
     pixels = (255*values/values.max().clamp(min=1e-12)).byte().permute(1, 2, 0).numpy()
     return Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
 
-def picture_html(
-    picture:Image.Image, # any size
-    side:int=72, # of the square that it is shown in, CSS pixels
-)->str: # an <img> that needs no file
-    "A picture as HTML."
+def picture_html(picture, side=72)->str:
+    "An <img> that needs no file, in a square of `side` CSS pixels."
     file, small = io.BytesIO(), picture.copy()
     small.thumbnail((2*side, 2*side))
     small.save(file, "PNG")
@@ -86,10 +71,8 @@ def picture_html(
     return f'<img alt="" style="{style}" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
 
 # %% ../nbs/22_explorer.ipynb #21a73598
-def sample_views(
-    data:SemiSupervisedData, # the data set that was trained on
-)->Callable[[int], str]: # row number -> HTML
-    "How to show the samples of a data set."
+def sample_views(data):
+    "A function from a row number to the HTML of its sample."
     def show(row):
         sample = data.inputs[np.array([row])][0]
         picture = as_picture(sample)
@@ -100,24 +83,22 @@ def sample_views(
     return show
 
 # %% ../nbs/22_explorer.ipynb #e3622d0f
-def sample_cards(
-    rows:pd.DataFrame, # chosen rows of one epoch
-    view:Callable[[int], str], # how to show a sample
-    unit:str="", # of the labels
-    most:int=24, # cards
-)->str: # HTML
-    "A card for each row: the sample, its true label, its pseudo-label and variance."
+_CARD_STYLE = """<style>.hpl-cards{display:flex;flex-wrap:wrap;gap:.6rem}
+.hpl-card{margin:0;padding:.4rem;border:1px solid #8886;border-radius:4px;max-width:17rem;font-size:.85rem;line-height:1.3}</style>"""
+
+def _caption(row, unit):
+    parts = [f'true <b>{row["y_true"]:.3g}</b>', f'pseudo-label <b>{row["pseudo_label"]:.3g}</b> {html.escape(unit)}']
+    if not pd.isna(row.get("log_variance", np.nan)): parts.append(f'σ² <b>{np.exp(row["log_variance"]):.3g}</b>')
+    return "<br>".join(parts)
+
+def sample_cards(rows, view, unit="", most=24)->str:
+    "A card for each row of an epoch: the sample as `view` shows it, its true label, its pseudo-label and variance."
     if rows.empty: return "<p>Drag over points of the scatter plot, or click one, to see their samples here.</p>"
     worst = rows.assign(error=point_errors(rows)).sort_values("error", ascending=False, kind="stable").head(most)
     cards = "".join(f'<figure class="hpl-card">{view(int(row["index"]))}<figcaption>{_caption(row, unit)}</figcaption></figure>'
                     for row in worst.to_dict("records"))
     more = f", the {most} worst of them shown" if len(rows) > most else ""
     return f'<p>{len(rows)} chosen{more}.</p><div class="hpl-cards">{cards}</div>'
-
-def _caption(row, unit):
-    parts = [f'true <b>{row["y_true"]:.3g}</b>', f'pseudo-label <b>{row["pseudo_label"]:.3g}</b> {html.escape(unit)}']
-    if not pd.isna(row.get("log_variance", np.nan)): parts.append(f'σ² <b>{np.exp(row["log_variance"]):.3g}</b>')
-    return "<br>".join(parts)
 
 # %% ../nbs/22_explorer.ipynb #b4463ec3
 class WidthWatcher(anywidget.AnyWidget):
@@ -132,256 +113,201 @@ class WidthWatcher(anywidget.AnyWidget):
         return () => {watch.disconnect(); clearInterval(again)};
     }}"""
 
-def as_widget(
-    figure:go.Figure, # any
-)->go.FigureWidget: # the same as a widget that listens to the window
+def as_widget(figure)->go.FigureWidget:
     "A figure whose data can be changed while it is on the page."
     widget = go.FigureWidget(figure)
     go.FigureWidget._esm.changed.disconnect() # anywidget (issue 929) would keep it for ever, to renew its script when that file changes
     widget._config = dict(responsive=True, displaylogo=False, modeBarButtonsToRemove=["autoScale2d", "zoomIn2d", "zoomOut2d"])
     return widget
 
-def side_by_side(
-    figures:Sequence[go.FigureWidget], # to be shown
-    width:str="20rem", # where each has less they stand below one another
-)->list[widgets.Widget]:
-    "Figures in a row that share its width."
+def side_by_side(figures, width="20rem")->list[widgets.Widget]:
+    "Figures in a row that share its width; where each has less than `width` they stand below one another."
     cells = [widgets.VBox([figure], layout=widgets.Layout(flex=f"1 1 {width}", min_width="0", overflow="hidden")) for figure in figures]
     return [WidthWatcher(), widgets.HBox(cells, layout=widgets.Layout(flex_flow="row wrap", width="100%"))]
 
-# %% ../nbs/22_explorer.ipynb #a346e163
-class Explorer:
-    "Linked views of a predictions table: choose method, run, epoch and labels, drag over points, and see the samples."
-    def __init__(self,
-        predictions:pd.DataFrame, # predictions table, with several epochs if trained with `record_every`
-        data:SemiSupervisedData|None=None, # the data set, to show its samples
-        unit:str="", # of the labels; default: the data set's
-        output:int=0, # which of several outputs
-        most:int=24, # samples shown at the same time
-    ):
-        self.runs, self.most = explorable(predictions, output), most
-        self.unit = unit or (data.unit if data is not None else "")
-        self.view = sample_views(data) if data is not None else "sample {}".format
-        self.methods: dict[str, list[str]] = {} # runs of each method
-        for run, epochs in self.runs.items(): self.methods.setdefault(str(next(iter(epochs.values()))["method"].iloc[0]), []).append(run)
-        self.chosen, self.drawing, self.whole = np.array([], dtype=int), True, None
-        self._make_controls()
-        self._make_figures()
-        self._connect()
-
-    def __repr__(self)->str:
-        epochs = {epoch for run in self.runs.values() for epoch in run}
-        return f"Explorer of {len(self.runs)} runs ({', '.join(self.methods)}), {len(epochs)} epochs. It needs JupyterLab to be used."
-
 # %% ../nbs/22_explorer.ipynb #41b45f62
-@patch
-def _make_controls(self:Explorer)->None:
-    "Widgets for the choice, and those for words and samples."
-    wide, unit = dict(layout=widgets.Layout(width="min(34rem, 95%)"), style=dict(description_width="6rem")), self.unit or "label units"
-    self.method = widgets.Dropdown(options=list(self.methods), description="Method", **wide)
-    self.run = widgets.Dropdown(options=self.methods[self.method.value], description="Run", **wide)
-    self.height = widgets.Dropdown(options=self._heights(), description="Vertical", **wide)
-    self.epoch = widgets.SelectionSlider(options=self._epochs(), value=self._epochs()[-1], description="Epoch", **wide)
-    self.play = widgets.Play(min=0, max=len(self._epochs()) - 1, value=len(self._epochs()) - 1, interval=600, description="Epochs")
-    self.labels = widgets.FloatRangeSlider(**self._label_range(), description="True label", readout_format=".3g", **wide)
-    self.labels.tooltip = f"range of true labels in {unit}"
-    self.reset = widgets.Button(description="All labels", icon="undo", tooltip="show the whole range of true labels, choose no sample")
-    self.words, self.cards = widgets.HTML(), widgets.HTML(layout=widgets.Layout(width="100%"))
+class _Controls:
+    def _make_controls(self):
+        wide = dict(layout=widgets.Layout(width="min(34rem, 95%)"), style=dict(description_width="6rem"))
+        self.method = widgets.Dropdown(options=list(self.methods), description="Method", **wide)
+        self.run = widgets.Dropdown(options=self.methods[self.method.value], description="Run", **wide)
+        self.height = widgets.Dropdown(options=heights_of(self._epochs()), description="Vertical", **wide)
+        epochs = [*self._epochs()]
+        self.epoch = widgets.SelectionSlider(options=epochs, value=epochs[-1], description="Epoch", **wide)
+        self.play = widgets.Play(min=0, max=len(epochs) - 1, value=len(epochs) - 1, interval=600, description="Epochs")
+        self.labels = widgets.FloatRangeSlider(**self._label_range(), description="True label", readout_format=".3g", **wide)
+        self.labels.tooltip = f"range of true labels in {self.unit or 'label units'}"
+        self.reset = widgets.Button(description="All labels", icon="undo", tooltip="show the whole range of true labels, choose no sample")
+        self.words, self.cards = widgets.HTML(), widgets.HTML(layout=widgets.Layout(width="100%"))
 
-@patch
-def _epochs(self:Explorer)->list[int]: return list(self.runs[self.run.value])
+    def _epochs(self): return self.runs[self.run.value]
 
-@patch
-def _heights(self:Explorer)->list[str]: return heights_of(self.runs[self.run.value])
-
-@patch
-def _label_range(self:Explorer)->dict[str, Any]:
-    "Limits and step of the range slider: all labels of the run."
-    labels = np.concatenate([rows["y_true"].to_numpy() for rows in self.runs[self.run.value].values()])
-    low, high = float(labels.min()), float(labels.max())
-    return dict(min=low, max=high, step=(high - low or 1)/100, value=(low, high))
+    def _label_range(self):
+        labels = np.concatenate([rows["y_true"].to_numpy() for rows in self._epochs().values()])
+        low, high = float(labels.min()), float(labels.max())
+        return dict(min=low, max=high, step=(high - low or 1)/100, value=(low, high))
 
 # %% ../nbs/22_explorer.ipynb #3fcefe66
-@patch
-def _make_figures(self:Explorer)->None:
-    "The two plots, empty of rows that are not chosen."
-    self.boxes = as_widget(figures.pseudo_label_boxplots(self.rows(), unit=self.unit, methods=list(self.methods)))
-    self.boxes.update_layout(dragmode="select", selectdirection="h", height=460, showlegend=False)
-    hover = ("row %{customdata[0]}<br>label %{customdata[1]:.4g}, pseudo-label %{customdata[2]:.4g}<br>"
-             "error %{x:.3g}, %{y:.3g}<extra></extra>")
-    looks = dict(size=6, opacity=.5, color="#0072B2", symbol="circle"), dict(size=9, opacity=1, color="#D55E00", symbol="diamond")
-    points, marked = (go.Scattergl(mode="markers", marker=look, unselected_marker_opacity=look["opacity"], hovertemplate=hover)
-                      for look in looks)
-    across = f"Absolute error of the pseudo-label{f' ({self.unit})' if self.unit else ''}"
-    same = {name: self.boxes.layout[name] for name in ("template", "title", "dragmode", "height", "showlegend")}
-    self.scatter = as_widget(go.Figure([points, marked], layout=dict(same, xaxis_title_text=across)))
-    self.scatter.layout.title.text = "Error of each pseudo-label"
-    self.fit_axes()
-    self.draw()
+class _Figures(_Controls):
+    def _make_figures(self):
+        self.boxes = as_widget(self._boxplots(self.rows()))
+        self.boxes.update_layout(dragmode="select", selectdirection="h", height=460, showlegend=False)
+        hover = ("row %{customdata[0]}<br>label %{customdata[1]:.4g}, pseudo-label %{customdata[2]:.4g}<br>"
+                 "error %{x:.3g}, %{y:.3g}<extra></extra>")
+        points, marked = (go.Scattergl(mode="markers", unselected_marker_opacity=opacity, hovertemplate=hover,
+                                       marker=dict(size=size, opacity=opacity, color=colour, symbol=symbol))
+                          for size, opacity, colour, symbol in ((6, .5, palette.blue, "circle"), (9, 1, palette.vermilion, "diamond")))
+        across = f"Absolute error of the pseudo-label{f' ({self.unit})' if self.unit else ''}"
+        same = {name: self.boxes.layout[name] for name in ("template", "title", "dragmode", "height", "showlegend")}
+        self.scatter = as_widget(go.Figure([points, marked], layout=dict(same, xaxis_title_text=across)))
+        self.scatter.layout.title.text = "Error of each pseudo-label"
 
-# %% ../nbs/22_explorer.ipynb #409d372e
-@patch
-def fit_axes(self:Explorer)->None:
-    "Axes of the scatter plot that hold all epochs of the run; logarithmic where the heights spread over a factor of thirty."
-    epochs = self.runs[self.run.value].values()
-    right = max(point_errors(rows).max() for rows in epochs)
-    heights = np.concatenate([HEIGHTS[self.height.value](rows).to_numpy() for rows in epochs])
-    positive = heights[heights > 0]
-    logarithmic = "variance" in self.height.value and positive.max() > 30*positive.min()
-    ends = np.log10([positive.min()*.8, positive.max()*1.25]) if logarithmic else [min(0, heights.min()), heights.max()*1.05]
-    with self.scatter.batch_update():
-        self.scatter.layout.xaxis.range = [0, right*1.05]
-        kind, title = "log" if logarithmic else "linear", self.height.value.capitalize()
-        self.scatter.layout.yaxis.update(type=kind, range=list(ends), title_text=title)
+    def _boxplots(self, rows): return pseudo_label_boxplots(rows, unit=self.unit, methods=list(self.methods))
 
-@patch
-def rows(self:Explorer)->pd.DataFrame:
-    "The rows that the controls mean."
-    rows, (low, high) = self.runs[self.run.value][self.epoch.value], self.labels.value
-    slack = 1e-9*(abs(low) + abs(high))
-    return rows[rows["y_true"].between(low - slack, high + slack)]
+    def _draw_boxes(self, rows):
+        new = self._boxplots(rows) if len(rows) else None
+        with self.boxes.batch_update():
+            for i, trace in enumerate(self.boxes.data):
+                trace.visible = new is not None
+                if new is not None: trace.update(new.data[i].to_plotly_json(), overwrite=True)
+            if new is not None: self.boxes.layout.shapes, self.boxes.layout.selections = new.layout.shapes, ()
 
 # %% ../nbs/22_explorer.ipynb #8f671b30
-@patch
-def draw(self:Explorer)->None:
-    "Bring all views to the state of the controls."
-    rows = self.rows()
-    error, height = point_errors(rows), HEIGHTS[self.height.value](rows).to_numpy()
-    chosen = np.flatnonzero(rows["index"].isin(self.chosen))
-    known = rows[["index", "y_true", "pseudo_label"]].to_numpy()
-    with self.scatter.batch_update():
-        for trace, some in zip(self.scatter.data, (slice(None), chosen)):
-            trace.update(x=error[some], y=height[some], customdata=known[some], selectedpoints=None)
-    self._draw_boxes(rows)
-    self.cards.value = _CARD_STYLE + sample_cards(rows.iloc[chosen], self.view, self.unit, self.most)
-    self.words.value = self._describe(rows, error, height)
+class _Views(_Figures):
+    def rows(self)->pd.DataFrame:
+        "The rows that the controls mean."
+        rows, (low, high) = self._epochs()[self.epoch.value], self.labels.value
+        slack = 1e-9*(abs(low) + abs(high))
+        return rows[rows["y_true"].between(low - slack, high + slack)]
 
-@patch
-def _describe(self:Explorer, rows:pd.DataFrame, error:np.ndarray, height:np.ndarray)->str:
-    "The numbers of what is shown."
-    if rows.empty: return "<p>No sample has a label in this range.</p>"
-    return (f"<p>Epoch {self.epoch.value}: {len(rows)} samples, mean absolute error of their pseudo-labels "
+    def draw(self)->None:
+        "Bring all views to the state of the controls."
+        rows = self.rows()
+        error, height = point_errors(rows), HEIGHTS[self.height.value](rows).to_numpy()
+        chosen, known = np.flatnonzero(rows["index"].isin(self.chosen)), rows[["index", "y_true", "pseudo_label"]].to_numpy()
+        with self.scatter.batch_update():
+            for trace, some in zip(self.scatter.data, (slice(None), chosen)):
+                trace.update(x=error[some], y=height[some], customdata=known[some], selectedpoints=None)
+        self._draw_boxes(rows)
+        self.cards.value = _CARD_STYLE + sample_cards(rows.iloc[chosen], self.view, self.unit, self.most)
+        self.words.value = "<p>No sample has a label in this range.</p>" if rows.empty else (
+            f"<p>Epoch {self.epoch.value}: {len(rows)} samples, mean absolute error of their pseudo-labels "
             f"<b>{mean_absolute_error(rows['y_true'], rows['pseudo_label']):.3g}</b> {html.escape(self.unit)}, "
             f"rank correlation of error and {self.height.value}: <b>{spearman(error, height):.2f}</b></p>")
 
-# %% ../nbs/22_explorer.ipynb #cadb96cc
-@patch
-def _draw_boxes(self:Explorer, rows:pd.DataFrame)->None:
-    "Histogram and box plots of the rows, into the figure that is there."
-    new = figures.pseudo_label_boxplots(rows, unit=self.unit, methods=list(self.methods)) if len(rows) else None
-    with self.boxes.batch_update():
-        for i, trace in enumerate(self.boxes.data):
-            trace.visible = new is not None
-            if new is not None: trace.update(new.data[i].to_plotly_json(), overwrite=True)
-        if new is not None: self.boxes.layout.shapes, self.boxes.layout.selections = new.layout.shapes, ()
-
-_CARD_STYLE = """<style>.hpl-cards{display:flex;flex-wrap:wrap;gap:.6rem}
-.hpl-card{margin:0;padding:.4rem;border:1px solid #8886;border-radius:4px;max-width:17rem;font-size:.85rem;line-height:1.3}</style>"""
-
-# %% ../nbs/22_explorer.ipynb #c66994d1
-@patch
-def choose(self:Explorer,
-    index:Sequence[int], # row numbers of samples
-)->None:
-    "Mark samples in the scatter plot and show them."
-    self.chosen = np.asarray(index, dtype=int)
-    self.draw()
+    def _moved(self, _=None):
+        if not self.drawing: return
+        self.scatter.layout.selections = [dict(type="rect", x0=-2, x1=-1, y0=-2, y1=-1)]
+        self.scatter.layout.selections = ()
+        self.draw()
 
 # %% ../nbs/22_explorer.ipynb #27020f65
-@patch
-def _connect(self:Explorer)->None:
-    "What happens when a control is moved or points are dragged over."
-    self.link = widgets.jslink((self.play, "value"), (self.epoch, "index"))
-    for control in (self.epoch, self.labels): control.observe(self._moved, "value")
-    self.height.observe(self._rescaled, "value")
-    self.run.observe(self._switched, "value")
-    self.method.observe(self._other_method, "value")
-    self.reset.on_click(self._cleared)
-    points, bars = self.scatter.data[0], self.boxes.data[0]
-    for listen in (points.on_selection, points.on_click): listen(self._picked)
-    bars.on_selection(lambda _, picked, __: self._brushed(picked.xs))
+class _Events(_Views):
+    def _fit_axes(self):
+        "Axes of the scatter plot that hold all epochs; logarithmic where the heights spread over a factor of thirty."
+        right = max(point_errors(rows).max() for rows in self._epochs().values())
+        heights = np.concatenate([HEIGHTS[self.height.value](rows).to_numpy() for rows in self._epochs().values()])
+        positive = heights[heights > 0]
+        logarithmic = "variance" in self.height.value and positive.max() > 30*positive.min()
+        ends = np.log10([positive.min()*.8, positive.max()*1.25]) if logarithmic else [min(0, heights.min()), heights.max()*1.05]
+        with self.scatter.batch_update():
+            self.scatter.layout.xaxis.range = [0, right*1.05]
+            kind, title = "log" if logarithmic else "linear", self.height.value.capitalize()
+            self.scatter.layout.yaxis.update(type=kind, range=list(ends), title_text=title)
 
-@patch
-def _moved(self:Explorer, _=None)->None:
-    if self.drawing: self.forget_frame(), self.draw()
+    def _connect(self):
+        self.link = widgets.jslink((self.play, "value"), (self.epoch, "index"))
+        for control in (self.epoch, self.labels): control.observe(self._moved, "value")
+        for control, changed in ((self.height, self._rescaled), (self.run, self._switched), (self.method, self._other_method)):
+            control.observe(changed, "value")
+        self.reset.on_click(self._cleared)
+        points, bars = self.scatter.data[0], self.boxes.data[0]
+        for listen in (points.on_selection, points.on_click): listen(self._picked)
+        bars.on_selection(lambda _, picked, __: self._brushed(picked.xs))
 
-@patch
-def _rescaled(self:Explorer, _=None)->None:
-    if self.drawing: self.fit_axes(), self.forget_frame(), self.draw()
-
-@patch
-def forget_frame(self:Explorer)->None:
-    "Take away the frame that was dragged: the points have moved. It is known to the page alone, so it is replaced first."
-    self.scatter.layout.selections = [dict(type="rect", x0=-2, x1=-1, y0=-2, y1=-1)]
-    self.scatter.layout.selections = ()
+    def _rescaled(self, _=None):
+        if self.drawing: self._fit_axes(), self._moved()
 
 # %% ../nbs/22_explorer.ipynb #7c4eff4e
-@patch
-def _switched(self:Explorer, _=None)->None:
-    "Another run: what it does not have is replaced by its nearest, the samples stay chosen."
-    epoch, labels, height = self.epoch.value, self.labels.value, self.height.value
-    self.drawing, epochs, heights = False, self._epochs(), self._heights()
-    self.epoch.options, self.epoch.value = epochs, min(epochs, key=lambda other: abs(other - epoch))
-    self.play.max, self.play.value = len(epochs) - 1, self.epoch.index
-    self.height.options, self.height.value = heights, height if height in heights else heights[0]
-    limits = self._label_range()
-    self.labels.min, self.labels.max = min(limits["min"], self.labels.max), limits["max"]
-    self.labels.min, self.labels.step, self.labels.value = limits["min"], limits["step"], labels
-    self.drawing = True
-    self._rescaled()
+class _Choices(_Events):
+    def _switched(self, _=None):
+        "Another run: what it does not have is replaced by its nearest, the samples stay chosen."
+        epoch, labels, height = self.epoch.value, self.labels.value, self.height.value
+        self.drawing, epochs, heights = False, [*self._epochs()], heights_of(self._epochs())
+        self.epoch.options, self.epoch.value = epochs, min(epochs, key=lambda other: abs(other - epoch))
+        self.play.max, self.play.value = len(epochs) - 1, self.epoch.index
+        self.height.options, self.height.value = heights, height if height in heights else heights[0]
+        limits = self._label_range()
+        self.labels.min, self.labels.max = min(limits["min"], self.labels.max), limits["max"]
+        self.labels.min, self.labels.step, self.labels.value = limits["min"], limits["step"], labels
+        self.drawing = True
+        self._rescaled()
 
-# %% ../nbs/22_explorer.ipynb #22225115
-@patch
-def _picked(self:Explorer, points:go.Scattergl, picked:Any, _:Any)->None:
-    "Points that were dragged over or clicked are the chosen samples."
-    if len(picked.point_inds): self.choose(points.customdata[picked.point_inds, 0])
+    def _other_method(self, _=None): self.run.options = self.methods[self.method.value]
 
-@patch
-def _brushed(self:Explorer, centres:Sequence[float])->None:
-    "Labels of the bars that were dragged over become the range."
-    if not len(centres): return
-    half = (self.boxes.data[0].width or 0)/2/.9
-    self.labels.value = max(min(centres) - half, self.labels.min), min(max(centres) + half, self.labels.max)
+    def _picked(self, points, picked, _):
+        if len(picked.point_inds): self.choose(points.customdata[picked.point_inds, 0])
 
-@patch
-def _other_method(self:Explorer, _=None)->None: self.run.options = self.methods[self.method.value]
+    def _brushed(self, centres):
+        if not len(centres): return
+        half = (self.boxes.data[0].width or 0)/2/.9 # the labels of the bars that were dragged over become the range
+        self.labels.value = max(min(centres) - half, self.labels.min), min(max(centres) + half, self.labels.max)
 
-@patch
-def _cleared(self:Explorer, _=None)->None:
-    "All labels, no sample."
-    self.chosen = np.array([], dtype=int)
-    self.drawing, self.labels.value, self.drawing = False, (self.labels.min, self.labels.max), True
-    self._moved()
+    def _cleared(self, _=None):
+        self.chosen, self.drawing = np.array([], dtype=int), False
+        self.labels.value, self.drawing = (self.labels.min, self.labels.max), True
+        self._moved()
 
 # %% ../nbs/22_explorer.ipynb #1491c594
-@patch
-def panel(self:Explorer)->widgets.Widget:
-    "All controls and views as one widget."
-    if self.whole is None: self.whole = self._arranged()
-    return self.whole
-
-@patch
-def _arranged(self:Explorer)->widgets.Widget:
-    row = widgets.Layout(flex_flow="row wrap", align_items="center")
-    rows = [widgets.HBox(pair, layout=row) for pair in ([self.epoch, self.play], [self.labels, self.reset])]
-    return widgets.VBox([self.method, self.run, self.height, *rows, self.words, *side_by_side([self.scatter, self.boxes]), self.cards])
-
-@patch
-def _repr_mimebundle_(self:Explorer, include=None, exclude=None)->dict[str, Any]:
-    page = "<p><em>The explorer needs Python: open this notebook in JupyterLab and run it.</em></p>"
-    return {**self.panel()._repr_mimebundle_(), "text/html": page, "text/plain": repr(self)}
-
-# %% ../nbs/22_explorer.ipynb #ca8846bb
-def parts_of(
-    widget:widgets.Widget, # any
-)->Iterator[widgets.Widget]: # some of them more than once
-    "A widget and what it is made of: children, layouts and styles, and theirs."
+def parts_of(widget):
+    "A widget and what it is made of (children, layouts and styles, and theirs), some of them more than once."
     yield widget
     for value in (getattr(widget, name) for name in widget.keys):
         for part in value if isinstance(value, (list, tuple)) else [value]:
             if isinstance(part, widgets.Widget): yield from parts_of(part)
 
-@patch
-def close(self:Explorer)->None:
-    "Take the explorer off the page, and let go of all that it holds."
-    for part in [*parts_of(self.panel()), self.link]: part.close()
+class _Panel(_Choices):
+    def panel(self)->widgets.Widget:
+        "All controls and views as one widget."
+        if self.whole is None:
+            row = widgets.Layout(flex_flow="row wrap", align_items="center")
+            rows = [widgets.HBox(pair, layout=row) for pair in ([self.epoch, self.play], [self.labels, self.reset])]
+            views = [self.words, *side_by_side([self.scatter, self.boxes]), self.cards]
+            self.whole = widgets.VBox([self.method, self.run, self.height, *rows, *views])
+        return self.whole
+
+    def _repr_mimebundle_(self, include=None, exclude=None)->dict[str, object]:
+        page = "<p><em>The explorer needs Python: open this notebook in JupyterLab and run it.</em></p>"
+        return {**self.panel()._repr_mimebundle_(), "text/html": page, "text/plain": repr(self)}
+
+# %% ../nbs/22_explorer.ipynb #ca8846bb
+class Explorer(_Panel):
+    "Linked views of a predictions table: choose method, run, epoch and labels, drag over points, and see the samples."
+    def __init__(self,
+        predictions:pd.DataFrame, # predictions table, with several epochs if trained with `record_every`
+        data:SemiSupervisedData|None=None, # the dataset, to show its samples
+        unit:str="", # of the labels; default: the dataset's
+        output:int=0, # which of several outputs
+        most:int=24, # samples shown at the same time
+    ):
+        self.runs, self.most, self.methods = explorable(predictions, output), most, {}
+        self.unit = unit or (data.unit if data is not None else "")
+        self.view = sample_views(data) if data is not None else "sample {}".format
+        for run, epochs in self.runs.items(): self.methods.setdefault(str(next(iter(epochs.values()))["method"].iloc[0]), []).append(run)
+        self.chosen, self.drawing, self.whole = np.array([], dtype=int), True, None
+        self._make_controls(), self._make_figures(), self._fit_axes(), self.draw(), self._connect()
+
+    def __repr__(self)->str:
+        epochs = {epoch for run in self.runs.values() for epoch in run}
+        return f"Explorer of {len(self.runs)} runs ({', '.join(self.methods)}), {len(epochs)} epochs. It needs JupyterLab to be used."
+
+    def choose(self,
+        index:Sequence[int], # row numbers of samples
+    )->None:
+        "Mark samples in the scatter plot and show them."
+        self.chosen = np.asarray(index, dtype=int)
+        self.draw()
+
+    def close(self)->None:
+        "Take the explorer off the page, and let go of all that it holds."
+        for part in [*parts_of(self.panel()), self.link]: part.close()

@@ -5,56 +5,41 @@
 # %% ../nbs/21_figures.ipynb #1526ebee
 from __future__ import annotations
 
-import base64
-import hashlib
 import html
 import json
 import math
-import re
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import NamedTuple
+from collections import namedtuple
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.offline import get_plotlyjs, get_plotlyjs_version
 from plotly.subplots import make_subplots
 
-from .core import HplError, atomic_write
+from .core import HplError
+from .drawing import DASHED, GREY, GRID, SYMBOLS, chart, finish, palette, reference, save_report, short, show # noqa: F401
 from .metrics import group_labels, known_rows, require_columns, split_runs
 
 # %% auto #0
-__all__ = ['Style', 'method_styles', 'finish', 'Shown', 'show', 'pseudo_label_boxplots', 'group_error_lines', 'variance_scatter',
-           'variance_grid', 'pseudo_label_movie', 'reliability_diagram', 'learning_curves', 'log_variance_curves',
-           'results_chart', 'save_report']
+__all__ = ['pseudo_label_boxplots', 'group_error_lines', 'variance_scatter', 'variance_grid', 'pseudo_label_movie',
+           'reliability_diagram', 'learning_curves', 'log_variance_curves', 'results_chart']
 
-# %% ../nbs/21_figures.ipynb #227f6a74
-class Style(NamedTuple):
-    "How a method is drawn in every figure."
-    colour:str
-    dash:str
-    symbol:str
+# %% ../nbs/21_figures.ipynb #227f6a75
+Style = namedtuple("Style", "colour dash symbol") # how a method is drawn in every figure
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#999999", "#F0E442")
-_DASHES = ("solid", "dash", "dot", "dashdot")
-_SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "x", "star")
+def method_styles(methods)->dict[str, Style]:
+    "The style of each method: the same methods in the same order look the same in every figure."
+    dashes = ("solid", "dash", "dot", "dashdot")
+    return {method: Style(palette[i % 8], dashes[i // 8 % 4], SYMBOLS[i % 7]) for i, method in enumerate(dict.fromkeys(methods))}
 
-def method_styles(
-    methods:Iterable[str], # in the order that decides the styles; repeats do not count
-)->dict[str, Style]: # style of each method
-    "The same methods in the same order look the same in every figure."
-    return {method: Style(_COLOURS[i % 8], _DASHES[i // 8 % 4], _SYMBOLS[i % 7])
-            for i, method in enumerate(dict.fromkeys(methods))}
-
-# %% ../nbs/21_figures.ipynb #cdf55318
-def _runs(frame, methods)->Iterator[tuple[dict, Style, dict, pd.DataFrame]]:
-    "Legend entry, style, columns and rows of each run in order of appearance."
+def _runs(frame, methods, by=None):
+    "Legend entry, style, columns and rows (sorted `by` a column) of each run in order of appearance."
     styles, seen = method_styles([*(methods or ()), *frame["method"].astype(str)]), set()
     for key, rows in split_runs(frame):
         method = str(key["method"])
         name = html.escape(method)
-        yield dict(name=name, legendgroup=name, showlegend=method not in seen), styles[method], key, rows
+        legend = dict(name=name, legendgroup=name, showlegend=method not in seen)
+        yield legend, styles[method], key, rows.sort_values(by) if by else rows
         seen.add(method)
 
 def _single_epoch(predictions, columns):
@@ -64,30 +49,8 @@ def _single_epoch(predictions, columns):
     if (epochs > 1).any(): raise HplError(f"run {epochs.idxmax()} has {epochs.max()} epochs: keep one, such as "
                                           "hpl_nb.metrics.last_epochs(predictions)")
 
-# %% ../nbs/21_figures.ipynb #aea8e849
-_GRID = "rgba(128,128,128,.25)"
-_AXIS = dict(gridcolor=_GRID, zeroline=False, linecolor="#808080", ticks="outside", tickcolor="#808080",
-             automargin=True, title=dict(standoff=8, font=dict(size=13)))
-_TEMPLATE = go.layout.Template(layout=dict(
-    paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", colorway=_COLOURS, xaxis=_AXIS, yaxis=_AXIS,
-    font=dict(color="#767676", size=13, family="system-ui, sans-serif"), showlegend=True, hovermode="closest",
-    legend=dict(orientation="h", x=0, y=1, yanchor="bottom"), dragmode=False, autosize=True,
-    margin=dict(l=8, r=8, t=64, b=8), modebar=dict(bgcolor="rgba(0,0,0,0)", color="#808080", activecolor="#0072B2")))
-
-def finish(
-    figure:go.Figure, # any
-    title:str, # above it
-    height:int=420, # pixels; the width is what there is
-)->go.Figure: # the same figure
-    "Give a figure the common look."
-    heading = dict(text=title, x=0, xref="container", y=1, yref="container", yanchor="top", pad=dict(t=8, l=8), font_size=16)
-    legend = dict(yref="container", y=1 - 36 / height, yanchor="top") # below the title, however many lines it takes
-    return figure.update_layout(template=_TEMPLATE, height=height, title=heading, legend=legend)
-
 # %% ../nbs/21_figures.ipynb #318fbd82
-def _with_unit(name, unit, power=1):
-    "Axis title with its unit."
-    return f"{name} ({html.escape(unit)}{'²' if power == 2 else ''})" if unit else name
+def _with_unit(name, unit, power=1): return f"{name} ({html.escape(unit)}{'²' if power == 2 else ''})" if unit else name
 
 def _log_axis(values):
     "Settings of a logarithmic axis with ticks at 1, 2, 5, 10, ..., or at powers of ten beyond three of them."
@@ -101,6 +64,12 @@ def _line(x, y, style, hover, run, mode="lines", **more):
                       marker=dict(symbol=style.symbol, size=8, color=style.colour),
                       hovertemplate=f"{hover}<extra>{html.escape(str(run))}</extra>", **more)
 
+def _run_lines(frame, x, y, methods, hover, mode="lines+markers", by=None, **columns):
+    "A line for each run; `columns` go along with its points."
+    for legend, style, key, rows in _runs(frame, methods, by):
+        more = {name: rows[column].tolist() for name, column in columns.items()}
+        yield _line(rows[x], rows[y], style, hover, key.get("run", key["method"]), mode, **more, **legend)
+
 # %% ../nbs/21_figures.ipynb #7c526d15
 def _sample_names(rows):
     "What the hover calls each sample."
@@ -111,78 +80,6 @@ def _thin(rows, most):
     "At most `most` rows, evenly spread over the table."
     return rows if len(rows) <= most else rows.iloc[np.linspace(0, len(rows) - 1, most).astype(int)]
 
-# %% ../nbs/21_figures.ipynb #15ca220e
-def _plain(text):
-    "Text of a figure without its markup, on one line."
-    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", text or "")).split())
-
-def _axis_words(figure, letter, name):
-    "The titles of all axes of one direction."
-    axes = {"x": figure.select_xaxes, "y": figure.select_yaxes}[letter]()
-    titles = list(filter(None, dict.fromkeys(_plain(axis.title.text) for axis in axes)))
-    return f"{name}: {', '.join(titles)}." if titles else ""
-
-def _in_words(figure):
-    "Title, axes, and names and number of the series."
-    names = list(dict.fromkeys(_plain(trace.name) for trace in figure.data if trace.name))
-    count = f"{len(names)} series: {', '.join(names)}." if names else f"{len(figure.data)} series."
-    title = _plain(figure.layout.title.text) or "untitled"
-    frames = f"{len(figure.frames)} frames." if figure.frames else ""
-    axes = [_axis_words(figure, "x", "Across"), _axis_words(figure, "y", "Up")]
-    return " ".join(filter(None, [title.rstrip(".") + ".", *axes, count, frames]))
-
-# %% ../nbs/21_figures.ipynb #3a66db2f
-_CONFIG = '{"responsive":true,"displaylogo":false,"modeBarButtons":[["zoom2d","resetScale2d","toImage"]]}'
-_CSS = """.hpl-figure{margin:1.5rem 0;min-width:0}
-.hpl-figure .main-svg text:not(.hoverlayer *){fill:currentColor!important}
-.hpl-figure .main-svg{background:none!important}
-.hpl-figure :is(.bglayer,.legend) .bg{fill-opacity:0!important}
-.hpl-figure :is(.gridlayer,.zerolinelayer) path{stroke:#808080!important;stroke-opacity:.25!important}
-.hpl-figure .updatemenu-item-rect{fill:#808080!important;fill-opacity:.2!important}"""
-
-def _plot(figure, name, ready, alt):
-    "A figure and its frames as HTML: drawn into the element `name` when the promise `ready` is kept."
-    data = figure.to_json().replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-    return (f'<div id="{name}"><p>Figure: {html.escape(alt)} It is drawn by a script, which has not run here.</p></div>\n'
-            f'<script>{ready}.then(() => {{const figure = {data}, place = document.getElementById("{name}"); '
-            f'place.replaceChildren(); Plotly.newPlot(place, {{...figure, config: {_CONFIG}}})}})</script>')
-
-def _loader(address):
-    "A promise for plotly.js, asked for once a page: of `address`, or of its public one if it is the installed copy."
-    digest = base64.b64encode(hashlib.sha256(get_plotlyjs().encode()).digest()).decode()
-    public = (f'src: "https://cdn.plot.ly/plotly-{get_plotlyjs_version()}.min.js", integrity: "sha256-{digest}", '
-              'crossOrigin: "anonymous"')
-    source = f"src: {json.dumps(address)}" if address else public
-    return ('(window.hplPlotly ??= new Promise(done => {if (window.Plotly) return done(); '
-            f'document.head.append(Object.assign(document.createElement("script"), {{{source}, onload: done}}))}}))')
-
-# %% ../nbs/21_figures.ipynb #25220a9f
-class Shown:
-    "A figure as the last line of a notebook cell; the same figure always gives the same output."
-    def __init__(self, figure:go.Figure, alt:str=""): self.figure, self.alt = figure, alt or _in_words(figure)
-
-    def __repr__(self)->str: return f"Figure: {self.alt}"
-
-    def page(
-        self,
-        address:str="", # of plotly.js, from the page; default: its public one
-    )->str: # HTML
-        "The figure as a piece of a page."
-        name = f"figure-{hashlib.sha256(self.figure.to_json().encode()).hexdigest()[:12]}"
-        return (f'<style>{_CSS}</style><figure class="hpl-figure" aria-label="{html.escape(self.alt)}">'
-                f'{_plot(self.figure, name, _loader(address), self.alt)}</figure>')
-
-    def _repr_mimebundle_(self, include=None, exclude=None)->dict:
-        data = json.loads(self.figure.to_json())
-        return {"application/vnd.plotly.v1+json": data, "text/html": self.page(), "text/plain": repr(self)}
-
-def show(
-    figure:go.Figure, # any plotly figure
-    alt:str="", # what it shows, for those who do not see it; default: its title, axes and series
-)->Shown: # displays itself in a notebook and on its published page
-    "Show a figure in a notebook, with outputs that do not change from run to run."
-    return Shown(figure, alt)
-
 # %% ../nbs/21_figures.ipynb #aa40230b
 def _box(values):
     "Tukey's box of an array: whisker, quartile, median, quartile, whisker."
@@ -190,33 +87,35 @@ def _box(values):
     inside = values[(values >= lower - 1.5 * (upper - lower)) & (values <= upper + 1.5 * (upper - lower))]
     return dict(lowerfence=inside.min(), q1=lower, median=median, q3=upper, upperfence=inside.max())
 
-def _nice_width(labels, most=24):
-    "The smallest of 1, 2, 5, 10, ... times a power of ten that makes at most `most` groups of the labels."
-    least = (np.ptp(labels) or 1.) / most
-    power = 10 ** math.floor(math.log10(least))
-    return next(step * power for step in (1, 2, 5, 10) if step * power >= least)
-
-# %% ../nbs/21_figures.ipynb #637c90b7
 def _draw_boxes(figure, rows, value, group, legend, style):
     "Boxes of one run and the points beyond their whiskers, into the lower panel."
     run = rows["run"].iloc[0]
     parts = [(centre, part, _box(part[value].to_numpy())) for centre, part in rows.groupby(group)]
     boxes = pd.DataFrame([box for *_, box in parts]).to_dict("list")
-    figure.add_box(x=[centre for centre, *_ in parts], **boxes, **legend, offsetgroup=run,
-                   line=dict(color=style.colour, width=1.5), row=2, col=1)
+    figure.add_box(x=[centre for centre, *_ in parts], **boxes, **legend, offsetgroup=run, line=dict(color=style.colour, width=1.5),
+                   row=2, col=1)
     beyond = [part[(part[value] < box["lowerfence"]) | (part[value] > box["upperfence"])] for _, part, box in parts]
     points = _thin(pd.concat(beyond), 2000)
     trace = _line(group[points.index], points[value], style, "%{customdata}<br>group %{x}: %{y:.4g}", run, "markers",
                   customdata=_sample_names(points), offsetgroup=run, **legend | dict(showlegend=False))
     figure.add_trace(trace.update(marker_size=4), row=2, col=1)
 
+# %% ../nbs/21_figures.ipynb #637c90b7
+def _nice_width(labels, most=24):
+    "The smallest of 1, 2, 5, 10, ... times a power of ten that makes at most `most` groups of the labels."
+    least = (np.ptp(labels) or 1.) / most
+    power = 10 ** math.floor(math.log10(least))
+    return next(step * power for step in (1, 2, 5, 10) if step * power >= least)
+
+def _diagonal(figure, low, high, **panel):
+    figure.add_shape(type="line", x0=low, y0=low, x1=high, y1=high, line=DASHED, **panel)
+
 def _draw_counts(figure, group, width):
     "How many samples each group has, into the upper panel."
     counts = group.value_counts().sort_index()
-    figure.add_bar(x=counts.index.tolist(), y=counts.tolist(), width=.9 * width, marker=dict(color="#808080"),
-                   showlegend=False, hovertemplate="group %{x}: %{y} samples<extra></extra>", row=1, col=1)
-    figure.add_shape(type="line", x0=counts.index[0], y0=counts.index[0], x1=counts.index[-1], y1=counts.index[-1],
-                     line=dict(color="#808080", dash="dash"), row=2, col=1)
+    figure.add_bar(x=counts.index.tolist(), y=counts.tolist(), width=.9 * width, marker=dict(color=GREY), showlegend=False,
+                   hovertemplate="group %{x}: %{y} samples<extra></extra>", row=1, col=1)
+    _diagonal(figure, counts.index[0], counts.index[-1], row=2, col=1)
 
 # %% ../nbs/21_figures.ipynb #2da23496
 def pseudo_label_boxplots(
@@ -251,7 +150,6 @@ def _metric_title(metric, unit):
     if metric.startswith("val_"): name = f"Validation {name}"
     return _with_unit(name, unit, power) if power else html.escape(name)
 
-# %% ../nbs/21_figures.ipynb #fbba7d7c
 def group_error_lines(
     group_errors:pd.DataFrame, # what `hpl_nb.metrics.group_errors` returned
     metric:str="mse", # its column to draw: mse, mae, bias or sd (Table 6)
@@ -260,14 +158,9 @@ def group_error_lines(
 )->go.Figure: # one line per run
     "Fig. 3: the error in each group of the true label."
     require_columns(group_errors, ["method", "group", "count", metric], "group errors")
-    figure = go.Figure()
-    for legend, style, key, rows in _runs(group_errors, methods):
-        figure.add_trace(_line(rows["group"], rows[metric], style, "group %{x}: %{y:.4g}<br>%{customdata} samples",
-                               key.get("run", key["method"]), "lines+markers", customdata=rows["count"].tolist(),
-                               **legend))
-    figure.update_xaxes(title_text=_with_unit("True label", unit))
-    figure.update_yaxes(title_text=_metric_title(metric, unit))
-    return finish(figure, f"{_metric_title(metric, '')} by true label")
+    hover = "group %{x}: %{y:.4g}<br>%{customdata} samples"
+    figure = go.Figure([*_run_lines(group_errors, "group", metric, methods, hover, customdata="count")])
+    return finish(figure, f"{_metric_title(metric, '')} by true label", x=_with_unit("True label", unit), y=_metric_title(metric, unit))
 
 # %% ../nbs/21_figures.ipynb #71653379
 def _variance_rows(predictions):
@@ -283,14 +176,6 @@ def _at_label(rows, at, width):
                                   f"{rows['y_true'].min():g} to {rows['y_true'].max():g}")
     return near
 
-
-
-# %% ../nbs/21_figures.ipynb #4b61587a
-def _short(values):
-    "Numbers to four digits, which is finer than a screen; they take half the space."
-    values = np.asarray(values, dtype=float)
-    return np.array([float(f"{value:.4g}") for value in values.flat]).reshape(values.shape)
-
 def _small(draw, most, limit=97_000):
     "The figure of at most so many points; of fewer where its output in a notebook would grow over 100 KB."
     while True:
@@ -299,34 +184,20 @@ def _small(draw, most, limit=97_000):
         if size <= limit or most <= 10: return figure
         most = max(10, int(most * .98 * limit / size))
 
+# %% ../nbs/21_figures.ipynb #4b61587a
 def _variance_points(rows, legend, style, run, max_points):
     "The samples of one run as points: absolute error of the pseudo-label, variance."
     shown = _thin(rows, max_points)
-    hover = ("%{customdata[0]}<br>label %{customdata[1]:.4g}, pseudo-label %{customdata[2]:.4g}<br>"
-             "error %{x:.3g}, variance %{y:.3g}")
+    hover = "%{customdata[0]}<br>label %{customdata[1]:.4g}, pseudo-label %{customdata[2]:.4g}<br>error %{x:.3g}, variance %{y:.3g}"
     error, variance = (shown["pseudo_label"] - shown["y_true"]).abs(), np.exp(shown["log_variance"])
-    labels = list(zip(_sample_names(shown), _short(shown["y_true"]).tolist(), _short(shown["pseudo_label"]).tolist()))
-    points = _line(_short(error), _short(variance), style, hover, run, "markers", customdata=labels, **legend)
+    labels = list(zip(_sample_names(shown), short(shown["y_true"]).tolist(), short(shown["pseudo_label"]).tolist()))
+    points = _line(short(error), short(variance), style, hover, run, "markers", customdata=labels, **legend)
     return points.update(marker=dict(size=6, opacity=.7))
-
-# %% ../nbs/21_figures.ipynb #632a3d6d
-def _slider(steps, prefix, suffix=""):
-    "A slider in the common look."
-    return dict(steps=steps, currentvalue=dict(prefix=prefix, suffix=suffix), pad=dict(t=56, b=8), bgcolor=_GRID,
-                activebgcolor="#0072B2", bordercolor="#808080", tickcolor="#808080")
-
-def _label_slider(figure, ats, owners, unit):
-    "A slider that shows the traces of one label at a time."
-    for trace, owner in zip(figure.data, owners): trace.visible = owner == ats[0]
-    steps = [dict(label=f"{at:g}", method="restyle", args=[dict(visible=[owner == at for owner in owners])])
-             for at in ats]
-    figure.update_layout(sliders=[_slider(steps, "True label ", f" {html.escape(unit)}")])
 
 def _points_by_label(rows, ats, width, methods, max_points):
     "Pairs of a label and the points of each run there."
-    methods = methods or rows["method"].unique()
     for at in ats:
-        for legend, style, key, run in _runs(_at_label(rows, at, width), methods):
+        for legend, style, key, run in _runs(_at_label(rows, at, width), methods or rows["method"].unique()):
             yield at, _variance_points(run, legend, style, key["run"], max_points)
 
 def _variance_axes(figure, rows, across, unit):
@@ -334,6 +205,10 @@ def _variance_axes(figure, rows, across, unit):
     figure.update_xaxes(title_text=_with_unit(across, unit), rangemode="tozero")
     figure.update_yaxes(title_text=_with_unit("Variance σ²", unit, 2))
     if np.ptp(rows["log_variance"]) > math.log(30): figure.update_yaxes(**_log_axis(np.exp(rows["log_variance"])))
+
+def _slider(steps, prefix, suffix=""):
+    return dict(steps=steps, currentvalue=dict(prefix=prefix, suffix=suffix), pad=dict(t=56, b=8), bgcolor=GRID,
+                activebgcolor=palette.blue, bordercolor=GREY, tickcolor=GREY)
 
 # %% ../nbs/21_figures.ipynb #1caa4643
 def variance_scatter(
@@ -349,7 +224,10 @@ def variance_scatter(
     ats = [at] if at is None or np.ndim(at) == 0 else list(at)
     owners, traces = zip(*_points_by_label(rows, ats, width, methods, max_points))
     figure = go.Figure(traces)
-    if len(ats) > 1: _label_slider(figure, ats, owners, unit)
+    if len(ats) > 1: # a slider shows the points of one label at a time
+        for trace, owner in zip(figure.data, owners): trace.visible = owner == ats[0]
+        steps = [dict(label=f"{at:g}", method="restyle", args=[dict(visible=[owner == at for owner in owners])]) for at in ats]
+        figure.update_layout(sliders=[_slider(steps, "True label ", f" {html.escape(unit)}")])
     _variance_axes(figure, rows, "Absolute error of the pseudo-label", unit)
     which = f", label {ats[0]:g}" if len(ats) == 1 and ats[0] is not None else ""
     return finish(figure, f"Learned variance and error{which}", 420 if len(ats) == 1 else 500)
@@ -367,22 +245,17 @@ def _label_panels(ats, unit):
     figure.for_each_yaxis(lambda axis: axis.update(domain=[part * end for end in axis.domain]))
     return figure.for_each_annotation(lambda note: note.update(y=part * note.y, font=dict(size=13)))
 
-def _outer_titles(figure):
-    "Remove the axis titles between panels; the last panel of each column keeps its own."
-    figure.for_each_yaxis(lambda axis: axis.title.update(text=None) if axis.showticklabels is False else None)
-    for axis in list(figure.select_xaxes())[:-2]: axis.title.text = None
-
-
 def _draw_grid(rows, ats, width, unit, methods, most):
-    "The panels and their points; the legend names each method once."
-    figure, named, height = _label_panels(ats, unit), set(), math.ceil(len(ats) / 2)
+    "The panels and their points; the legend names each method once, and only outer axes have titles."
+    figure, named = _label_panels(ats, unit), set()
     for at, points in _points_by_label(rows, ats, width, methods, most):
         panel = ats.index(at)
         figure.add_trace(points.update(showlegend=points.name not in named), row=panel // 2 + 1, col=panel % 2 + 1)
         named.add(points.name)
     _variance_axes(figure, rows, "Absolute error", unit)
-    _outer_titles(figure)
-    return finish(figure, "Learned variance and error, label by label", 140 + 220 * height)
+    figure.for_each_yaxis(lambda axis: axis.title.update(text=None) if axis.showticklabels is False else None)
+    for axis in list(figure.select_xaxes())[:-2]: axis.title.text = None
+    return finish(figure, "Learned variance and error, label by label", 140 + 220 * math.ceil(len(ats) / 2))
 
 # %% ../nbs/21_figures.ipynb #31cc1bff
 def variance_grid(
@@ -400,25 +273,20 @@ def variance_grid(
     return _small(lambda most: _draw_grid(rows, ats, width, unit, methods, most), min(max_points, shown))
 
 # %% ../nbs/21_figures.ipynb #a20a8f5c
+_Movie = namedtuple("Movie", "samples epochs pseudo_label log_variance") # samples that every epoch knows; arrays of epochs by samples
+
 def _movie_rows(predictions):
     "The rows of one run at several epochs, and what their samples are called."
     require_columns(predictions, ["run", "method", "epoch", "index", "y_true", "pseudo_label"])
     rows = known_rows(predictions, "pseudo_label")
     if rows["run"].nunique() > 1: raise HplError(f"the table has {rows['run'].nunique()} runs: keep one, such as "
                                                  f"predictions[predictions['run'] == {rows['run'].iloc[0]!r}]")
-    if rows["epoch"].nunique() < 2: raise HplError("the table has one epoch of the run: train with record_every=1, which "
-                                                   "keeps the predictions of each epoch")
+    if rows["epoch"].nunique() < 2: raise HplError("the table has one epoch of the run: train with record_every=1, which keeps the "
+                                                   "predictions of each epoch")
     samples = [key for key in ("split", "index", "output") if key in rows]
     twice = rows.duplicated(["epoch", *samples])
     if twice.any(): raise HplError(f"index {rows['index'][twice].iloc[0]} is in an epoch twice: keep the rows of one training")
     return rows.astype(dict.fromkeys(samples, object)), samples
-
-class _Movie(NamedTuple):
-    "Samples that every epoch knows, and arrays of epochs by samples."
-    samples:pd.DataFrame
-    epochs:list
-    pseudo_label:np.ndarray
-    log_variance:np.ndarray|None
 
 # %% ../nbs/21_figures.ipynb #fa6dd5e3
 def _movie(predictions, most_epochs=30):
@@ -434,29 +302,20 @@ def _movie(predictions, most_epochs=30):
     return _Movie(samples, epochs, known.to_numpy().T, None if np.isnan(variance).any() else variance)
 
 def _thin_movie(movie, most):
-    "The movie of at most so many samples."
     kept = _thin(movie.samples, most)
-    arrays = (None if values is None else values[:, kept.index] for values in movie[2:])
-    return _Movie(kept, movie.epochs, *arrays)
+    return _Movie(kept, movie.epochs, *(None if values is None else values[:, kept.index] for values in movie[2:]))
 
 # %% ../nbs/21_figures.ipynb #d5c08676
-def _colour_levels(log_variance):
-    "Log-variances as whole numbers from 0 to 255, and those of round variances with their names."
+def _colours(log_variance, unit):
+    "The colours of every epoch, whole numbers from 0 to 255, and the settings of the marker, whose colour bar names round variances."
     low, high = log_variance.min(), max(log_variance.max(), log_variance.min() + 1e-6)
     level = lambda values: np.round((values - low) / (high - low) * 255)
     axis = _log_axis(np.exp(np.array([low, high])))
-    places = level(np.log(axis["tickvals"]))
-    ticks = [(place, text) for place, text in zip(places.tolist(), axis["ticktext"]) if 0 <= place <= 255]
+    ticks = [(place, text) for place, text in zip(level(np.log(axis["tickvals"])).tolist(), axis["ticktext"]) if 0 <= place <= 255]
     if len(ticks) < 2: ticks = [(0, f"{np.exp(low):.3g}"), (255, f"{np.exp(high):.3g}")]
-    return level(log_variance).astype(np.uint8), ticks[::math.ceil(len(ticks) / 8)]
-
-def _colours(log_variance, unit):
-    "The colours of every epoch, and the settings of the marker that go with them."
-    levels, ticks = _colour_levels(log_variance)
-    places, texts = map(list, zip(*ticks))
-    bar = dict(title=dict(text=_with_unit("σ²", unit, 2)), tickvals=places, ticktext=texts, thickness=12,
-               outlinewidth=0, xpad=4)
-    return levels, dict(cmin=0, cmax=255, colorscale="Cividis", colorbar=bar, line=dict(width=.5, color="#808080"))
+    places, texts = map(list, zip(*ticks[::math.ceil(len(ticks) / 8)]))
+    bar = dict(title=dict(text=_with_unit("σ²", unit, 2)), tickvals=places, ticktext=texts, thickness=12, outlinewidth=0, xpad=4)
+    return level(log_variance).astype(np.uint8), dict(cmin=0, cmax=255, colorscale="Cividis", colorbar=bar, line=dict(width=.5, color=GREY))
 
 # %% ../nbs/21_figures.ipynb #7ea11652
 def _epoch_controls(figure, epochs):
@@ -464,18 +323,17 @@ def _epoch_controls(figure, epochs):
     still = dict(mode="immediate", frame=dict(duration=0, redraw=False), transition=dict(duration=0))
     play = dict(still, frame=dict(duration=400, redraw=False), fromcurrent=True)
     steps = [dict(label=str(epoch), method="animate", args=[[str(epoch)], still]) for epoch in epochs]
-    buttons = [dict(label=label, method="animate", args=[which, how])
-               for label, which, how in (("Play", None, play), ("Pause", [None], still))]
-    menu = dict(type="buttons", direction="right", buttons=buttons, showactive=False, x=0, xanchor="left", y=1,
-                yanchor="bottom", pad=dict(b=8), bgcolor=_GRID, bordercolor="#808080")
+    buttons = [dict(label=label, method="animate", args=args) for label, args in (("Play", [None, play]), ("Pause", [[None], still]))]
+    menu = dict(type="buttons", direction="right", buttons=buttons, showactive=False, x=0, xanchor="left", y=1, yanchor="bottom",
+                pad=dict(b=8), bgcolor=GRID, bordercolor=GREY)
     figure.update_layout(sliders=[_slider(steps, "Epoch ")], updatemenus=[menu])
 
 def _movie_axes(figure, movie, unit):
     "Axes that hold every frame, and the diagonal on which a pseudo-label is right."
     labels = movie.samples["y_true"]
     ends = [float(labels.min()), float(labels.max())]
-    spread = lambda values: [float(value) for value in _short([values.min() - .05 * np.ptp(values), values.max() + .05 * np.ptp(values)])]
-    figure.add_shape(type="line", x0=ends[0], y0=ends[0], x1=ends[1], y1=ends[1], line=dict(color="#808080", dash="dash"))
+    spread = lambda values: short([values.min() - .05 * np.ptp(values), values.max() + .05 * np.ptp(values)]).tolist()
+    _diagonal(figure, *ends)
     figure.update_xaxes(title_text=_with_unit("True label", unit), range=spread(labels.to_numpy()))
     figure.update_yaxes(title_text=_with_unit("Pseudo-label", unit), range=spread(np.append(movie.pseudo_label, ends)))
 
@@ -483,9 +341,9 @@ def _movie_axes(figure, movie, unit):
 def _draw_movie(movie, unit):
     "A movie as a figure: the first epoch, and a frame for each with heights and colours."
     first = movie.samples.iloc[0]
-    heights, marker = _short(movie.pseudo_label).astype(np.float32), {}
+    heights, marker = short(movie.pseudo_label).astype(np.float32), {}
     style = method_styles([first["method"]])[first["method"]]
-    points = _line(_short(movie.samples["y_true"]), heights[0], style, "%{customdata}<br>label %{x:.4g}, pseudo-label %{y:.4g}",
+    points = _line(short(movie.samples["y_true"]), heights[0], style, "%{customdata}<br>label %{x:.4g}, pseudo-label %{y:.4g}",
                    first["run"], "markers", customdata=_sample_names(movie.samples), showlegend=False, name=html.escape(first["method"]))
     points.update(y=heights[0], marker=dict(size=7))
     frames = [dict(y=height) for height in heights]
@@ -517,25 +375,18 @@ def reliability_diagram(
     "Mean squared pseudo-label error against mean learned variance in bins of the variance."
     numbers = ["variance_mean", "squared_error_mean"]
     require_columns(reliability, ["method", "count", "squared_error_se", *numbers], "reliability")
-    figure, hover = go.Figure(), "variance %{x:.3g}, squared error %{y:.3g}<br>%{customdata} samples"
-    for legend, style, key, rows in _runs(reliability, methods):
-        spread = dict(array=rows["squared_error_se"].tolist(), thickness=1, width=3)
-        figure.add_trace(_line(*(rows[number] for number in numbers), style, hover, key.get("run", key["method"]),
-                               "lines+markers", error_y=spread, customdata=rows["count"].tolist(), **legend))
+    hover = "variance %{x:.3g}, squared error %{y:.3g}<br>%{customdata} samples"
+    figure = go.Figure([*_run_lines(reliability, *numbers, methods, hover, error_y_array="squared_error_se", customdata="count")])
+    figure.update_traces(error_y=dict(thickness=1, width=3))
     positive = reliability[numbers].to_numpy()
     positive = positive[positive > 0]
-    figure.add_scatter(x=[positive.min(), positive.max()], y=[positive.min(), positive.max()], mode="lines",
-                       line=dict(color="#808080", dash="dash"), name="calibrated", hoverinfo="skip")
-    figure.update_xaxes(title_text=_with_unit("Mean variance", unit, 2), **_log_axis(positive))
-    figure.update_yaxes(title_text=_with_unit("Mean squared error", unit, 2), **_log_axis(positive))
-    return finish(figure, "Calibration of the learned variance", 460)
+    ends = [positive.min(), positive.max()]
+    figure.add_scatter(x=ends, y=ends, mode="lines", line=DASHED, name="calibrated", hoverinfo="skip")
+    figure.update_xaxes(**_log_axis(positive)).update_yaxes(**_log_axis(positive))
+    titles = _with_unit("Mean variance", unit, 2), _with_unit("Mean squared error", unit, 2)
+    return finish(figure, "Calibration of the learned variance", 460, *titles)
 
 # %% ../nbs/21_figures.ipynb #d64eb357
-def _runs_by_epoch(log, methods):
-    "Runs of a log, whose rows are its epochs in order, as `x`."
-    for legend, style, key, rows in _runs(log.rename(columns=dict(epoch="x")), methods):
-        yield legend, style, key, rows.sort_values("x")
-
 def learning_curves(
     log:pd.DataFrame, # training log: run, method, epoch and `metric`
     metric:str="val_mae", # any column of the log
@@ -544,12 +395,9 @@ def learning_curves(
 )->go.Figure: # one line per run
     "How a column of the log changes over the epochs."
     require_columns(log, ["run", "method", "epoch", metric], "log")
-    figure = go.Figure()
-    for legend, style, key, rows in _runs_by_epoch(log, methods):
-        figure.add_trace(_line(rows["x"], rows[metric], style, "epoch %{x}: %{y:.4g}", key["run"], **legend))
-    figure.update_xaxes(title_text="Epoch")
-    figure.update_yaxes(title_text=_metric_title(metric, unit))
-    return finish(figure, f"{_metric_title(metric, '')} over training")
+    epochs = log.rename(columns=dict(epoch="x")) # rows of all epochs are one line
+    figure = go.Figure([*_run_lines(epochs, "x", metric, methods, "epoch %{x}: %{y:.4g}", "lines", "x")])
+    return finish(figure, f"{_metric_title(metric, '')} over training", x="Epoch", y=_metric_title(metric, unit))
 
 # %% ../nbs/21_figures.ipynb #206d9a49
 def _band(x, low, high, style, legend):
@@ -563,14 +411,13 @@ def log_variance_curves(
 )->go.Figure: # above, mean of z with a band of one standard deviation; below, mean weight
     "How the log-variance z and the weight exp(-z) change over the epochs."
     require_columns(log, ["run", "method", "epoch", "log_variance_mean", "log_variance_sd", "weight_mean"], "log")
-    known = log.dropna(subset=["log_variance_mean", "log_variance_sd"])
+    known = log.dropna(subset=["log_variance_mean", "log_variance_sd"]).rename(columns=dict(epoch="x"))
     if known.empty: raise HplError("the log has no log_variance_mean: these methods learn no variance")
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, row_heights=[.6, .4], vertical_spacing=.06)
-    for legend, style, key, rows in _runs_by_epoch(known, methods):
+    for legend, style, key, rows in _runs(known, methods, "x"):
         mean, sd = rows["log_variance_mean"], rows["log_variance_sd"]
         hidden, hover = legend | dict(showlegend=False), "epoch %{x}: %{y:.4g}"
-        traces = [_band(rows["x"], mean - sd, mean + sd, style, hidden),
-                  _line(rows["x"], mean, style, hover, key["run"], **legend),
+        traces = [_band(rows["x"], mean - sd, mean + sd, style, hidden), _line(rows["x"], mean, style, hover, key["run"], **legend),
                   _line(rows["x"], rows["weight_mean"], style, hover, key["run"], **hidden)]
         figure.add_traces(traces, rows=[1, 1, 2], cols=[1, 1, 1])
     figure.update_yaxes(title_text="Log-variance z, ± sd", row=1, col=1)
@@ -584,8 +431,7 @@ def _mean_and_sd(mean, sd, label, style):
     text = f"{mean:.4g}" if pd.isna(sd) else f"{mean:.4g} ± {sd:.3g}"
     bar = dict(array=[None if pd.isna(sd) else sd], thickness=2, width=6, color=style.colour)
     return go.Scatter(x=[mean], y=[label], mode="markers", error_x=bar, showlegend=False, name=label,
-                      marker=dict(color=style.colour, symbol=style.symbol, size=11),
-                      hovertemplate=f"{text}<extra>{label}</extra>")
+                      marker=dict(color=style.colour, symbol=style.symbol, size=11), hovertemplate=f"{text}<extra>{label}</extra>")
 
 def _seeds(runs, metric, label, style):
     "A small mark per run."
@@ -605,60 +451,13 @@ def results_chart(
     "Mean and standard deviation over seeds of each method."
     require_columns(summary, ["method", "n", f"{metric}_mean", f"{metric}_sd"], "summary")
     twice = summary["method"].duplicated()
-    if twice.any(): raise HplError(f"method {summary['method'][twice].iloc[0]} has several rows: choose one dataset, "
-                                   "split, label_ratio and output, such as summary[summary['split'] == 'test']")
+    if twice.any(): raise HplError(f"method {summary['method'][twice].iloc[0]} has several rows: choose one dataset, split, label_ratio "
+                                   "and output, such as summary[summary['split'] == 'test']")
     styles, figure = method_styles([*(methods or ()), *summary["method"].astype(str)]), go.Figure()
     for row in summary.to_dict("records"):
         style, label = styles[str(row["method"])], f"{html.escape(str(row['method']))} (n = {row['n']})"
         if runs is not None: figure.add_trace(_seeds(runs[runs["method"] == row["method"]], metric, label, style))
         figure.add_trace(_mean_and_sd(row[f"{metric}_mean"], row[f"{metric}_sd"], label, style))
     figure.update_yaxes(autorange="reversed", type="category")
-    figure.update_xaxes(title_text=_metric_title(metric, unit))
-    return finish(figure, f"{_metric_title(metric, '')}, mean ± sd over seeds", 150 + 44 * len(summary))
-
-# %% ../nbs/21_figures.ipynb #df897819
-_REPORT_CSS = _CSS + """
-:root{color-scheme:light dark}
-body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:auto;padding:1rem;background:#fff;color:#222}
-.scroll{overflow-x:auto}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.9rem}
-th,td{padding:.3rem .8rem;text-align:right;border-bottom:1px solid #8886;white-space:nowrap}
-th{border-bottom-width:2px}
-th:first-child,td:first-child{text-align:left}
-@media(prefers-color-scheme:dark){body{background:#161616;color:#ddd}}"""
-_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
-
-def _table(frame):
-    "A data frame as an HTML table that scrolls sideways on a narrow screen."
-    named = not isinstance(frame.index, pd.RangeIndex)
-    with pd.option_context("display.max_colwidth", None):
-        text = frame.to_html(index=named, border=0, na_rep="n/a", float_format="{:.4g}".format)
-    return f'<div class="scroll" tabindex="0">{text}</div>'
-
-# %% ../nbs/21_figures.ipynb #0133e2a7
-def _section(number, heading, text, content):
-    "One section of a report as HTML."
-    paragraphs = "".join(f"<p>{html.escape(paragraph)}</p>" for paragraph in text.split("\n\n") if paragraph.strip())
-    body = f'<h2 id="heading-{number}">{html.escape(heading)}</h2>\n<div id="text-{number}">{paragraphs}</div>\n'
-    if content is None: return body
-    if isinstance(content, pd.DataFrame): return body + _table(content)
-    if isinstance(content, go.Figure):
-        tied = f'role="group" aria-labelledby="heading-{number}" aria-describedby="text-{number}"'
-        plot = _plot(content, f"figure-{number}", "Promise.resolve()", _in_words(content))
-        return f'{body}<figure class="hpl-figure" {tied}>{plot}</figure>'
-    raise HplError(f"section {heading!r} holds a {type(content).__name__}: give a plotly Figure, a DataFrame or None")
-
-# %% ../nbs/21_figures.ipynb #ce9b2cfd
-def save_report(
-    path:str|Path, # the HTML file to write
-    title:str, # of the page
-    sections:Sequence[tuple[str, str, go.Figure|pd.DataFrame|None]], # heading, text (blank lines part it), content
-)->Path: # the file that was written
-    "Write one HTML file that needs no other: figures, tables and text, whole or not at all."
-    body = "\n".join(_section(number, *section) for number, section in enumerate(sections, start=1))
-    page = (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n<style>{_REPORT_CSS}</style>\n'
-            f'<script>{get_plotlyjs()}</script></head>\n<body><main><h1>{html.escape(title)}</h1>\n{body}</main></body>'
-            '</html>\n')
-    return atomic_write(path, lambda file: file.write(page.encode()))
+    title = f"{_metric_title(metric, '')}, mean ± sd over seeds"
+    return finish(figure, title, 150 + 44 * len(summary), x=_metric_title(metric, unit))

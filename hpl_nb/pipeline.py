@@ -27,7 +27,7 @@ from .cli import (
     DEMO_METHODS, Backend, Job, Options, check_job, exit_on_error, field_names, is_finished, local_processes, method_list, parse_list,
     parse_pairs, recipe_of, results_frame, run_folders, run_jobs, run_path, selected, train_job, write_results)
 from .core import HplError, RunFolder, atomic_write, one_of
-from .data.images import read_table
+from .data.tables import read_table
 from .trainer import Run, load_run
 
 # %% auto #0

@@ -3,12 +3,12 @@ nothing written anywhere else, no memory that the file's length does not explain
 
 Every place where the package opens a file that is not its own, and the reader below that goes through it:
 
-    data.images.read_table (.csv, .tsv, .parquet)               tables: csv, tsv, parquet; utkface, imdb_wiki, own pictures
+    data.tables.read_table (.csv, .tsv, .parquet)               tables: csv, tsv, parquet; utkface, imdb_wiki, own pictures
     data.images.find_images (names of pictures in a table)      names that lead elsewhere
     data.images.read_source, decode_image, open_image           a picture of each format, picture in a data set
     data.images.content_hashes, quick_keys                      picture in a data set
     data.images.tar_index                                       tar
-    data.images.sha256, fetch                                   fetched table
+    data.tables.sha256, fetch                                   fetched table
     data.pixels.is_intact, DiskCache                            decoded pictures
     data.utkface.read_faces, data.imdb_wiki.read_actors         utkface, imdb_wiki
     data.own.from_images, picture_table                         own pictures
@@ -62,7 +62,7 @@ from torch import nn
 from hpl_nb.core import HplError, RunFolder, run_lock
 from hpl_nb.data import check
 from hpl_nb.data.core import StreamSettings
-from hpl_nb.data.images import ImageFiles, ImageSource, decode_image, exact_count, fetch, read_table, tar_index
+from hpl_nb.data.images import ImageFiles, ImageSource, decode_image, exact_count, tar_index
 from hpl_nb.data.imdb_wiki import imdb_wiki
 from hpl_nb.data.own import from_arrays, from_images
 from hpl_nb.data.pixels import disk_cache

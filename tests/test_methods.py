@@ -112,7 +112,8 @@ class TestPhi:
         omega = pseudo_label_weight(z, s.weights.half_weight)/(torch.exp(-z).mean() if s.weights.normalize_weights else 1)
         result = hypergradient_autograd(
             method.regressor.head, partial(sgd_step, learning_rate=.05), Labelled(passes.labelled_features.detach(), passes.y),
-            PseudoLabelled(passes.unlabelled_features.detach(), passes.pseudo_label, omega.detach()), outer, s.unlabelled_weight, s.reduction)
+            PseudoLabelled(passes.unlabelled_features.detach(), passes.pseudo_label, omega.detach()), outer, s.unlabelled_weight,
+            s.reduction)
         expected = torch.autograd.grad(omega, list(method.learner.parameters()), result.weights)
         for actual, correct in zip(taught, expected): torch.testing.assert_close(actual, correct, rtol=1e-9, atol=1e-15)
 
@@ -336,8 +337,8 @@ class TestCost:
     "Forward passes of the body, counted."
 
     @pytest.mark.parametrize("chosen, expected", [
-        (Supervised(), [1]*6), (PseudoLabel(), [3]*6), (JointUncertainty(), [3]*6), (PAPER, [4]*6), (change(PAPER, outer="previous"), [3]*6),
-        (RELEASE, [7, 3, 3, 3, 3, 7]), (change(PAPER, outer_every=3), [4, 3, 3, 4, 3, 3])],
+        (Supervised(), [1]*6), (PseudoLabel(), [3]*6), (JointUncertainty(), [3]*6), (PAPER, [4]*6),
+        (change(PAPER, outer="previous"), [3]*6), (RELEASE, [7, 3, 3, 3, 3, 7]), (change(PAPER, outer_every=3), [4, 3, 3, 4, 3, 3])],
         ids=["Supervised", "PseudoLabel", "JointUncertainty", "fresh", "previous", "release", "fresh, each third"])
     def test_forward_passes(self, chosen, expected):
         "Of six steps."

@@ -15,9 +15,10 @@ import pandas as pd
 
 from ..core import HplError, LabelNormalizer
 from .core import SemiSupervisedData
-from .images import (ImageFiles, ImageSource, ImageViews, checked_columns, exact_count, find_images,
-                                image_data, prefix_sets, randaugment_mc_views, read_table, require_images)
+from .images import (
+    ImageFiles, ImageSource, ImageViews, exact_count, find_images, image_data, prefix_sets, randaugment_mc_views, require_images)
 from .pixels import PictureSettings
+from .tables import checked_columns, read_table
 
 # %% auto #0
 __all__ = ['AGES', 'HINT', 'RELEASED_NORMALIZER', 'read_actors', 'released_order', 'released_views', 'imdb_wiki', 'IMDBWiki']

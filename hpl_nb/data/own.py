@@ -25,9 +25,10 @@ from torch import Tensor
 from ..core import HplError, derive_seed
 from .core import (
     SPLITS, BatchView, SemiSupervisedData, StreamSettings, View, announce, content_keys, row_error, row_numbers, row_owners, split_rows)
-from .images import (
-    ImageFiles, ImageSource, ImageViews, exact_count, find_images, first_kind, image_data, is_below, label_problems,
-    randaugment_mc_views, read_table, repeated_rows, require_images, split_problems, unlisted_images)
+from hpl_nb.data.images import (
+    ImageFiles, ImageSource, ImageViews, exact_count, find_images, image_data, is_below, randaugment_mc_views, repeated_rows, require_images,
+    unlisted_images)
+from .tables import first_kind, label_problems, read_table, split_problems
 from ..settings import Settings
 
 # %% auto #0

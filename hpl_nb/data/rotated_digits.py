@@ -97,9 +97,9 @@ class RotatedDigits(DataSettings):
     short:ClassVar[str] = "rotated_digits"
     label_ratio:float=.055 # labelled share of the 1,258 training rows; 0.055 gives 69
     strength:float=1. # of the strong view, 0 to 8: factor on `distort`'s defaults
-    seed:int=0 # of the angles and the split
+    split_seed:int=0 # of the angles and the split
 
-    def load(self)->SemiSupervisedData: return rotated_digits(self.label_ratio, self.strength, self.seed)
+    def load(self)->SemiSupervisedData: return rotated_digits(self.label_ratio, self.strength, self.split_seed)
 
     def check(self)->None:
         super().check()

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..core import HplError, LabelNormalizer, check_header, derive_seed, reading, reason
 from .core import PerSample, SemiSupervisedData
-from .images import FolderSettings, fetch, listed
+from .tables import FolderSettings, fetch, listed
 
 # %% auto #0
 __all__ = ['PAIR_COLUMNS', 'STRONG_COLUMNS', 'find_table', 'read_pairs', 'labelled_rows', 'tokenize', 'sentence_words',

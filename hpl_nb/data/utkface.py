@@ -15,10 +15,11 @@ import pandas as pd
 
 from ..core import HplError, LabelNormalizer
 from .core import SemiSupervisedData
-from .images import (IMAGENET_MEAN, IMAGENET_STD, ImageFiles, ImageSource, ImageViews, checked_columns,
-                                exact_count, fetch, find_images, image_data, prefix_sets, randaugment_mc_views,
-                                read_table, require_images)
+from .images import (
+    IMAGENET_MEAN, IMAGENET_STD, ImageFiles, ImageSource, ImageViews, exact_count, find_images, image_data, prefix_sets,
+    randaugment_mc_views, require_images)
 from .pixels import PictureSettings
+from .tables import checked_columns, fetch, read_table
 
 # %% auto #0
 __all__ = ['FOLDERS', 'TARS', 'AGES', 'HINT', 'RELEASED_NORMALIZER', 'read_faces', 'released_order', 'released_count',

@@ -102,7 +102,8 @@ class RankUp(MethodSettings):
         return [self, strict, replace(strict, alignment_weight=.3), replace(strict, decay=None)]
 
     def check(self)->None:
-        for name in ("ranking_weight", "unlabelled_weight", "threshold", "alignment_weight", "ramp"): not_negative(name, getattr(self, name))
+        for name in ("ranking_weight", "unlabelled_weight", "threshold", "alignment_weight", "ramp"):
+            not_negative(name, getattr(self, name))
         if self.align_every is not None: whole_number("align_every", self.align_every)
         if self.decay is not None and not 0 <= self.decay <= 1:
             raise HplError(f"decay is {self.decay}; give a number from 0 to 1, or None to predict with the trained weights.")

@@ -10,8 +10,9 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -21,13 +22,13 @@ from torch.optim import Optimizer
 
 from ..core import HplError, derive_seed, not_negative, whole_number
 from ..data.core import SemiSupervisedData
-from .core import Method, adam, frozen_copy
+from .core import Method, MethodSettings, adam, frozen_copy
 from ..models import Head, Regressor
+from ..settings import change
 from ..trainer import OptimizerSettings
 
 # %% auto #0
-__all__ = ['import_gpytorch', 'Posterior', 'SparseGP', 'gp_arithmetic', 'gp_posterior', 'negative_elbo', 'SSDKL',
-           'label_posterior', 'three_groups', 'starting_points', 'count_and_place']
+__all__ = ['SSDKL', 'SSDKLMethod']
 
 # %% ../../nbs/64_methods.ssdkl.ipynb #7896f945
 def import_gpytorch()->ModuleType:
@@ -48,14 +49,8 @@ class Posterior(NamedTuple):
 # %% ../../nbs/64_methods.ssdkl.ipynb #c2957355
 class SparseGP(nn.Module):
     "K sparse variational Gaussian processes over one latent space."
-    def __init__(self,
-        latent_size:int, # dimensions of h
-        outputs:int, # K
-        inducing_points:int, # M
-        jitter:float, # added to the diagonal of the kernel's matrix
-    ):
+    def __init__(self, latent_size:int, outputs:int, inducing_points:int, jitter:float):
         super().__init__()
-        whole_number("latent_size", latent_size), whole_number("inducing_points", inducing_points)
         gpytorch, batch = import_gpytorch(), torch.Size([outputs])
         self.kernel = gpytorch.kernels.ScaleKernel(gpytorch.kernels.RBFKernel(batch_shape=batch), batch_shape=batch)
         self.likelihood = gpytorch.likelihoods.GaussianLikelihood(batch_shape=batch)
@@ -74,10 +69,7 @@ class SparseGP(nn.Module):
 
 # %% ../../nbs/64_methods.ssdkl.ipynb #0f87fc8c
 @contextmanager
-def gp_arithmetic(
-    gp:SparseGP, # the processes
-    device:torch.device, # of the rows
-)->Iterator[None]:
+def gp_arithmetic(gp:SparseGP, device:torch.device)->Iterator[None]:
     "Float32 within the block, no numerical warnings, `HplError` where a matrix has no root; no memory after it."
     import_gpytorch()
     from gpytorch.utils.memoize import clear_cache_hook
@@ -92,50 +84,51 @@ def gp_arithmetic(
         finally: clear_cache_hook(gp.strategy)
 
 # %% ../../nbs/64_methods.ssdkl.ipynb #d8abd376
-def gp_posterior(
-    gp:SparseGP, # the processes
-    h:Tensor, # latent points, (b, latent_size)
-    inducing_fixed:bool=False, # no gradient in q(u) and Z
-)->Posterior: # (b, K) each
-    "Mean and variance of f at latent points."
+def gp_posterior(gp:SparseGP, h:Tensor, inducing_fixed:bool=False)->Posterior:
+    "Mean and variance of f at latent points (b, latent_size); `inducing_fixed`: without gradient in q(u) and Z."
     fixed = {name: p.detach() for name, p in gp.strategy.named_parameters()} if inducing_fixed else {}
     with gp_arithmetic(gp, h.device):
         q = functional_call(gp.strategy, fixed, (h,))
         return Posterior(q.mean.T, q.variance.T)
 
 # %% ../../nbs/64_methods.ssdkl.ipynb #f40274cb
-def negative_elbo(
-    gp:SparseGP, # q(u) and the noise
-    posterior:Posterior, # at a labelled batch
-    y:Tensor, # its normalised labels, (b, K)
-    rows:Tensor, # n, how many labelled rows there are in all
-)->Tensor: # a scalar
-    "-ELBO/n, estimated on a batch; mean over the outputs."
+def negative_elbo(gp:SparseGP, posterior:Posterior, y:Tensor, rows:Tensor)->Tensor:
+    "-ELBO/n for n rows, estimated on a labelled batch; mean over the outputs."
     with gp_arithmetic(gp, y.device): divergence = gp.strategy.kl_divergence()
     row = ((y - posterior.mean)**2 + posterior.variance)/gp.noise + (2*math.pi*gp.noise).log()
     return row.mean()/2 + (divergence/rows).mean()
 
 # %% ../../nbs/64_methods.ssdkl.ipynb #5282f97b
-class SSDKL(Method):
+@dataclass(frozen=True)
+class SSDKL(MethodSettings):
     "Deep kernel learning that minimises the variance of its predictions on unlabelled rows."
+    short:ClassVar[str] = "ssdkl"
+    unlabelled_weight:float=1. # alpha
+    latent_size:int=2 # dimensions of the latent space
+    inducing_points:int=64 # M
+    gp_lr:float=1e-2 # Adam's rate for kernel, noise, Z and q(u)
+    jitter:float=1e-4 # added to the diagonal of the kernel's matrix, and with it to every variance
+    linear_mean:bool=False # the regressor's head is the mean of f; False: the mean is 0 and the head unused (original)
+    inducing_fixed:bool=True # the variance moves network and kernel alone; False: Z and q(u) too
+
+    def build(self, regressor:Regressor)->SSDKLMethod: return SSDKLMethod(regressor, self)
+    def candidates(self)->list[SSDKL]:
+        "Smaller weights, and a faster process."
+        return [change(self, **values) for values in ({}, {"unlabelled_weight": .1}, {"unlabelled_weight": .01}, {"gp_lr": .03})]
+
+    def check(self)->None:
+        for name in ("unlabelled_weight", "gp_lr", "jitter"): not_negative(name, getattr(self, name))
+        for name in ("latent_size", "inducing_points"): whole_number(name, getattr(self, name))
+
+# %% ../../nbs/64_methods.ssdkl.ipynb #a0df4a00
+class SSDKLMethod(Method):
+    "The network makes latent points, the processes make predictions of them."
     needs = {"labelled": ("weak",), "unlabelled": ("weak",)}
 
-    def __init__(self,
-        regressor:Regressor, # the network to train; of its head see `linear_mean`
-        unlabelled_weight:float=1., # alpha
-        latent_size:int=2, # dimensions of the latent space
-        inducing_points:int=64, # M
-        gp_lr:float=1e-2, # Adam's rate for kernel, noise, Z and q(u)
-        jitter:float=1e-4, # added to the diagonal of the kernel's matrix, and with it to every variance
-        linear_mean:bool=False, # the regressor's head is the mean of f; False: the mean is 0 and the head unused (original)
-        inducing_fixed:bool=True, # the variance moves network and kernel alone; False: Z and q(u) too
-    ):
-        super().__init__(regressor)
-        self.unlabelled_weight, self.gp_lr = not_negative("unlabelled_weight", unlabelled_weight), not_negative("gp_lr", gp_lr)
-        self.latent_size, self.inducing_points, self.jitter = latent_size, inducing_points, not_negative("jitter", jitter)
-        self.linear_mean, self.inducing_fixed = linear_mean, inducing_fixed
-        self.gp = SparseGP(latent_size, regressor.head.out_features, inducing_points, jitter)
-        self.projection = Head(regressor.head.in_features, latent_size)
+    def __init__(self, regressor:Regressor, settings:SSDKL=SSDKL()):
+        super().__init__(regressor, settings)
+        self.gp = SparseGP(settings.latent_size, regressor.head.out_features, settings.inducing_points, settings.jitter)
+        self.projection = Head(regressor.head.in_features, settings.latent_size)
         self.register_buffer("labelled_rows", torch.tensor(0)) # n; 0: not yet prepared
 
     def training_step(self, batch:Mapping[str, Mapping[str, Tensor]])->dict[str, Tensor]:
@@ -143,8 +136,8 @@ class SSDKL(Method):
         labelled = batch["labelled"]
         loss = negative_elbo(self.gp, label_posterior(self, labelled["weak"]), labelled["y"], self.labelled_rows)
         h = self.projection(self.regressor.features(batch["unlabelled"]["weak"]))
-        variance = gp_posterior(self.gp, h, self.inducing_fixed).variance
-        return {"labelled": loss, "unlabelled": self.unlabelled_weight*variance.mean()}
+        variance = gp_posterior(self.gp, h, self.settings.inducing_fixed).variance
+        return {"labelled": loss, "unlabelled": self.settings.unlabelled_weight*variance.mean()}
 
     def prepare(self, data:SemiSupervisedData)->SemiSupervisedData: return count_and_place(self, data)
     def make_optimizers(self, settings:OptimizerSettings)->dict[str, Optimizer]: return {"regressor": three_groups(self, settings)}
@@ -155,33 +148,24 @@ class SSDKL(Method):
         return {"pseudo_label": mean, "strong_prediction": self.predict(strong), "log_variance": (variance + self.gp.noise).log()}
 
 # %% ../../nbs/64_methods.ssdkl.ipynb #a1924119
-def label_posterior(
-    method:SSDKL, # its network and processes
-    x:Tensor, # a batch of b inputs
-)->Posterior: # (b, K) each
-    "Posterior of f at x."
+def label_posterior(method:SSDKLMethod, x:Tensor)->Posterior:
+    "Posterior of f at a batch of inputs."
     features = method.regressor.features(x)
     posterior = gp_posterior(method.gp, method.projection(features))
-    return posterior._replace(mean=posterior.mean + method.regressor.head(features)) if method.linear_mean else posterior
+    return posterior._replace(mean=posterior.mean + method.regressor.head(features)) if method.settings.linear_mean else posterior
 
 # %% ../../nbs/64_methods.ssdkl.ipynb #930a0374
-def three_groups(
-    method:SSDKL, # its network, projection and processes
-    settings:OptimizerSettings, # rates and weight decay of body and head
-)->Optimizer:
+def three_groups(method:SSDKLMethod, settings:OptimizerSettings)->Optimizer:
     "Adam with a group for the body, one for head and projection, and one for the processes."
     optimizer = adam(method.regressor, settings, beside_head=[method.projection])
-    optimizer.add_param_group({"params": [*method.gp.parameters()], "lr": method.gp_lr, "weight_decay": 0.})
+    optimizer.add_param_group({"params": [*method.gp.parameters()], "lr": method.settings.gp_lr, "weight_decay": 0.})
     return optimizer
 
 # %% ../../nbs/64_methods.ssdkl.ipynb #3c34893d
 @torch.no_grad()
-def starting_points(
-    method:SSDKL, # its network and projection
-    data:SemiSupervisedData, # the labelled rows
-)->Tensor: # (M, latent_size)
-    "Latent points of M labelled rows; the same whatever was drawn before."
-    M = method.inducing_points
+def starting_points(method:SSDKLMethod, data:SemiSupervisedData)->Tensor:
+    "Latent points (M, latent_size) of M labelled rows; the same whatever was drawn before."
+    M = method.settings.inducing_points
     rows = data.labelled[np.arange(M)*len(data.labelled)//M]
     x = data.weak(data.inputs[rows], np.array([derive_seed("inducing points", i) for i in range(M)]))
     with torch.random.fork_rng():
@@ -189,10 +173,7 @@ def starting_points(
         return method.projection(frozen_copy(method.regressor).train().features(x.to(method.labelled_rows.device)))
 
 # %% ../../nbs/64_methods.ssdkl.ipynb #d4a1a4d2
-def count_and_place(
-    method:SSDKL, # to be prepared
-    data:SemiSupervisedData, # what it will be trained on
-)->SemiSupervisedData: # `data`
+def count_and_place(method:SSDKLMethod, data:SemiSupervisedData)->SemiSupervisedData:
     "Tell the method n, and at first place its inducing points."
     if not method.labelled_rows: method.gp.strategy.inducing_points.data.copy_(starting_points(method, data))
     method.labelled_rows.fill_(len(data.labelled))

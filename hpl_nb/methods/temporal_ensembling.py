@@ -6,38 +6,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..core import HplError, not_negative, one_of
+from ..core import HplError, not_negative
 from ..data.core import SemiSupervisedData
 from ..loss import labelled_loss, unlabelled_loss
-from .core import Method, gaussian_ramp, sample_record
+from .core import Method, MethodSettings, gaussian_ramp, sample_record
 from ..models import Regressor
+from ..settings import change
 
 # %% auto #0
-__all__ = ['EnsembleTable', 'TemporalEnsembling', 'look_up']
+__all__ = ['TemporalEnsembling', 'TemporalEnsemblingMethod']
 
 # %% ../../nbs/63_methods.temporal_ensembling.ipynb #1afabed8
 class EnsembleTable(nn.Module):
-    "For each row the average of its predictions over epochs, the newest weighing most."
-    def __init__(self,
-        rows:int, # N, of the data
-        outputs:int, # K
-        decay:float, # alpha
-    ):
+    "For each of N rows the average of its K predictions over epochs, the newest weighing most."
+    def __init__(self, rows:int, outputs:int, decay:float):
         super().__init__()
         self.decay = decay
         for name, width in (("ensemble", outputs), ("mass", 1), ("total", outputs), ("visits", 1)):
             self.register_buffer(name, torch.zeros(rows, width)) # Z, 1 - alpha^t, and of this epoch: sum and number of predictions
 
-    def note(self,
-        index:Tensor, # rows, (b,); one may stand there twice
-        prediction:Tensor, # of them, without gradient, (b, K)
-    )->None:
-        "Add predictions to the epoch's."
+    def note(self, index:Tensor, prediction:Tensor)->None:
+        "Add predictions (b, K) of rows to the epoch's; one row may stand there twice."
         self.total.index_add_(0, index, prediction)
         self.visits.index_add_(0, index, torch.ones_like(prediction[:, :1]))
 
@@ -48,55 +43,59 @@ class EnsembleTable(nn.Module):
         self.mass.lerp_(torch.ones_like(self.mass), share)
         for noted in (self.total, self.visits): noted.zero_()
 
-    def targets(self,
-        index:Tensor, # rows, (b,)
-    )->tuple[Tensor, Tensor]: # targets, and 1 where there is one; (b, K) each
-        "Bias-corrected averages."
+    def targets(self, index:Tensor)->tuple[Tensor, Tensor]:
+        "Bias-corrected averages of rows, and 1 where there is one; (b, K) each."
         ensemble, known = self.ensemble[index], self.mass[index] > 0
         target = torch.where(known, ensemble/self.mass[index], ensemble)
         return target, known.to(target.dtype).expand_as(target)
 
 # %% ../../nbs/63_methods.temporal_ensembling.ipynb #36abe6f5
-class TemporalEnsembling(Method):
+@dataclass(frozen=True)
+class TemporalEnsembling(MethodSettings):
     "Each row's prediction is drawn to the average of its earlier ones."
-    def __init__(self,
-        regressor:Regressor, # the network to train
-        unlabelled_weight:float=1., # lambda, the largest w(t)
-        ramp_share:float=.27, # of training until w(t) is lambda; 0: as soon as there are targets
-        decay:float=.6, # alpha
-        view:Literal["weak", "strong"]="weak", # of the unlabelled rows
-    ):
-        super().__init__(regressor)
-        if not 0 <= decay < 1: raise HplError(f"decay is {decay}; give a number from 0 (the last epoch alone) to below 1.")
-        self.unlabelled_weight = not_negative("unlabelled_weight", unlabelled_weight)
-        self.ramp_share, self.decay = not_negative("ramp_share", ramp_share), decay
-        self.view = one_of("view", view, ("weak", "strong"))
-        self.needs = {"labelled": ("weak",), "unlabelled": (view,)}
+    short:ClassVar[str] = "temporal_ensembling"
+    unlabelled_weight:float=1. # lambda, the largest w(t)
+    ramp_share:float=.27 # of training until w(t) is lambda; 0: as soon as there are targets
+    decay:float=.6 # alpha
+    view:Literal["weak", "strong"]="weak" # of the unlabelled rows
+
+    def build(self, regressor:Regressor)->TemporalEnsemblingMethod: return TemporalEnsemblingMethod(regressor, self)
+    def candidates(self)->list[TemporalEnsembling]:
+        "A smaller weight on either view, and a shorter memory that counts later."
+        changes = ({}, {"unlabelled_weight": .3}, {"unlabelled_weight": .3, "view": "strong"}, {"decay": .3, "ramp_share": 1.})
+        return [change(self, **values) for values in changes]
+
+    def check(self)->None:
+        for name in ("unlabelled_weight", "ramp_share"): not_negative(name, getattr(self, name))
+        if not 0 <= self.decay < 1: raise HplError(f"decay is {self.decay}; give a number from 0 (the last epoch alone) to below 1.")
+
+# %% ../../nbs/63_methods.temporal_ensembling.ipynb #80c32682
+class TemporalEnsemblingMethod(Method):
+    "Keeps the table, and draws all rows to their targets."
+    def __init__(self, regressor:Regressor, settings:TemporalEnsembling=TemporalEnsembling()):
+        super().__init__(regressor, settings)
+        self.needs = {"labelled": ("weak",), "unlabelled": (settings.view,)}
 
     def prepare(self, data:SemiSupervisedData)->SemiSupervisedData:
         "A table for these rows, in which nothing stands yet."
-        self.table = EnsembleTable(len(data.targets), data.outputs, self.decay)
+        self.table = EnsembleTable(len(data.targets), data.outputs, self.settings.decay)
         return data
 
     def training_step(self, batch:Mapping[str, Mapping[str, Tensor]])->dict[str, Tensor]:
         "Labelled loss, and the distance of all rows from their targets."
-        y, known = batch["labelled"]["y"], self.regressor(batch["labelled"]["weak"])
-        prediction = torch.cat([known, self.regressor(batch["unlabelled"][self.view])])
+        s, y, known = self.settings, batch["labelled"]["y"], self.regressor(batch["labelled"]["weak"])
+        prediction = torch.cat([known, self.regressor(batch["unlabelled"][s.view])])
         target, weight = look_up(self, batch, prediction.detach())
         self.record = sample_record(batch, *(values[len(y):] for values in (target, prediction, weight)))
-        return {"labelled": labelled_loss(known, y), "unlabelled": self.unlabelled_weight*unlabelled_loss(prediction, target, weight)}
+        return {"labelled": labelled_loss(known, y), "unlabelled": s.unlabelled_weight*unlabelled_loss(prediction, target, weight)}
 
     def after_epoch(self)->None: self.table.update()
 
 # %% ../../nbs/63_methods.temporal_ensembling.ipynb #c2eb9653
-def look_up(
-    method:TemporalEnsembling, # its table and clock
-    batch:Mapping[str, Mapping[str, Tensor]], # this process's batches of n and m rows
-    prediction:Tensor, # of the labelled and then the unlabelled rows, without gradient, (n + m, K)
-)->tuple[Tensor, Tensor]: # targets and their weights w(t)/lambda, (n + m, K) each
-    "Targets of these rows, whose predictions are noted for later ones."
+def look_up(method:TemporalEnsemblingMethod, batch:Mapping[str, Mapping[str, Tensor]], prediction:Tensor)->tuple[Tensor, Tensor]:
+    "Targets of n labelled and m unlabelled rows and their weights w(t)/lambda, (n + m, K) each; their predictions are noted for later."
     index = torch.cat([batch[stream]["index"] for stream in ("labelled", "unlabelled")])
     method.table.note(method.gather(index), method.gather(prediction))
     target, known = method.table.targets(index)
-    share = method.clock.epoch*method.clock.per_epoch/method.clock.steps
-    return target, known*(gaussian_ramp(share/method.ramp_share) if method.ramp_share else 1.)
+    share, ramp_share = method.clock.epoch*method.clock.per_epoch/method.clock.steps, method.settings.ramp_share
+    return target, known*(gaussian_ramp(share/ramp_share) if ramp_share else 1.)
