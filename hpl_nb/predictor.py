@@ -32,6 +32,7 @@ from .methods.core import Method
 from .methods.known import METHODS
 from .settings import Settings, as_json, differences, from_json
 from .trainer import TrainSettings, evaluating, load_run, load_state, read_checkpoint, run_config
+from .training.state import Train
 
 # %% auto #0
 __all__ = ['conformal_radius', 'Interval', 'Predictor']
@@ -130,7 +131,7 @@ def unpack(tree:Any, tensors:Mapping[str, Tensor])->Any:
     if not isinstance(tree, dict): return tree
     (kind, content), = tree.items()
     if kind == "plain_view": return plain_view
-    if kind == "settings": return from_json(content, *METHODS, TrainSettings, RowStrengths, PixelStrengths)
+    if kind == "settings": return from_json(content, *METHODS, Train, RowStrengths, PixelStrengths)
     if kind == "tensor": return tensors[content]
     if kind == "dict": return {key: unpack(value, tensors) for key, value in content.items()}
     if kind in ("list", "tuple"): return {"list": list, "tuple": tuple}[kind](unpack(value, tensors) for value in content)

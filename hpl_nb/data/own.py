@@ -391,12 +391,12 @@ def fit_encoder(frame:pd.DataFrame, columns:Sequence[str], rows:np.ndarray, impu
     return FrameEncoder(medians, categories, impute)
 
 # %% ../../nbs/15_data.own.ipynb #ae6b60b0
-OWN_PREPROCESSOR = Words("a smaller validation_fraction", "use make_pipeline(SimpleImputer(), ...) or preprocessor=",
+ESTIMATOR_WORDS = Words("a smaller validation_fraction", "use make_pipeline(SimpleImputer(), ...) or preprocessor=",
                          "drop it, make it numeric, or pass preprocessor=")
 
 def _check_texts(column:pd.Series, rows:np.ndarray, most:int)->None:
     "Refuse dates, numbers as text, names of the rows, and texts among other things, which have no order."
-    column_categories(column, rows, most, "X", OWN_PREPROCESSOR)
+    column_categories(column, rows, most, "X", ESTIMATOR_WORDS)
     is_text = column.map(lambda value: isinstance(value, str)).to_numpy(bool)
     if is_text.any() and not is_text.all():
         value = column.iloc[np.flatnonzero(~is_text)[0]]
