@@ -67,6 +67,7 @@ from hpl_nb.data.imdb_wiki import imdb_wiki
 from hpl_nb.data.own import from_arrays, from_images
 from hpl_nb.data.pixels import disk_cache
 from hpl_nb.data.stsb import load_vectors, read_wordnet, stsb
+from hpl_nb.data.tables import fetch, read_table
 from hpl_nb.data.utkface import utkface
 from hpl_nb.estimator import SemiSupervisedRegressor
 from hpl_nb.methods.core import Supervised
