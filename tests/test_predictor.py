@@ -22,7 +22,8 @@ from hpl_nb.methods.core import FullySupervised, Supervised
 from hpl_nb.methods.hpl import HPL
 from hpl_nb.models import Body, Head, Regressor, mlp, resnet, small_cnn
 from hpl_nb.predictor import Predictor, conformal_radius, read_content
-from hpl_nb.trainer import fit, load_run
+from hpl_nb.training.loop import fit
+from hpl_nb.training.run import load_run
 
 QUICK = replace(SETTINGS, epochs=2, iterations_per_epoch=3, record_every=0)
 

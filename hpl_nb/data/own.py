@@ -294,7 +294,7 @@ def batches_for(
     data:SemiSupervisedData, # any data
     labelled_batch:int=32, # largest labelled batch
     unlabelled_batch:int=32, # largest unlabelled batch
-)->StreamSettings: # for `TrainSettings(streams=...)`
+)->StreamSettings: # for `Train(streams=...)`
     "The largest batches, up to the given ones, that the rows allow for every method."
     return StreamSettings(labelled_batch=max(1, min(labelled_batch, len(data.labelled)//2)),
                           unlabelled_batch=max(1, min(unlabelled_batch, len(data.unlabelled))))
