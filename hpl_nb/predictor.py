@@ -35,7 +35,6 @@ from .training.checkpoint import load_state, read_checkpoint
 from .training.predict import evaluating
 from .training.run import load_run, run_config
 from .training.state import Train
-from .training.state import Train
 
 # %% auto #0
 __all__ = ['conformal_radius', 'Interval', 'Predictor']
