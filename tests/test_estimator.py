@@ -161,7 +161,7 @@ def test_run_folder_is_resumed(tmp_path):
     whole = clone(model).fit(x, y)
     code = ("import os, signal\nimport sys; sys.path.insert(0, 'tests')\nfrom test_estimator import *\n"
             "from hpl_nb.training.checkpoint import Checkpoint\nsave, count = Checkpoint.save, []\n"
-            "def killing(it):\n    save(it); count.append(0)\n    if len(count) == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+            "def killing(self):\n    save(self); count.append(0)\n    if len(count) == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
             "Checkpoint.save = killing\nx, y, _ = rows()\n"
             f"SemiSupervisedRegressor('hpl', folder={str(tmp_path/'run')!r}, **QUICK).fit(x, y)\n")
     killed = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], env=environment(), capture_output=True, text=True)
