@@ -25,10 +25,13 @@ import torch
 from small_runs import METHODS, differences, make, on_cpu, vectors  # noqa: F401
 
 import hpl_nb.core
-from hpl_nb import cli
 from hpl_nb.core import HplError, RunFolder, random_states, set_random_states
 from hpl_nb.data.core import StreamSettings
+from hpl_nb.data.rotated_digits import RotatedDigits
+from hpl_nb.experiment import Experiment, run_path
+from hpl_nb.methods.core import Supervised
 from hpl_nb.models import mlp
+from hpl_nb.runner import run_all
 from hpl_nb.training.checkpoint import read_checkpoint
 from hpl_nb.training.guard import Flags
 from hpl_nb.training.loop import fit
@@ -537,22 +540,24 @@ def test_clock_set_back(jump, tmp_path, monkeypatch):
 
 # ---- a command whose workers train
 
+LONG = [Experiment(RotatedDigits(), Supervised(), train=Train(epochs=10_000), seed=seed) for seed in range(2)]
+
 def many_runs(out):
     "Two runs that take minutes, side by side."
-    options = cli.Options(dataset="rotated_digits", epochs=10_000)
-    cli.run_jobs([cli.Job("supervised", seed, options, str(out/str(seed))) for seed in range(2)], 2, progress=False)
+    run_all(LONG, out, 2, progress=False)
 
 
 def test_workers_end_with_the_command_that_began_them(start, tmp_path):
     "Otherwise they would hold the folders of the same command, started again."
     process = start(many_runs, tmp_path)
-    wait_for(lambda: all((tmp_path/seed/"log.csv").exists() for seed in "01"), process)
+    folders = [run_path(experiment, tmp_path) for experiment in LONG]
+    wait_for(lambda: all((folder/"log.csv").exists() for folder in folders), process)
     workers = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
     process.kill()
     process.join()
     assert len(workers) == 2 and not psutil.wait_procs(workers, timeout=60)[1]
-    for seed in "01":
-        with run_lock(RunFolder(tmp_path/seed)): pass
+    for folder in folders:
+        with run_lock(RunFolder(folder)): pass
 
 
 # ---- two processes
