@@ -16,7 +16,7 @@ import pandas as pd
 from . import metrics
 from .cli import Job, Options, is_finished, method_list, parse_list, recipe_of, run_path
 from .core import HplError
-from .trainer import Run, load_run
+from .training.run import Run, load_run
 
 # %% auto #0
 __all__ = ['jobs_of', 'stored_runs', 'how_made', 'given_options', 'where_wrong', 'does_it_know', 'within_groups', 'did_it_help']

@@ -58,7 +58,9 @@ from hpl_nb.live import LiveView
 from hpl_nb.methods.core import Supervised
 from hpl_nb.models import mlp, resnet
 from hpl_nb.predictor import Predictor
-from hpl_nb.trainer import fit, load_run, read_checkpoint
+from hpl_nb.training.checkpoint import read_checkpoint
+from hpl_nb.training.loop import fit
+from hpl_nb.training.run import load_run
 
 TEXT = (ROOT/"SECURITY.md").read_text(encoding="utf-8")
 dense = partial(mlp, 3, (16,), dropout=.2)

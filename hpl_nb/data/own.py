@@ -294,7 +294,7 @@ def batches_for(
     data:SemiSupervisedData, # any data
     labelled_batch:int=32, # largest labelled batch
     unlabelled_batch:int=32, # largest unlabelled batch
-)->StreamSettings: # for `TrainSettings(streams=...)`
+)->StreamSettings: # for `Train(streams=...)`
     "The largest batches, up to the given ones, that the rows allow for every method."
     return StreamSettings(labelled_batch=max(1, min(labelled_batch, len(data.labelled)//2)),
                           unlabelled_batch=max(1, min(unlabelled_batch, len(data.unlabelled))))
@@ -391,12 +391,12 @@ def fit_encoder(frame:pd.DataFrame, columns:Sequence[str], rows:np.ndarray, impu
     return FrameEncoder(medians, categories, impute)
 
 # %% ../../nbs/15_data.own.ipynb #ae6b60b0
-OWN_PREPROCESSOR = Words("a smaller validation_fraction", "use make_pipeline(SimpleImputer(), ...) or preprocessor=",
+ESTIMATOR_WORDS = Words("a smaller validation_fraction", "use make_pipeline(SimpleImputer(), ...) or preprocessor=",
                          "drop it, make it numeric, or pass preprocessor=")
 
 def _check_texts(column:pd.Series, rows:np.ndarray, most:int)->None:
     "Refuse dates, numbers as text, names of the rows, and texts among other things, which have no order."
-    column_categories(column, rows, most, "X", OWN_PREPROCESSOR)
+    column_categories(column, rows, most, "X", ESTIMATOR_WORDS)
     is_text = column.map(lambda value: isinstance(value, str)).to_numpy(bool)
     if is_text.any() and not is_text.all():
         value = column.iloc[np.flatnonzero(~is_text)[0]]
