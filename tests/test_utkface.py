@@ -169,7 +169,8 @@ def test_settings_travel_and_places_do_not_count(kind):
 
 
 @pytest.mark.parametrize("wrong, says", [
-    (dict(views="public"), "views is 'public'; choose 'released' or 'published'"), (dict(size=0), "size is 0"), (dict(size=1.5), "size is 1.5"),
+    (dict(views="public"), "views is 'public'; choose 'released' or 'published'"),
+    (dict(size=0), "size is 0"), (dict(size=1.5), "size is 1.5"),
     (dict(pixels="gpu"), "choose 'memory' or 'disk' or 'device'"), (dict(labelled_count="all"), "choose 'released' or 'exact'"),
     (dict(lable_ratio=.1), "did you mean 'label_ratio'")])
 def test_wrong_settings_are_named(wrong, says):

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
