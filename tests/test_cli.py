@@ -3,146 +3,170 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from fastcore.script import anno_parser
+from small_runs import differences
 
-from hpl_nb import bench, cli, pipeline
+from hpl_nb import cli
 from hpl_nb.core import PREDICTION_COLUMNS
-from hpl_nb.experiments import given_options
-from hpl_nb.methods.hpl import PAPER
-from hpl_nb.models import mlp
+from hpl_nb.experiment import DATASETS, Experiment, run_path
+from hpl_nb.methods.hpl import HPL
+from hpl_nb.methods.known import known_methods
+from hpl_nb.training.run import load_run
 
+COMMANDS = {name: getattr(cli, name) for name in ("hpl_demo", "hpl_train", "hpl_compare", "hpl_queue", "hpl_store", "hpl_figures", "hpl_bench")}
 METHODS = {"Supervised", "PseudoLabel", "JointUncertainty", "HPL (paper)", "HPL (release)", "FullySupervised"}
 
 
+def typed(line):
+    command, *rest = shlex.split(line)
+    COMMANDS[command](rest)
+
+
+def parsed(line, monkeypatch):
+    "What a command line means, without carrying it out."
+    made, whole = [], cli.tyro.cli
+    class Parsed:
+        def __init__(self, value): made.append(value)
+        def run(self): pass
+    monkeypatch.setattr(cli.tyro, "cli", lambda *args, **named: Parsed(whole(*args, **named)))
+    typed(line)
+    monkeypatch.undo()
+    return made[0]
+
+
 def test_demo_writes_table_report_and_predictions(tmp_path, capsys):
-    cli.hpl_demo(out=str(tmp_path), seeds="0", jobs=2, iterations=2)
+    line = f"hpl_demo --out {tmp_path} --seeds 0 --jobs 2 --iterations 2"
+    typed(line)
     printed = capsys.readouterr().out
-    results = pd.read_csv(tmp_path/"results.csv")
-    assert set(results["method"]) == METHODS and all(name in printed for name in METHODS)
+    assert set(pd.read_csv(tmp_path/"results.csv")["method"]) == METHODS and all(name in printed for name in METHODS)
     predictions = pd.read_parquet(tmp_path/"predictions.parquet")
     assert tuple(predictions) == PREDICTION_COLUMNS and set(predictions["split"]) == {"labelled", "unlabelled", "val", "test"}
     report = (tmp_path/"report.html").read_text()
     assert report.count("<figure") >= 6 and "Plotly" in report
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("metrics.json")}
-    cli.hpl_demo(out=str(tmp_path), seeds="0", jobs=2, iterations=2) # finished runs are only read
+    typed(line) # finished runs are only read
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("metrics.json")} and len(before) == 6
-    with pytest.raises(SystemExit, match="iterations=2 there, 3 here"): cli.hpl_demo(out=str(tmp_path), seeds="0", iterations=3)
 
 
 def test_compare_runs_every_method(tmp_path, capsys):
     "Each with its presets, in the table and with predictions; what is done is skipped."
-    arguments = dict(methods="all", seeds="0", out=str(tmp_path), options="epochs=1 iterations=2")
-    pipeline.hpl_compare(**arguments)
-    results = pd.read_csv(tmp_path/"rotated_digits"/"results.csv")
-    names = {make.__name__ for make in cli.METHODS.values()} - {"HPL"} | {"HPL (paper)", "HPL (release)", "RankUp (arc)"}
-    assert set(results["method"]) == names and len(results) == len(cli.method_names()) == 18
-    assert results[["mae", "mse", "val_mae"]].notna().all(axis=None)
+    line = f"hpl_compare rotated_digits --methods all --seeds 0 --out {tmp_path} --epochs 1 --iterations_per_epoch 2"
+    typed(line)
+    results, names = pd.read_csv(tmp_path/"rotated_digits"/"results.csv"), {method.title for method in known_methods().values()}
+    assert set(results["method"]) == names and len(results) == 18 and results[["mae", "mse", "val_mae"]].notna().all(axis=None)
     printed = capsys.readouterr().out
     assert all(name in printed for name in names)
     assert set(pd.read_parquet(tmp_path/"rotated_digits"/"predictions.parquet")["method"]) == names
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("metrics.json")}
-    pipeline.hpl_compare(**arguments)
+    typed(line)
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("metrics.json")} and len(before) == 18
 
 
+def test_compare_keeps_and_goes_on(tmp_path, capsys):
+    line = (f"hpl_compare rotated_digits --methods supervised hpl_paper --seeds 0 1 --out {tmp_path}/runs --store {tmp_path}/store --jobs 1 "
+            "--epochs 1 --iterations_per_epoch 2")
+    typed(f"{line} --minutes 0")
+    assert "0 of 4 runs are finished; the same command goes on" in capsys.readouterr().out
+    typed(line)
+    assert "HPL (paper)" in capsys.readouterr().out and len(list((tmp_path/"store").rglob("*.json"))) == 4
+
+
 def test_train_stops_resumes_and_draws(tmp_path, capsys):
+    "The run that was stopped is the run that was not, to the bit."
+    line = "hpl_train hpl_paper --outer previous rotated_digits --epochs 2 --iterations_per_epoch 5 --out"
     run, page = tmp_path/"run", tmp_path/"figures.html"
-    arguments = dict(epochs=2, iterations=5, out=str(run), settings="outer=previous")
-    cli.hpl_train(**arguments, stop_after=7)
+    typed(f"{line} {run} --stop_after 7")
     assert "the same command goes on" in capsys.readouterr().out and not (run/"metrics.json").exists()
-    cli.hpl_train(**arguments)
+    typed(f"{line} {run}")
     assert "selected at epoch" in capsys.readouterr().out and len(pd.read_csv(run/"log.csv")) == 2
-    cli.hpl_figures([str(tmp_path)], out=str(page))
+    typed(f"{line} {tmp_path}/whole")
+    assert not differences(load_run(run).predictions, load_run(tmp_path/"whole").predictions)
+    typed(f"hpl_figures {run} --out {page}")
     assert "outer=previous" in page.read_text()
+    with pytest.raises(SystemExit, match="train.epochs=2 there, 3 here"): typed(f"{line.replace('--epochs 2', '--epochs 3')} {run}")
 
 
-@pytest.mark.parametrize("dataset, paper", [("UTKFace", "5.639 ± 0.035 MAE"), ("IMDB-WIKI", "9.177 ± 0.061 MAE"),
-                                            ("stsb", "1.540 ± 0.006 MSE")])
-def test_compare_puts_the_paper_beside_ours(dataset, paper):
-    "HPL's presets are the paper's HPL; RankUp without its second half is not the paper's RankUp."
-    methods = ["HPL (paper)", "HPL (paper)", "Supervised", "Supervised", "RankUp", "RankUp (arc)"]
-    results = pd.DataFrame({"dataset": dataset, "label_ratio": .05, "method": methods,
-                            "seed": [0, 1, 0, 1, 0, 0], "mae": [5.6, 5.8, 6., 6.2, 6., 6.], "mse": 1., "r2": .5, "pseudo_label_mae": 5.,
-                            "log_variance": 0., "seconds": 1.})
-    table = cli.results_table(results).set_index("method")
-    assert isinstance(table.loc["RankUp", "paper"], str) and pd.isna(table.loc["RankUp (arc)", "paper"])
-    assert table.loc["HPL (paper)", "paper"] == paper and table.loc["Supervised", "mae"] == "6.10 ± 0.14"
+def test_flags_are_settings(monkeypatch):
+    "A flag changes one setting, the rest is the dataset's own; the schedule of the text keeps what is typed."
+    given = parsed("hpl_train hpl_release --outer_every 2 utkface --root F --label_ratio 0.1 --epochs 3 --lr_head 0.1 --seed 4", monkeypatch)
+    experiment = given.on.flags.experiment(given.on, given.method)
+    assert experiment == cli.replace(Experiment(DATASETS[1].data, HPL.release(outer_every=2), seed=4), data=cli.replace(
+        DATASETS[1].data, root="F", label_ratio=.1), train=cli.change(DATASETS[1].train, epochs=3, lr_head=.1))
+    assert experiment.method.title == "HPL (release, outer_every=2)" and experiment.method.unlabelled_weight == 10
+    text = parsed("hpl_train supervised utkface --schedule paper --weight_decay_head 0.5", monkeypatch)
+    rates = text.on.flags.experiment(text.on, text.method).train.optimizer
+    assert (rates.decay_every, rates.weight_decay_body, rates.weight_decay_head) == (None, 0, .5)
 
 
-@pytest.mark.parametrize("command, arguments, says", [
-    (cli.hpl_train, dict(method="bogus", dataset="utkface", root="nowhere"), "is unknown; choose supervised"),
-    (cli.hpl_train, dict(dropout=1.5), "below 1"), (cli.hpl_train, dict(lr=-1.), "lr_body is -1"),
-    (cli.hpl_train, dict(settings="preset=release"), "write name=value"),
-    (cli.hpl_train, dict(settings="outer_every=2.5"), "outer_every is 2.5"),
-    (cli.hpl_train, dict(settings="outer_every=often"), "outer_every is often; give a whole number"),
-    (cli.hpl_train, dict(method="pim", settings="passes=2.5"), "passes is 2.5; give a whole number"),
-    (cli.hpl_train, dict(method="cadr", settings="threshold=95"), "from 0 to 1"),
-    (pipeline.hpl_compare, dict(options="label_ratio=0.2"), "write name=value"),
-    (pipeline.hpl_compare, dict(options="epochs=abc"), "whole number"),
-    (pipeline.hpl_compare, dict(seeds="0,x"), "--seeds is '0,x'"),
-    (pipeline.hpl_compare, dict(label_ratios="5%"), "--label_ratios is '5%'"),
-    (pipeline.hpl_compare, dict(jobs=0), "--jobs is 0"),
-    (pipeline.hpl_compare, dict(methods="supervised,pim", options="dropout=0"), "--dropout 0.05")])
-def test_what_is_wrong_is_said_before_the_first_run(command, arguments, says, tmp_path):
-    with pytest.raises(SystemExit, match=says): command(**arguments, out=str(tmp_path/"out"))
+@pytest.mark.parametrize("command", ["hpl_demo", "hpl_train", *(f"hpl_train {name}" for name in known_methods()), "hpl_compare", "hpl_queue",
+                                     *(f"{start} {known.data.short}" for known in DATASETS for start in ("hpl_train hpl_paper", "hpl_compare")),
+                                     "hpl_store", "hpl_figures", "hpl_bench"])
+def test_help_fits_a_screen(command, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "140")
+    with pytest.raises(SystemExit, match="0"): typed(f"{command} --help")
+    page = capsys.readouterr().out
+    assert 5 < len(page.splitlines()) <= 66, page
+
+
+@pytest.mark.parametrize("line, says, code", [
+    ("hpl_train hpl_paper utkface", "root is missing", "hpl_nb"), ("hpl_train hpl_paper agedb", "rotated_digits", 2),
+    ("hpl_train hpl_paper utkface --root nowhere", "nowhere", "hpl_nb"), ("hpl_train magic", "mean_teacher", 2),
+    ("hpl_train pim rotated_digits --dropout 0", "dropout is 0", "hpl_nb"), ("hpl_train mean_teacher --alpha 1 rotated_digits", "--alpha", 2),
+    ("hpl_train mean_teacher --dekay 1 rotated_digits", "--decay", 2), ("hpl_train hpl_paper --outer later rotated_digits", "previous", 2),
+    ("hpl_train hpl_paper --outer_every 2.5 rotated_digits", "outer_every", 2), ("hpl_train hpl_paper rotated_digits --dropout 1.5", "below 1", "hpl_nb"),
+    ("hpl_train hpl_paper rotated_digits --lr_body -1", "lr_body is -1", "hpl_nb"), ("hpl_train pim --passes 0 rotated_digits", "passes is 0", "hpl_nb"),
+    ("hpl_train cadr --threshold 95 rotated_digits", "from 0 to 1", "hpl_nb"), ("hpl_train hpl_paper rotated_digits --epochs many", "epochs", 2),
+    ("hpl_train supervised rotated_digits --label_ratio 0.001", "raise label_ratio", "hpl_nb"),
+    ("hpl_figures nowhere", "no finished run below nowhere", "hpl_nb"), ("hpl_compare rotated_digits --epoch 3", "--epochs", 2),
+    ("hpl_compare rotated_digits --methods magic", "mean_teacher", "hpl_nb"), ("hpl_compare rotated_digits --seeds 0 x", "seeds", 2),
+    ("hpl_compare rotated_digits --label_ratios 5%", "label_ratios", 2), ("hpl_compare rotated_digits --jobs 0", "jobs is 0", "hpl_nb"),
+    ("hpl_compare rotated_digits --methods supervised pim --dropout 0", "dropout is 0", "hpl_nb"),
+    ("hpl_compare rotated_digits --backend cloud", "processes", 2), ("hpl_queue tpu", "cpu", 2),
+    ("hpl_queue cpu --stsb PAIRS --vectors nowhere", "pass --vectors", "hpl_nb"), ("hpl_bench --rounds 0", "rounds is 0", "hpl_nb"),
+    ("hpl_bench --methods Baseline", "PseudoLabel", "hpl_nb"), ("hpl_bench --end_to_end --pixels gpu", "device", 2)])
+def test_bad_arguments_cost_a_sentence(line, says, code, tmp_path, monkeypatch, capsys):
+    "Before the first run, and nothing is written; a wrong name is answered with the nearest ones."
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit: typed(line)
+    said = str(exit.value) + "".join(capsys.readouterr())
+    assert says in said and "Traceback" not in said
+    assert exit.value.code == code if isinstance(code, int) else str(exit.value).startswith(code)
     assert not list(tmp_path.iterdir())
 
 
-def test_settings_are_part_of_the_name():
-    "So that runs of one method with different settings do not mix in a table; what a search found is not."
-    names = [make_name("mean_teacher", settings="decay=0.9"), make_name("mean_teacher", tuned="decay=0.9"),
-             make_name("rankup:arc", settings="ramp=0"), make_name("hpl:paper", settings="outer=previous")]
-    assert names == ["decay=0.9", "", "arc, ramp=0", "paper, outer=previous"]
+def test_an_installed_command_ends_without_traceback(tmp_path):
+    done = subprocess.run([Path(sys.executable).parent/"hpl_train", "hpl_paper", "utkface"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("hpl_nb: root is missing") and "Traceback" not in done.stderr
 
 
-def make_name(spec, **options):
-    method = cli.make_method(spec, lambda: mlp(2), cli.Options(**options))
-    return method.settings.preset if spec.startswith("hpl") else method.preset
+def test_queue_shows_what_is_missing(root, monkeypatch, capsys):
+    monkeypatch.chdir(root)
+    typed("hpl_queue cpu --show")
+    printed = capsys.readouterr().out
+    assert "STS-B, 10 %" in printed and re.search(r"STS-B, 10 % +15 +15", printed)
 
 
-def test_start_weight_and_rates_are_those_asked_for():
-    "Lambda is doubled where the weight is exp(-z)/2, whoever says so; a rate of zero is zero."
-    def made(spec, **options): return cli.make_method(spec, lambda: mlp(2), cli.Options("utkface", **options)).settings
-    changes = ("hpl:paper", ""), ("hpl:release", ""), ("hpl:paper", "half_weight=true"), ("hpl:release", "half_weight=false")
-    assert [made(spec, settings=change).unlabelled_weight for spec, change in changes] == [5, 10, 10, 5]
-    assert made("hpl:paper", learner_lr=0.).learner_lr == 0 and made("hpl:paper").learner_lr == PAPER.learner_lr
+def test_store_gathers(tmp_path, capsys):
+    typed(f"hpl_compare rotated_digits --methods supervised --seeds 0 --jobs 1 --out {tmp_path}/runs --epochs 1 --iterations_per_epoch 2")
+    typed(f"hpl_store {tmp_path}/runs --store {tmp_path}/store")
+    assert "1 new run(s)" in capsys.readouterr().out and len(list((tmp_path/"store").rglob("*.json"))) == 1
+    typed(f"hpl_store {tmp_path}/store --convert")
+    assert "0 run(s) converted" in capsys.readouterr().out
 
 
-def test_how_a_run_was_made_is_a_command():
-    options = cli.Options("utkface", "/data/my faces", compile=True, deduplicate=True, tuned="decay=0.97", settings="ramp_share=0", size=64)
-    words = shlex.split(given_options(asdict(options)))
-    given = vars(anno_parser(cli.hpl_train).parse_args(words))
-    assert {name: given[name] for name in ("dataset", "root", "compile", "deduplicate", "settings", "size")} == {
-        "dataset": "utkface", "root": "FOLDER", "compile": True, "deduplicate": True, "settings": "decay=0.97,ramp_share=0", "size": 64}
-
-
-@pytest.mark.parametrize("arguments, says", [
-    (["hpl_train", "--dataset", "utkface"], "--root is missing"), (["hpl_train", "--dataset", "agedb"], "choose rotated_digits"),
-    (["hpl_train", "--dataset", "utkface", "--root", "nowhere"], "nowhere"), (["hpl_train", "--method", "magic"], "is unknown"),
-    (["hpl_train", "--method", "pim", "--dropout", "0"], "--dropout 0.05"),
-    (["hpl_train", "--method", "mean_teacher", "--settings", "alpha=1"], "one of unlabelled_weight, ramp_share"),
-    (["hpl_train", "--settings", "outer=later"], "'fresh' or 'previous'"), (["hpl_train", "--label_ratio", "0.001"], "raise label_ratio"),
-    (["hpl_figures", "nowhere"], "no finished run below nowhere"), (["hpl_compare", "--options", "epoch=3"], "write name=value"),
-    (["hpl_compare", "--methods", "supervised,mean_teacher", "--options", "settings=decay=2"], "there are none here")])
-def test_bad_arguments_cost_a_sentence(arguments, says, tmp_path):
-    command, *rest = arguments
-    done = subprocess.run([Path(sys.executable).parent/command, *rest], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1 and says in done.stderr and "Traceback" not in done.stderr
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-
-
-def test_documented_lines_are_understood(root):
+def test_documented_lines_are_understood(root, monkeypatch):
     "Each command in README and in the experiments' README parses; placeholders in capitals are words like any other."
-    commands = {"hpl_demo": cli.hpl_demo, "hpl_train": cli.hpl_train, "hpl_figures": cli.hpl_figures, "hpl_compare": pipeline.hpl_compare,
-                "hpl_queue": pipeline.hpl_queue, "hpl_store": pipeline.hpl_store, "hpl_bench": bench.hpl_bench}
     text = "".join((root/name).read_text() for name in ("README.md", "nbs/experiments/README.md"))
     lines = {line.strip() for line in re.findall(r"(?:^|`)(hpl_[a-z]+ [^`\n]+)(?:$|`)", text, re.MULTILINE)}
-    found = {line: anno_parser(commands[shlex.split(line)[0]]).parse_args(shlex.split(line.replace(" ...", ""))[1:]) for line in lines}
-    assert {line.split()[0] for line in found} == set(commands) and len(found) > 12
-    assert found["hpl_queue cpu --stsb FOLDER --vectors FILE"].protocol == "cpu"
-    assert anno_parser(pipeline.hpl_queue).parse_args([]).protocol == "cpu"
+    for line in lines: parsed(line.replace(" ...", ""), monkeypatch)
+    assert {line.split()[0] for line in lines} == set(COMMANDS) and len(lines) > 12
+
+
+def test_run_path_of_a_command(monkeypatch):
+    "The folder that a command trains in is the one that Python names."
+    given = parsed("hpl_train rankup_arc stsb --root P", monkeypatch)
+    experiment = given.on.flags.experiment(given.on, given.method)
+    assert run_path(experiment).as_posix().startswith("runs/stsb/0.05/rankup-arc-")

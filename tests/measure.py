@@ -1,7 +1,7 @@
 """Measure the size and the seams of the package.
 
-    python tests/numbers.py            # the table of issue 15: measure, value, goal
-    python tests/numbers.py FOLDER     # of another checkout
+    python tests/measure.py            # the table of issue 15: measure, value, goal
+    python tests/measure.py FOLDER     # of another checkout
 """
 import ast
 import re
