@@ -26,7 +26,7 @@ from hpl_nb.methods.tnnr import TNNR
 from hpl_nb.methods.ucvme import UCVME
 from hpl_nb.methods.ups import UPSReg
 from hpl_nb.models import small_cnn
-from hpl_nb.trainer import OptimizerSettings, TrainSettings
+from hpl_nb.training.state import OptimizerSettings, Train
 
 METHODS = {"Supervised": Supervised(), "PseudoLabel": PseudoLabel(), "MeanTeacher": MeanTeacher(),
            "TemporalEnsembling": TemporalEnsembling(), "TNNR": TNNR(), "UCVME": UCVME(passes=2), "CLSS": CLSS(), "RankUp": RankUp(),
@@ -35,7 +35,7 @@ METHODS = {"Supervised": Supervised(), "PseudoLabel": PseudoLabel(), "MeanTeache
            "HPL previous": HPL.paper(label="previous", outer="previous"),
            "HPL extended": HPL.paper(label="extended", normalize_weights=True, passes=2, outer_batch=16,
                                      learner_inputs="pair+features+disagreement", teacher_decay=.9)}
-SETTINGS = TrainSettings(epochs=3, iterations_per_epoch=5, streams=StreamSettings(8, 16), record_every=2,
+SETTINGS = Train(epochs=3, iterations_per_epoch=5, streams=StreamSettings(8, 16), record_every=2,
                          optimizer=OptimizerSettings(lr_body=3e-3, lr_head=1e-2, decay_every=1, decay=.5))
 
 

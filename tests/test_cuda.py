@@ -14,7 +14,8 @@ from hpl_nb.data.pixels import COLOURS, carry_out, draw_plans, on_device
 from hpl_nb.data.rotated_digits import rotated_digits
 from hpl_nb.methods.hpl import HPL
 from hpl_nb.models import small_cnn
-from hpl_nb.trainer import TrainSettings, fit
+from hpl_nb.training.loop import fit
+from hpl_nb.training.state import Train
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
@@ -23,7 +24,7 @@ def train(settings, folder=None, **changes):
     seed_everything(0)
     method = settings.build(small_cnn(dropout=.1))
     stop = changes.pop("stop_after", None)
-    return method, fit(method, rotated_digits(), TrainSettings(epochs=2, iterations_per_epoch=20, **changes), folder=folder,
+    return method, fit(method, rotated_digits(), Train(epochs=2, iterations_per_epoch=20, **changes), folder=folder,
                        progress=False, stop_after=stop)
 
 
@@ -84,7 +85,7 @@ def test_pixels_live_on_the_gpu(tmp_path):
 def test_trains_with_pixels_on_the_gpu(tmp_path, compiled):
     "In bf16, stopped and resumed; workers are refused."
     data = on_device(load(make_folder(tmp_path)), tmp_path/"cache", "cuda")
-    settings = TrainSettings(epochs=2, iterations_per_epoch=4, streams=StreamSettings(3, 5), precision="bf16")
+    settings = Train(epochs=2, iterations_per_epoch=4, streams=StreamSettings(3, 5), precision="bf16")
     for stop in (3, None):
         seed_everything(0)
         method = HPL.paper().build(small_cnn(3, width=4, dropout=.1))

@@ -26,12 +26,16 @@ from small_runs import METHODS, differences, make, on_cpu, vectors  # noqa: F401
 
 import hpl_nb.core
 from hpl_nb import cli
-from hpl_nb.core import HplError, RunFolder, lock_path, random_states, run_lock, set_random_states
+from hpl_nb.core import HplError, RunFolder, random_states, set_random_states
 from hpl_nb.data.core import StreamSettings
 from hpl_nb.models import mlp
-from hpl_nb.trainer import OptimizerSettings, TrainSettings, Watched, fit, load_run, read_checkpoint
+from hpl_nb.training.checkpoint import read_checkpoint
+from hpl_nb.training.guard import Flags
+from hpl_nb.training.loop import fit
+from hpl_nb.training.run import load_run, lock_path, run_lock
+from hpl_nb.training.state import OptimizerSettings, Train
 
-SMALL = TrainSettings(epochs=3, iterations_per_epoch=5, streams=StreamSettings(8, 8), optimizer=OptimizerSettings(1e-2, 1e-2),
+SMALL = Train(epochs=3, iterations_per_epoch=5, streams=StreamSettings(8, 8), optimizer=OptimizerSettings(1e-2, 1e-2),
                       record_every=1)
 STEPS = SMALL.epochs*SMALL.iterations_per_epoch
 dense = partial(mlp, 3, (16,), dropout=.2)

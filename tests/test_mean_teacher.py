@@ -12,7 +12,8 @@ from hpl_nb.data.core import Streams, StreamSettings
 from hpl_nb.methods.core import PseudoLabel, Released, Supervised
 from hpl_nb.methods.mean_teacher import MeanTeacher
 from hpl_nb.models import mlp, small_cnn
-from hpl_nb.trainer import Clock, OptimizerSettings, fit
+from hpl_nb.training.loop import fit
+from hpl_nb.training.state import Clock, OptimizerSettings
 
 
 def dense(): return mlp(3, (16,))

@@ -16,12 +16,13 @@ from hpl_nb.methods.core import FullySupervised, PseudoLabel, Released, Supervis
 from hpl_nb.methods.hpl import HPL, JointUncertainty, LearnerInputs, outer_features, step_passes, teach
 from hpl_nb.models import mlp, small_cnn
 from hpl_nb.settings import as_json, change, from_json, setting_names
-from hpl_nb.trainer import OptimizerSettings, TrainSettings, fit
+from hpl_nb.training.loop import fit
+from hpl_nb.training.state import OptimizerSettings, Train
 from hpl_nb.uncertainty import disagreement, learner_input, scaled_features
 
 PAPER, RELEASE = HPL.presets().values()
 FAST = change(PAPER, learner_lr=1e-2)
-SETTINGS = TrainSettings(epochs=3, iterations_per_epoch=10, streams=StreamSettings(8, 8), optimizer=OptimizerSettings(1e-2, 1e-2))
+SETTINGS = Train(epochs=3, iterations_per_epoch=10, streams=StreamSettings(8, 8), optimizer=OptimizerSettings(1e-2, 1e-2))
 
 
 def trained(chosen, data=None, settings=SETTINGS):

@@ -22,7 +22,8 @@ from hpl_nb.data.core import PerSample, Streams, StreamSettings
 from hpl_nb.data.images import RELEASED_OPERATIONS, FlipCrop, ImageFiles, ImageView, RandAugmentMC, image_views, published_views
 from hpl_nb.data.pixels import DeviceView, Pixels, disk_cache, on_device, on_disk, published_step, released_step
 from hpl_nb.models import small_cnn
-from hpl_nb.trainer import TrainSettings, batches, fit, open_session
+from hpl_nb.training.loop import fit, open_training
+from hpl_nb.training.state import Train
 
 
 def drawn(seed, width, height, smooth):
@@ -266,7 +267,7 @@ def test_what_cannot_be_done_is_named(tmp_path, changes, says):
     with pytest.raises(HplError, match="not list"): DeviceView((), (.5,)*3, (.2,)*3)([picture()])
 
 
-SETTINGS = TrainSettings(epochs=2, iterations_per_epoch=4, streams=StreamSettings(3, 5))
+SETTINGS = Train(epochs=2, iterations_per_epoch=4, streams=StreamSettings(3, 5))
 
 
 def train(data, name="HPL paper", folder=None, **arguments):
@@ -296,7 +297,7 @@ def test_a_thread_that_prepares_batches_changes_nothing(tmp_path, monkeypatch):
     "As on a GPU: the same bits, also when stopped and resumed, and when the thread cannot make a batch."
     data = three(tmp_path)[2]
     whole = train(data)
-    monkeypatch.setattr("hpl_nb.trainer.is_on_gpu", lambda data: True)
+    monkeypatch.setattr("hpl_nb.training.loop.is_on_gpu", lambda data: True)
     assert not differences(whole, train(data))
     train(data, folder=tmp_path/"run", stop_after=3)
     assert not differences(whole, train(data, folder=tmp_path/"run"))
@@ -356,10 +357,10 @@ def test_inputs_on_a_gpu_are_not_pinned_and_have_no_workers(tmp_path, monkeypatc
     "Seen from the trainer, without a GPU: the device that the inputs name decides."
     data = three(tmp_path)[2]
     seen = []
-    monkeypatch.setattr("hpl_nb.trainer.DataLoader", lambda *_, **settings: seen.append(settings["pin_memory"]) or iter(()))
-    session = open_session(METHODS["HPL paper"](regressor()), data, SETTINGS, None, 0)
+    monkeypatch.setattr("hpl_nb.training.loop.DataLoader", lambda *_, **settings: seen.append(settings["pin_memory"]) or iter(()))
+    training = open_training(METHODS["HPL paper"](regressor()), data, SETTINGS)
     for inputs, device in (("cpu", "cpu"), ("cpu", "cuda"), ("cuda", "cuda")):
-        data.inputs.device, session.accelerator = torch.device(inputs), type("", (), {"device": torch.device(device)})
-        list(batches(session, 0, 1, 0))
+        data.inputs.device, training.accelerator = torch.device(inputs), type("", (), {"device": torch.device(device)})
+        list(training.batches(1))
     assert seen == [False, True, False]
     with pytest.raises(HplError, match="use workers=0"): fit(METHODS["HPL paper"](regressor()), data, SETTINGS, workers=2)

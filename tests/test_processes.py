@@ -23,11 +23,12 @@ from hpl_nb.methods.hpl import HPL
 from hpl_nb.methods.simregmatch import SimRegMatch
 from hpl_nb.methods.ucvme import UCVME
 from hpl_nb.models import mlp
-from hpl_nb.trainer import OptimizerSettings, TrainSettings, fit
+from hpl_nb.training.loop import fit
+from hpl_nb.training.state import OptimizerSettings, Train
 
 # no batch statistics and no dropout that ever drops: nothing random but the views, which are seeded by sample
 DENSE = partial(mlp, 3, (16,), 2, dropout=1e-12)
-FEW = TrainSettings(epochs=3, iterations_per_epoch=6, streams=StreamSettings(8, 16), optimizer=OptimizerSettings(1e-2, 1e-2))
+FEW = Train(epochs=3, iterations_per_epoch=6, streams=StreamSettings(8, 16), optimizer=OptimizerSettings(1e-2, 1e-2))
 # (UCVME by the strong view: without dropout its predictions on the weak view are the pseudo-labels, and their ranks are rounding)
 CASES = {**METHODS, "UCVME": UCVME(passes=2, student_view="strong"), "HPL sum": HPL.paper(reduction="sum", virtual_lr=1e-3),
          "HPL release, sum": HPL.release(reduction="sum"), "SimRegMatch, all pass": SimRegMatch(percentile=None, unlabelled_weight=1.),

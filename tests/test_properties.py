@@ -243,7 +243,7 @@ words = some.one_of(floats.map(str), some.sampled_from(odd_words), some.text(max
 @given(some.lists(words, min_size=1, max_size=20))
 def test_a_label_is_a_number_or_named(labels):
     "Each text is a finite number, an unlabelled row, or a problem with its row."
-    from hpl_nb.data.images import label_problems
+    from hpl_nb.data.tables import label_problems
     values, problems = label_problems(labels, unknown_ok=True)
     named = {problem.row for problem in problems}
     for row, (label, value) in enumerate(zip(labels, values)):
@@ -256,7 +256,7 @@ def test_a_label_is_a_number_or_named(labels):
 @given(some.lists(some.lists(words, min_size=2, max_size=2), min_size=1, max_size=8))
 def test_a_table_reads_as_it_was_written(tmp_path_factory, rows):
     "What pandas writes as .csv and .tsv, the reader gives back, text for text."
-    from hpl_nb.data.images import read_table
+    from hpl_nb.data.tables import read_table
     assume(not any("\0" in cell or "\r" in cell for row in rows for cell in row))
     table = pd.DataFrame(rows, columns=["a", "b"], dtype=str)
     for suffix, separator in ((".csv", ","), (".tsv", "\t")):

@@ -18,9 +18,11 @@ from hpl_nb.methods.core import PseudoLabel
 from hpl_nb.methods.simregmatch import SimRegMatch, passing, similarity_labels
 from hpl_nb.models import mlp
 from hpl_nb.settings import change
-from hpl_nb.trainer import OptimizerSettings, TrainSettings, evaluating, fit
+from hpl_nb.training.loop import fit
+from hpl_nb.training.predict import evaluating
+from hpl_nb.training.state import OptimizerSettings, Train
 
-SETTINGS = TrainSettings(epochs=2, iterations_per_epoch=10, streams=StreamSettings(8, 16), optimizer=OptimizerSettings(1e-2, 1e-2))
+SETTINGS = Train(epochs=2, iterations_per_epoch=10, streams=StreamSettings(8, 16), optimizer=OptimizerSettings(1e-2, 1e-2))
 
 
 def in_float64(batch):

@@ -22,10 +22,11 @@ from hpl_nb.data.core import StreamSettings
 from hpl_nb.explorer import Explorer
 from hpl_nb.live import LiveView
 from hpl_nb.models import mlp
-from hpl_nb.trainer import OptimizerSettings, TrainSettings, fit
+from hpl_nb.training.loop import fit
+from hpl_nb.training.state import OptimizerSettings, Train
 
 PER_EPOCH = 50
-SETTINGS = TrainSettings(iterations_per_epoch=PER_EPOCH, streams=StreamSettings(8, 16), optimizer=OptimizerSettings(1e-3, 1e-3),
+SETTINGS = Train(iterations_per_epoch=PER_EPOCH, streams=StreamSettings(8, 16), optimizer=OptimizerSettings(1e-3, 1e-3),
                          record_every=1)
 MEGABYTES = 4 # of 1,500 steps: less than 3 kB a step, which is a graph of the smallest network, or one batch of inputs with its views
 BARE = "a bare loop" # the network in PyTorch alone, for what the allocator does by itself

@@ -15,12 +15,13 @@ from hpl_nb.core import HplError, seed_everything
 from hpl_nb.data.core import Streams, StreamSettings
 from hpl_nb.methods.ssdkl import SSDKL, SparseGP, gp_posterior, label_posterior, negative_elbo
 from hpl_nb.models import mlp
-from hpl_nb.trainer import OptimizerSettings, TrainSettings, fit
+from hpl_nb.training.loop import fit
+from hpl_nb.training.state import OptimizerSettings, Train
 
 pytest.importorskip("gpytorch")
 gaussian_process = pytest.importorskip("sklearn.gaussian_process")
 kernels = gaussian_process.kernels
-SETTINGS = TrainSettings(epochs=1, iterations_per_epoch=4, streams=StreamSettings(8, 8), optimizer=OptimizerSettings(1e-2, 1e-2))
+SETTINGS = Train(epochs=1, iterations_per_epoch=4, streams=StreamSettings(8, 8), optimizer=OptimizerSettings(1e-2, 1e-2))
 KERNELS = [(1.5, .8, .1), (.4, 2., .5)] # sigma_f^2, l, sigma_n^2 of two outputs
 
 

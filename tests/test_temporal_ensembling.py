@@ -14,10 +14,11 @@ from hpl_nb.methods.core import Supervised
 from hpl_nb.methods.temporal_ensembling import TemporalEnsembling
 from hpl_nb.models import mlp
 from hpl_nb.settings import change
-from hpl_nb.trainer import Clock, TrainSettings, fit
+from hpl_nb.training.loop import fit
+from hpl_nb.training.state import Clock, Train
 
 DEFAULT = TemporalEnsembling()
-FEW = TrainSettings(epochs=5, iterations_per_epoch=6, streams=StreamSettings(16, 16, labelled_copies=2), optimizer=SETTINGS.optimizer)
+FEW = Train(epochs=5, iterations_per_epoch=6, streams=StreamSettings(16, 16, labelled_copies=2), optimizer=SETTINGS.optimizer)
 
 
 def trained(chosen=DEFAULT, settings=FEW, outputs=1, watch=lambda method: None, dropout=0., **kwargs):

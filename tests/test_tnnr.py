@@ -11,9 +11,10 @@ from hpl_nb.core import HplError, seed_everything
 from hpl_nb.data.core import Streams, StreamSettings
 from hpl_nb.methods.tnnr import TNNR, PairHead, anchor_estimates, evenly_spaced, loop_loss, pair_loss
 from hpl_nb.models import mlp, small_cnn
-from hpl_nb.trainer import OptimizerSettings, TrainSettings, fit
+from hpl_nb.training.loop import fit
+from hpl_nb.training.state import OptimizerSettings, Train
 
-SETTINGS = TrainSettings(epochs=2, iterations_per_epoch=10, streams=StreamSettings(8, 8),
+SETTINGS = Train(epochs=2, iterations_per_epoch=10, streams=StreamSettings(8, 8),
                          optimizer=OptimizerSettings(1e-2, 1e-2, 1e-3, 1e-3))
 
 

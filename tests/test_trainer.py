@@ -23,9 +23,12 @@ from hpl_nb.methods.core import FullySupervised, PseudoLabelMethod, SupervisedMe
 from hpl_nb.methods.hpl import HPLMethod
 from hpl_nb.metrics import evaluate
 from hpl_nb.models import mlp
-from hpl_nb.trainer import OptimizerSettings, TrainSettings, fit, load_run, read_checkpoint
+from hpl_nb.training.checkpoint import read_checkpoint
+from hpl_nb.training.loop import fit
+from hpl_nb.training.run import load_run
+from hpl_nb.training.state import OptimizerSettings, Train
 
-SMALL = TrainSettings(epochs=3, iterations_per_epoch=5, streams=StreamSettings(8, 8), optimizer=OptimizerSettings(1e-2, 1e-2))
+SMALL = Train(epochs=3, iterations_per_epoch=5, streams=StreamSettings(8, 8), optimizer=OptimizerSettings(1e-2, 1e-2))
 dense = partial(mlp, 3, (16,), dropout=.2)
 
 
@@ -124,7 +127,7 @@ class TestBadInput:
     @pytest.mark.parametrize("name, value", [("epochs", 0), ("accumulate", 0), ("patience", 0), ("iterations_per_epoch", 0),
                                              ("precision", "half"), ("epoch_of", "labeled"), ("record_every", -1)])
     def test_setting_out_of_range(self, name, value):
-        with pytest.raises(HplError, match=name): TrainSettings(**{name: value})
+        with pytest.raises(HplError, match=name): Train(**{name: value})
 
     @pytest.mark.parametrize("name", ["labelled_batch", "unlabelled_batch", "outer_batch", "labelled_copies"])
     def test_batch_of_no_rows(self, name):

@@ -138,7 +138,8 @@ def _column(table:pd.DataFrame, name:str|None, usual:Sequence[str], argument:str
 def label_findings(layout:Layout)->list[Finding]:
     "Labels that are text, missing, infinite or out of range, and unknown splits; a training row of one's own may lack a label."
     from hpl_nb.data.core import SPLITS
-    from hpl_nb.data.tables import Problem, label_problems, split_problems
+    from hpl_nb.data.core import Problem
+    from hpl_nb.data.tables import label_problems, split_problems
     (_, labels, split), rows = layout.columns, layout.rows()
     values, problems = label_problems(layout.table[labels], *layout.ages, layout.unknown_ok)
     bad = {problem.row for problem in problems}

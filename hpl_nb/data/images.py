@@ -66,7 +66,7 @@ def tar_index(path:str|Path)->dict[str, ImageSource]:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content: # which reads no more than there is
             tar = ForwardTar.open(fileobj=content, mode="r:")
             members = [m for m in tar.getmembers() if m.isfile() and not m.issparse()]
-    if any(member.offset_data + member.size > path.stat().st_size for member in members): raise HplError(f"{path} is cut off; get it again.")
+    if any(m.offset_data + m.size > path.stat().st_size for m in members): raise HplError(f"{path} is cut off; get it again.")
     return {Path(m.name).name: ImageSource(path, m.offset_data, m.size, m.name) for m in members}
 
 # %% ../../nbs/11b_data.images.ipynb #69a389b5
@@ -98,7 +98,8 @@ def _listing(folder):
 def require_images(sources:Sequence[ImageSource|None], names:Sequence[str], root:str|Path, hint:str)->list[ImageSource]:
     "Refuse missing pictures, naming the first ones."
     missing = [name for name, source in zip(names, sources) if source is None]
-    if missing: raise HplError(f"{len(missing)} of {len(names)} pictures are missing in {root}, for example {', '.join(missing[:3])}. {hint}")
+    if missing:
+        raise HplError(f"{len(missing)} of {len(names)} pictures are missing in {root}, for example {', '.join(missing[:3])}. {hint}")
     return [source for source in sources if source is not None]
 
 # %% ../../nbs/11b_data.images.ipynb #f40877a8
@@ -193,7 +194,7 @@ def content_hashes(sources:Sequence[ImageSource], progress:bool=False)->list[str
 
 # %% ../../nbs/11b_data.images.ipynb #248bbd50
 def quick_keys(sources:Sequence[ImageSource])->list[str]:
-    "Fingerprints, equal where the bytes are: only files that share their length with another are read, and an unreadable one equals nothing."
+    "Fingerprints, equal where the bytes are: reads only files that share their length with another; an unreadable one equals nothing."
     def length(source): return source.size if source.size >= 0 else os.stat(source.path).st_size
     def key(function, number):
         try: return function(sources[number])

@@ -13,13 +13,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from ..core import HplError, reading
-from .core import DataSettings
+from .core import DataSettings, Problem
 
 # %% auto #0
 __all__ = ['fetch']
@@ -74,7 +73,8 @@ def read_table(path:str|Path, columns:Sequence[str], hint:str="")->pd.DataFrame:
         if path.suffix.lower() == ".parquet": table = pd.read_parquet(path)
         else: table = _read_text(path, "\t" if path.suffix.lower() == ".tsv" else ",")
     table.columns = [str(column).strip() for column in table.columns]
-    if twice := table.columns[table.columns.duplicated()].tolist(): raise HplError(f"{path} has two columns {twice[0][:100]!r}; rename one.")
+    if twice := table.columns[table.columns.duplicated()].tolist():
+        raise HplError(f"{path} has two columns {twice[0][:100]!r}; rename one.")
     for column in columns:
         if column not in table: raise HplError(f"{path} has no column {column!r} (it has {listed(table.columns)}); rename one.")
     if not len(table): raise HplError(f"{path} has no rows.")
@@ -98,12 +98,6 @@ def _read_text(path, separator):
     return pd.DataFrame(rows[1:], columns=header, dtype=str)
 
 # %% ../../nbs/10b_data.tables.ipynb #965bf6e8
-class Problem(NamedTuple):
-    "Something wrong with one row of a table."
-    row:int # from 0, not counting the header
-    kind:str # a word or two, the same for all problems of its kind
-    detail:str # a sentence
-
 def label_problems(labels:Iterable, low:float=-np.inf, high:float=np.inf, unknown_ok:bool=False)->tuple[np.ndarray, list[Problem]]:
     "Labels as float64 (NaN where they are not a number), and those that are text, missing, infinite or out of range."
     raw = pd.Series(list(labels), dtype=object)

@@ -17,7 +17,7 @@ from ..core import HplError, not_negative, whole_number
 from ..data.core import SemiSupervisedData
 from .core import Passes, PseudoLabel, PseudoLabelMethod, Released, adam
 from ..models import Head, Regressor
-from ..trainer import OptimizerSettings
+from ..training.state import OptimizerSettings
 
 # %% auto #0
 __all__ = ['bin_weights', 'bin_thresholds', 'CADR', 'CADRMethod']

@@ -20,7 +20,7 @@ from ..data.core import SemiSupervisedData
 from ..loss import labelled_loss
 from .core import Method, MethodSettings, adam, average_weights, frozen_copy, linear_ramp, sample_record
 from ..models import Head, Regressor
-from ..trainer import OptimizerSettings
+from ..training.state import OptimizerSettings
 
 # %% auto #0
 __all__ = ['true_order', 'ranking_loss', 'sure_pairs', 'align', 'RankUp', 'RankUpMethod']

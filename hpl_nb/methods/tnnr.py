@@ -21,7 +21,7 @@ from ..loss import labelled_loss
 from .core import Method, MethodSettings, adam, joined_rows
 from ..models import Head, Regressor
 from ..settings import change
-from ..trainer import OptimizerSettings
+from ..training.state import OptimizerSettings
 
 # %% auto #0
 __all__ = ['pair_loss', 'loop_loss', 'TNNR', 'TNNRMethod']
