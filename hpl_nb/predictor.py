@@ -25,9 +25,10 @@ from torch import Tensor
 
 from . import __version__
 from .core import HplError, LabelNormalizer, RunFolder, atomic_write, reading, seed_everything
+from .data.columns import FrameEncoder
 from .data.core import SemiSupervisedData, View, plain_view
 from .data.images import ImageFiles, ImageSource, ImageView
-from .data.own import FrameEncoder, PixelStrengths, RowStrengths, Standardizer, input_tensor
+from .data.own import PixelStrengths, RowStrengths, Standardizer, input_tensor
 from .methods.core import Method
 from .methods.known import METHODS
 from .settings import Settings, as_json, differences, from_json
