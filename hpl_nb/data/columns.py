@@ -32,6 +32,16 @@ class Words(NamedTuple):
 ESTIMATOR_WORDS = Words("a smaller validation_fraction", "use make_pipeline(SimpleImputer(), ...) or preprocessor=",
                          "drop it, make it numeric, or pass preprocessor=")
 
+def refuse_missing(frame:pd.DataFrame, name:str, words:Words=Words())->None:
+    "Refuse missing features, naming the columns and counting the rows."
+    missing = frame.isna()
+    counts = missing.sum()
+    if (counts := counts[counts > 0]).empty: return
+    listed = ", ".join(f"{column!r} in {count} row(s)" for column, count in counts.items())
+    first = int(np.flatnonzero(missing[counts.index[0]])[0])
+    raise HplError(f"{name}: features are missing: {listed}; the first is row {first}. Fill them, drop the rows or "
+                   f"columns, or {words.missing}.")
+
 # %% ../../nbs/14b_data.columns.ipynb #3ddd2cd6
 @dataclass(frozen=True)
 class FrameEncoder:
@@ -77,16 +87,6 @@ def number_column(frame:pd.DataFrame, column:str, name:str)->np.ndarray:
     if len(bad := np.flatnonzero(np.isinf(values))):
         raise row_error(f"{name}, column {column!r}", bad, "it is infinite", "Correct or drop such rows.")
     return values
-
-def refuse_missing(frame:pd.DataFrame, name:str, words:Words=Words())->None:
-    "Refuse missing features, naming the columns and counting the rows."
-    missing = frame.isna()
-    counts = missing.sum()
-    if (counts := counts[counts > 0]).empty: return
-    listed = ", ".join(f"{column!r} in {count} row(s)" for column, count in counts.items())
-    first = int(np.flatnonzero(missing[counts.index[0]])[0])
-    raise HplError(f"{name}: features are missing: {listed}; the first is row {first}. Fill them, drop the rows or "
-                   f"columns, or {words.missing}.")
 
 # %% ../../nbs/14b_data.columns.ipynb #78b5aa6d
 def is_number(column:pd.Series)->bool: return pd.api.types.is_numeric_dtype(column) and column.dtype.kind != "c"
