@@ -27,11 +27,10 @@ from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from .core import HplError, random_states, reading, seed_everything, set_random_states
+from .data.columns import ESTIMATOR_WORDS, default_preprocessor, refuse_missing
 from .data.core import SemiSupervisedData
 from .data.images import ImageFiles, image_data, randaugment_mc_views
-from .data.own import (
-    ESTIMATOR_WORDS, PixelStrengths, RowStrengths, Split, array_data, batches_for, default_preprocessor, input_tensor, label_array,
-    make_sets, refuse_missing)
+from .data.own import PixelStrengths, RowStrengths, Split, array_data, batches_for, input_tensor, label_array, make_sets
 from .methods.core import Method, MethodSettings, Released, Supervised, require_dropout
 from .methods.known import method_named
 from .models import Regressor, mlp, resnet, small_cnn

@@ -25,9 +25,10 @@ from torch import Tensor
 
 from . import __version__
 from .core import HplError, LabelNormalizer, RunFolder, atomic_write, reading, seed_everything
+from .data.columns import FrameEncoder
 from .data.core import SemiSupervisedData, View, plain_view
 from .data.images import ImageFiles, ImageSource, ImageView
-from .data.own import FrameEncoder, PixelStrengths, RowStrengths, Standardizer, input_tensor
+from .data.own import PixelStrengths, RowStrengths, Standardizer, input_tensor
 from .methods.core import Method
 from .methods.known import METHODS
 from .settings import Settings, as_json, differences, from_json
@@ -177,6 +178,7 @@ def read_content(path:str|Path)->dict[str, Any]:
         raise HplError(f"{path} does not have its checksum: it is damaged; restore a copy, or save it again.")
     with reading(path, partial(not_saved, path)): return _checked(path, json.loads(text)["dict"], tensors)
 
+# %% ../nbs/75_predictor.ipynb #de7121d5
 def _checked(path:str|Path, tree:dict[str, Any], tensors:dict[str, Tensor])->dict[str, Any]:
     "The content of a file of this format; a part that is missing or of another type is an error."
     if (number := tree["format"]) != FORMAT:
@@ -296,6 +298,7 @@ def deviations(predictor:Predictor, samples:Any, rows:np.ndarray)->np.ndarray|No
     z = map_samples(p.method, lambda x: inspect(x)["log_variance"], samples, rows, p.view)
     return np.exp(z/2)*np.asarray(p.normalizer.scale)
 
+# %% ../nbs/75_predictor.ipynb #14f6313d
 def calibrated(predictor:Predictor, samples:Any, rows:np.ndarray, labels:np.ndarray)->Predictor:
     "With the errors on rows whose labels, (len(rows), K), are known."
     errors = np.abs(labels - predictions(predictor, samples, rows))
@@ -375,6 +378,7 @@ def _stored_view(content:Mapping[str, Any], data:SemiSupervisedData|None, path:s
                        f"{data.normalizer} here; make the data as they were made for training.")
     return content["view"] if data is None else data.plain
 
+# %% ../nbs/75_predictor.ipynb #2a7cac4e
 def predictor_of(content:Mapping[str, Any], method:Method, path:str|Path, data:SemiSupervisedData|None=None)->Predictor:
     "A predictor of what its file holds, into a freshly built method; another method or network is refused."
     refuse_other(content["identity"], method_identity(method), path)

@@ -231,7 +231,7 @@ def read_predictor(path): return Predictor.load(path, method())
 def saved_estimator(root):
     frame = pd.DataFrame({"a": np.arange(40.), "kind": list("pq")*20})
     y = np.where(np.arange(40) < 30, np.arange(40.)*2, np.nan)
-    settings = {"epochs": 1, "iterations_per_epoch": 2, "random_state": 0}
+    settings = {"epochs": 1, "train": Train(iterations_per_epoch=2), "random_state": 0}
     return SemiSupervisedRegressor("supervised", **settings).fit(frame, y).save(root/"model.safetensors")
 
 

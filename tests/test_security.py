@@ -61,6 +61,7 @@ from hpl_nb.predictor import Predictor
 from hpl_nb.training.checkpoint import read_checkpoint
 from hpl_nb.training.loop import fit
 from hpl_nb.training.run import load_run
+from hpl_nb.training.state import Train
 
 TEXT = (ROOT/"SECURITY.md").read_text(encoding="utf-8")
 dense = partial(mlp, 3, (16,), dropout=.2)
@@ -314,7 +315,7 @@ class TestPromise2PreprocessorsOfKnownTypes:
 
     def test_unknown_types_are_named_and_not_built(self, tmp_path):
         x = pd.DataFrame(np.random.default_rng(0).normal(size=(40, 2)), columns=["a", "b"])
-        model = SemiSupervisedRegressor("supervised", preprocessor=StandardScaler(), epochs=1, iterations_per_epoch=2, random_state=0)
+        model = SemiSupervisedRegressor("supervised", preprocessor=StandardScaler(), epochs=1, train=Train(iterations_per_epoch=2), random_state=0)
         model.fit(x, np.where(np.arange(40) < 30, x["a"], np.nan))
         assert np.array_equal(SemiSupervisedRegressor.load(model.save(tmp_path/"good")).predict(x), model.predict(x))
         for transformer, name in ((FunctionTransformer(os.system), "system"), (FunctionTransformer(eval), "eval"),
@@ -492,7 +493,7 @@ def do_everything(top):
     predictor = Predictor.from_folder(top/"Supervised", make("Supervised", 0, dense), data)
     Predictor.load(predictor.save(top/"predictor"), make("Supervised", 0, dense)).predict_interval(data.inputs[:3], .5)
     frame = pd.DataFrame({"a": np.arange(40.), "b": list("xy")*20})
-    model = SemiSupervisedRegressor("hpl", epochs=1, iterations_per_epoch=2, random_state=0, folder=top/"estimator")
+    model = SemiSupervisedRegressor("hpl_paper", epochs=1, train=Train(iterations_per_epoch=2), random_state=0, folder=top/"estimator")
     SemiSupervisedRegressor.load(model.fit(frame, np.where(frame["a"] < 30, frame["a"], np.nan)).save(top/"model")).predict(frame)
     cli.hpl_demo(out=str(top/"demo"), methods="supervised,hpl:paper", seeds="0", jobs=1, iterations=2)
     cli.hpl_figures([str(top/"demo")], out=str(top/"figures.html"))

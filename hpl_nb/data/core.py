@@ -152,9 +152,8 @@ def _check_rows(data:SemiSupervisedData)->None:
             raise HplError(f"{data.name}: the label of {split} row {row_name(data, bad[0])} is {data.targets[bad[0]]}; {len(bad)} such "
                            "row(s). Give a finite number, or list the row as unlabelled.")
 
-def labelled_sets(data:SemiSupervisedData)->dict[str, np.ndarray]:
-    "The sets whose labels may be read."
-    return {split: data.rows(split) for split in ("labelled", "val", "test")}
+# %% ../../nbs/10_data.core.ipynb #b7ae95e3
+def labelled_sets(data:SemiSupervisedData)->dict[str, np.ndarray]: return {split: data.rows(split) for split in ("labelled", "val", "test")}
 
 def row_name(data:SemiSupervisedData, row:int)->str:
     "A row in a message: its number, and its name where it has one."

@@ -10,19 +10,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from sklearn.base import TransformerMixin
-from sklearn.compose import ColumnTransformer
-from sklearn.impute import SimpleImputer
-from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from torch import Tensor
 
 from ..core import HplError, derive_seed
+from .columns import Words, fit_encoder, require_columns
 from .core import (
     SPLITS, BatchView, SemiSupervisedData, StreamSettings, View, announce, content_keys, row_error, row_numbers, row_owners, split_rows)
 from hpl_nb.data.images import (
@@ -32,8 +29,7 @@ from .tables import first_kind, label_problems, read_table, split_problems
 from ..settings import Settings
 
 # %% auto #0
-__all__ = ['Split', 'RowStrengths', 'PixelStrengths', 'from_arrays', 'batches_for', 'FrameEncoder', 'default_preprocessor',
-           'from_frame', 'from_images']
+__all__ = ['Split', 'RowStrengths', 'PixelStrengths', 'from_arrays', 'batches_for', 'from_frame', 'from_images']
 
 # %% ../../nbs/15_data.own.ipynb #671a7d30
 def read_labels(columns:Mapping[str, Iterable], name:str)->np.ndarray:
@@ -106,12 +102,6 @@ def _listed_names(lists:Mapping[str, Sequence[int]|np.ndarray], rows:int, name:s
 
 # %% ../../nbs/15_data.own.ipynb #f7991afc
 def as_split(split:Any)->Split: return split if isinstance(split, Split) else Split(split)
-
-class Words(NamedTuple):
-    "Advice in errors, in the words of the function that was called."
-    labels:str="smaller val_share and test_share"
-    missing:str="pass impute='median'"
-    categories:str="leave it out with columns=[...], make it numeric, or raise max_categories"
 
 def make_sets(labels:np.ndarray, split:Split, name:str, words:Words=Words())->dict[str, np.ndarray]:
     "Rows of the four sets; at least one training row has a label."
@@ -190,6 +180,12 @@ def _check_strengths(strengths:Settings, *shares:str)->None:
         if not value >= 0 or (argument in shares and value >= 1):
             raise HplError(f"{argument} is {value}; give a number of at least 0 (a share: below 1).")
 
+def perturb_rows(x:Tensor, generator:torch.Generator, standardizer:Standardizer, noise:float, dropout:float=0.)->Tensor:
+    "Standardise, add noise, and set some features to their mean."
+    x = standardizer(x)
+    x = x + noise*torch.randn(x.shape, generator=generator)
+    return x.masked_fill(torch.rand(x.shape, generator=generator) < dropout, 0.)
+
 # %% ../../nbs/15_data.own.ipynb #7e0eaa94
 @dataclass(frozen=True)
 class RowStrengths(Settings):
@@ -200,31 +196,13 @@ class RowStrengths(Settings):
 
     def check(self)->None: _check_strengths(self, "feature_dropout")
 
-# %% ../../nbs/15_data.own.ipynb #103bcfce
-def perturb_rows(x:Tensor, generator:torch.Generator, standardizer:Standardizer, noise:float, dropout:float=0.)->Tensor:
-    "Standardise, add noise, and set some features to their mean."
-    x = standardizer(x)
-    x = x + noise*torch.randn(x.shape, generator=generator)
-    return x.masked_fill(torch.rand(x.shape, generator=generator) < dropout, 0.)
-
-def row_views(strengths:RowStrengths, standardizer:Standardizer)->dict[str, View]:
-    "The three views of rows of features."
-    perturb = partial(perturb_rows, standardizer=standardizer)
-    weak = partial(perturb, noise=strengths.weak_noise)
-    strong = partial(perturb, noise=strengths.strong_noise, dropout=strengths.feature_dropout)
-    return {"weak": BatchView(weak), "strong": BatchView(strong), "plain": standardizer}
+    def views(self, standardizer:Standardizer, shape:Sequence[int])->dict[str, View]:
+        "The weak, strong and plain view of rows of features."
+        weak = partial(perturb_rows, standardizer=standardizer, noise=self.weak_noise)
+        strong = partial(perturb_rows, standardizer=standardizer, noise=self.strong_noise, dropout=self.feature_dropout)
+        return {"weak": BatchView(weak), "strong": BatchView(strong), "plain": standardizer}
 
 # %% ../../nbs/15_data.own.ipynb #c1e5849f
-@dataclass(frozen=True)
-class PixelStrengths(Settings):
-    "How strongly the views change pictures."
-    shift:float=1/16 # largest shift, as a share of the shorter side
-    noise:float=.25 # of the strong view, in standard deviations of the channel's pixels
-    cutout:float=1/8 # side of the strong view's square, as a share of the shorter side
-
-    def check(self)->None: _check_strengths(self, "shift", "cutout")
-
-# %% ../../nbs/15_data.own.ipynb #9db7d38e
 def shift_pixels(images:Tensor, generator:torch.Generator, pixels:int)->Tensor:
     "Move each picture by up to `pixels` in both directions; what comes in repeats the edge."
     b, channels, height, width = images.shape
@@ -241,18 +219,28 @@ def cut_squares(images:Tensor, generator:torch.Generator, side:int)->Tensor:
     y, x = torch.arange(height)[:, None] - top, torch.arange(width) - left
     return images.masked_fill(((0 <= y) & (y < side) & (0 <= x) & (x < side))[:, None], 0.)
 
-# %% ../../nbs/15_data.own.ipynb #9c7af1b3
 def perturb_pixels(images:Tensor, generator:torch.Generator, standardizer:Standardizer, shift:int, noise:float=0., cutout:int=0)->Tensor:
     "Standardise and shift; add noise and cut out a square where they are asked for."
     images = shift_pixels(standardizer(images), generator, shift)
     if noise: images = images + noise*torch.randn(images.shape, generator=generator)
     return cut_squares(images, generator, cutout) if cutout else images
 
-def pixel_views(strengths:PixelStrengths, standardizer:Standardizer, side:int)->dict[str, View]:
-    "The three views of pictures."
-    common = {"standardizer": standardizer, "shift": round(strengths.shift*side)}
-    strong = partial(perturb_pixels, **common, noise=strengths.noise, cutout=round(strengths.cutout*side))
-    return {"weak": BatchView(partial(perturb_pixels, **common)), "strong": BatchView(strong), "plain": standardizer}
+# %% ../../nbs/15_data.own.ipynb #9db7d38e
+@dataclass(frozen=True)
+class PixelStrengths(Settings):
+    "How strongly the views change pictures."
+    shift:float=1/16 # largest shift, as a share of the shorter side
+    noise:float=.25 # of the strong view, in standard deviations of the channel's pixels
+    cutout:float=1/8 # side of the strong view's square, as a share of the shorter side
+
+    def check(self)->None: _check_strengths(self, "shift", "cutout")
+
+    def views(self, standardizer:Standardizer, shape:Sequence[int])->dict[str, View]:
+        "The weak, strong and plain view of pictures (n, C, H, W)."
+        side = min(shape[2:])
+        common = {"standardizer": standardizer, "shift": round(self.shift*side)}
+        strong = partial(perturb_pixels, **common, noise=self.noise, cutout=round(self.cutout*side))
+        return {"weak": BatchView(partial(perturb_pixels, **common)), "strong": BatchView(strong), "plain": standardizer}
 
 # %% ../../nbs/15_data.own.ipynb #3eb440d1
 def array_data(x:Tensor, labels:np.ndarray, sets:dict[str, np.ndarray], strengths:RowStrengths|PixelStrengths|None, name:str,
@@ -265,9 +253,8 @@ def array_data(x:Tensor, labels:np.ndarray, sets:dict[str, np.ndarray], strength
         repeated = repeated_rows(sets, content_keys(x, np.arange(len(x))))
         sets, notes = {split: rows[~np.isin(rows, repeated)] for split, rows in sets.items()}, notes | {"duplicates": repeated.tolist()}
     standardizer = fit_standardizer(x, np.sort(np.concatenate([sets["labelled"], sets["unlabelled"]])))
-    views = row_views(strengths, standardizer) if kind is RowStrengths else pixel_views(strengths, standardizer, min(x.shape[2:]))
     notes = notes | {"strengths": asdict(strengths), "standardizer": asdict(standardizer)}
-    return announce(SemiSupervisedData(name, x, labels, **sets, **views, notes=notes, **fields))
+    return announce(SemiSupervisedData(name, x, labels, **sets, **strengths.views(standardizer, x.shape), notes=notes, **fields))
 
 # %% ../../nbs/15_data.own.ipynb #aa7c95d1
 def from_arrays(
@@ -298,122 +285,6 @@ def batches_for(
     "The largest batches, up to the given ones, that the rows allow for every method."
     return StreamSettings(labelled_batch=max(1, min(labelled_batch, len(data.labelled)//2)),
                           unlabelled_batch=max(1, min(unlabelled_batch, len(data.unlabelled))))
-
-# %% ../../nbs/15_data.own.ipynb #01b10110
-@dataclass(frozen=True)
-class FrameEncoder:
-    "Turns the columns of a data frame into features."
-    medians:dict[str, float] # numeric column -> its median over the training rows
-    categories:dict[str, list[str]] # column of text -> its values in the training rows
-    impute:str|None=None # "median": fill missing numbers so, and leave a missing category all zeros; None: refuse them
-
-    @property
-    def features(self)->list[str]:
-        "Names of the features."
-        return [*self.medians, *(f"{column}={value}" for column, values in self.categories.items() for value in values)]
-
-    def encode(self, frame:pd.DataFrame, name:str="frame")->np.ndarray:
-        "Features (n, d) of `frame`, float64; missing and infinite ones are an `HplError`."
-        require_columns(frame, columns := [*self.medians, *self.categories], name)
-        if self.impute is None: refuse_missing(frame[columns], name)
-        numbers = {column: number_column(frame, column, name) for column in self.medians}
-        texts = {column: frame[column].astype(object).map(str).where(frame[column].notna(), None).to_numpy() for column in self.categories}
-        encoder = column_encoder(SimpleImputer(strategy="median"), [*numbers], [*texts], [*self.categories.values()])
-        encoder.fit(pd.DataFrame({column: [median] for column, median in self.medians.items()} | {column: [""] for column in texts}))
-        if not len(frame): return np.empty((0, len(self.features)))
-        return np.asarray(encoder.transform(pd.DataFrame(numbers | texts)), dtype=np.float64)
-
-# %% ../../nbs/15_data.own.ipynb #7a3d9b19
-def column_encoder(number:TransformerMixin, numbers:Sequence, texts:Sequence, categories:Sequence|str="auto")->ColumnTransformer:
-    "Not fitted yet: `number` for columns of numbers, and one feature for each value of a column of text; other values have none."
-    one_hot = OneHotEncoder(categories=categories, handle_unknown="ignore", sparse_output=False)
-    return ColumnTransformer([("numbers", number, list(numbers)), ("texts", one_hot, list(texts))])
-
-def require_columns(frame:pd.DataFrame, columns:Sequence[str], name:str)->None:
-    "Refuse a table that lacks a column, or has two of one name."
-    for column in columns:
-        if (count := list(frame.columns).count(column)) != 1:
-            raise HplError(f"{name} has {count or 'no'} column{'s' if count else ''} {column!r} (it has "
-                           f"{', '.join(map(repr, frame.columns))}); rename one.")
-
-def number_column(frame:pd.DataFrame, column:str, name:str)->np.ndarray:
-    "A numeric column; text and infinite values are an `HplError`."
-    try: values = frame[column].to_numpy(dtype=np.float64, na_value=np.nan)
-    except (TypeError, ValueError) as error:
-        raise HplError(f"{name}: column {column!r} is not numeric any more ({error}).") from error
-    if len(bad := np.flatnonzero(np.isinf(values))):
-        raise row_error(f"{name}, column {column!r}", bad, "it is infinite", "Correct or drop such rows.")
-    return values
-
-def refuse_missing(frame:pd.DataFrame, name:str, words:Words=Words())->None:
-    "Refuse missing features, naming the columns and counting the rows."
-    missing = frame.isna()
-    counts = missing.sum()
-    if (counts := counts[counts > 0]).empty: return
-    listed = ", ".join(f"{column!r} in {count} row(s)" for column, count in counts.items())
-    first = int(np.flatnonzero(missing[counts.index[0]])[0])
-    raise HplError(f"{name}: features are missing: {listed}; the first is row {first}. Fill them, drop the rows or "
-                   f"columns, or {words.missing}.")
-
-# %% ../../nbs/15_data.own.ipynb #56c339b4
-def is_number(column:pd.Series)->bool: return pd.api.types.is_numeric_dtype(column) and column.dtype.kind != "c"
-
-def column_categories(column:pd.Series, rows:np.ndarray, most:int, name:str, words:Words=Words())->list[str]:
-    "Values of a column of text in the training rows."
-    source = f"{name}, column {column.name!r}"
-    if column.dtype.kind in "mMc": raise HplError(f"{source}: it is {column.dtype}; turn it into numbers first.")
-    is_text = column.notna().to_numpy() & pd.to_numeric(column.astype(object), errors="coerce").isna().to_numpy()
-    texts, present = np.flatnonzero(is_text), column.notna().sum()
-    if 0 < 2*len(texts) < present:
-        raise row_error(source, texts, f"{column.iloc[texts[0]]!r} is text, but {present - len(texts)} of {present} "
-                        "values are numbers", "Correct such rows and make the column numeric, or leave it out.")
-    values = sorted(set(column.iloc[rows].dropna().astype(object).map(str)))
-    if len(values) > most:
-        raise HplError(f"{source}: it is text of {len(values)} different values; {words.categories}.")
-    return values
-
-# %% ../../nbs/15_data.own.ipynb #8468dbde
-def fit_encoder(frame:pd.DataFrame, columns:Sequence[str], rows:np.ndarray, impute:Literal["median"]|None=None, most:int=50,
-                name:str="frame")->FrameEncoder:
-    "Find out which columns are numbers and which are text; the training rows decide medians and categories, at most `most` a column."
-    if impute not in (None, "median"): raise HplError(f"impute is {impute!r}; it is 'median', or None to refuse.")
-    if not len(columns): raise HplError(f"{name}: there are no feature columns; give some.")
-    require_columns(frame, columns, name)
-    if impute is None: refuse_missing(frame[list(columns)], name)
-    medians, categories = {}, {}
-    for column in columns:
-        if not is_number(frame[column]):
-            categories[column] = column_categories(frame[column], rows, most, name)
-            continue
-        present = pd.Series(number_column(frame, column, name)[rows]).dropna()
-        if present.empty: raise HplError(f"{name}: column {column!r} is missing in all training rows; leave it out.")
-        medians[column] = float(present.median())
-    return FrameEncoder(medians, categories, impute)
-
-# %% ../../nbs/15_data.own.ipynb #ae6b60b0
-ESTIMATOR_WORDS = Words("a smaller validation_fraction", "use make_pipeline(SimpleImputer(), ...) or preprocessor=",
-                         "drop it, make it numeric, or pass preprocessor=")
-
-def _check_texts(column:pd.Series, rows:np.ndarray, most:int)->None:
-    "Refuse dates, numbers as text, names of the rows, and texts among other things, which have no order."
-    column_categories(column, rows, most, "X", ESTIMATOR_WORDS)
-    is_text = column.map(lambda value: isinstance(value, str)).to_numpy(bool)
-    if is_text.any() and not is_text.all():
-        value = column.iloc[np.flatnonzero(~is_text)[0]]
-        raise row_error(f"X, column {column.name!r}", np.flatnonzero(~is_text), f"{value!r} is no text, as others are",
-                        f"Make all of them text: X[{column.name!r}] = X[{column.name!r}].astype(str).")
-
-# %% ../../nbs/15_data.own.ipynb #1c55b8f9
-def default_preprocessor(
-    frame:pd.DataFrame, # features
-    train:np.ndarray|None=None, # rows that train; None: all
-    most:int=50, # values of a column of text
-)->ColumnTransformer: # not fitted yet; columns are named by their positions
-    "Standardised numbers, and one feature for each value of a column of text."
-    columns, rows = [frame.iloc[:, place] for place in range(frame.shape[1])], np.arange(len(frame)) if train is None else train
-    texts = [place for place, column in enumerate(columns) if not is_number(column)]
-    for place in texts: _check_texts(columns[place], rows, most)
-    return column_encoder(StandardScaler(), [place for place in range(len(columns)) if place not in texts], texts)
 
 # %% ../../nbs/15_data.own.ipynb #b5a80d8a
 def frame_labels(frame:pd.DataFrame, target:str|Sequence[str], split:Any, name:str)->tuple[np.ndarray, Split, set[str]]:
