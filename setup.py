@@ -14,7 +14,7 @@ setup(
     author=s["author"], author_email=s["author_email"], license="Apache-2.0", url=s["git_url"],
     long_description=(here/"README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
     packages=find_packages(include=["hpl_nb", "hpl_nb.*"]), include_package_data=False,
-    package_data={"hpl_nb": ["py.typed", "resources/*.csv", "resources/*.json"]}, # resources is a link to data/
+    package_data={"hpl_nb": ["py.typed", "*.pyi", "resources/*.csv", "resources/*.json"]}, # resources is a link to data/
     python_requires=f">={s['min_python']}", install_requires=s["requirements"].split(),
     extras_require={"dev": s["dev_requirements"].split(), "gp": s["gp_requirements"].split(),
                     "ray": s["ray_requirements"].split()}, zip_safe=False,

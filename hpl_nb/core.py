@@ -10,20 +10,16 @@ import hashlib
 import json
 import os
 import pickletools
-import platform
 import random
-import shutil
 import tempfile
-import warnings
-import weakref
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -33,8 +29,7 @@ from torch import Tensor
 __all__ = ['PREDICTION_COLUMNS', 'HplError', 'not_negative', 'whole_number', 'one_of', 'derive_seed', 'seed_everything',
            'random_states', 'set_random_states', 'LabelNormalizer', 'atomic_write', 'not_written', 'sync_folder',
            'content_digest', 'require_file', 'reason', 'reading', 'check_header', 'check_pickles', 'check_archive',
-           'RunFolder', 'json_bytes', 'damaged', 'claim_run', 'lock_file', 'lock_path', 'is_at', 'open_lock',
-           'run_lock']
+           'RunFolder', 'json_bytes', 'damaged']
 
 # %% ../nbs/00_core.ipynb #d3d92fe2
 class HplError(ValueError):
@@ -305,89 +300,3 @@ def damaged(
     "The sentence for a file that is not what was written; all but checkpoints can be written again from the checkpoints."
     return HplError(f"{path} cannot be read ({reason}): it is damaged. Restore a copy; or delete it and, where it is, metrics.json beside "
                     "it, and run the command that began the run again: it goes on from its checkpoint and writes them anew.")
-
-# %% ../nbs/00_core.ipynb #bfaa89c8
-def claim_run(
-    folder:RunFolder, # where the run is to live
-    config:dict[str, Any], # everything that decides the run's numbers
-)->bool: # True if the folder already holds this run (to be continued)
-    "Write `config.json`, or check that the one there is equal; clears what a killed process left half-written."
-    config = json.loads(json.dumps(config, default=str))
-    there = folder.read_json("config.json")
-    differing = [key for key in dict.fromkeys([*config, *(there or config)]) if (there or config).get(key) != config.get(key)]
-    if differing:
-        key = differing[0]
-        raise HplError(f"{folder.path} holds another run (config.json): {key} is {there.get(key)!r} there and {config.get(key)!r} here "
-                       f"({len(differing)} differing: {', '.join(differing)}). Choose another folder, or delete that one.")
-    for left in folder.path.rglob(".writing-*"): shutil.rmtree(left, ignore_errors=True)
-    if there is None: folder.write_json("config.json", config)
-    return there is not None
-
-# %% ../nbs/00_core.ipynb #9cc4a117
-def lock_file(
-    file:IO, # open for writing
-)->bool: # False: another one holds it
-    "Lock an open file until it is closed, in this process alone; warns where the system has no such locks."
-    try: import fcntl
-    except ImportError: return _no_locks(file, platform.system())
-    try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES): return False
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL): raise
-        return _no_locks(file, error.strerror)
-    copy = weakref.ref(file)
-    os.register_at_fork(after_in_child=lambda: copy() and copy().close())
-    return True
-
-def _no_locks(file, reason):
-    warnings.warn(f"{file.name} cannot be locked ({reason}): make sure that no other process trains in that folder.", stacklevel=4)
-    return True
-
-# %% ../nbs/00_core.ipynb #c16598e5
-def lock_path(
-    folder:RunFolder, # any
-)->Path: # where its lock is, while it is held
-    "The file that stands for a run folder's lock; it is no part of the run."
-    return folder.path/"training.lock"
-
-def is_at(
-    file:IO, # open or closed
-    path:Path, # where it was opened
-)->bool:
-    "Whether an open file is still the one that stands at `path`."
-    try: return not file.closed and os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError: return False
-
-# %% ../nbs/00_core.ipynb #ef5bc4ae
-def open_lock(
-    folder:RunFolder, # to be held
-)->IO: # its lock, held until it is closed
-    "Hold a run folder, or say who does."
-    path = lock_path(folder)
-    try:
-        folder.path.mkdir(parents=True, exist_ok=True)
-        while True:
-            file = open(path, "a+", errors="replace")
-            if not lock_file(file):
-                file.seek(0)
-                with file: raise HplError(f"{folder.path} is in use: {file.read(200).strip() or 'another process'} is training in it. Wait "
-                                          "for it or stop it, and run the same command again; or choose another folder.")
-            if is_at(file, path): break
-            file.close()
-        file.truncate(0)
-        print(f"process {os.getpid()} on {platform.node()}", file=file, flush=True)
-    except OSError as error: raise not_written(path, error) from error
-    return file
-
-# %% ../nbs/00_core.ipynb #e5d9586c
-@contextmanager
-def run_lock(
-    folder:RunFolder, # where a run is about to write
-)->Iterator[None]:
-    "Keep every other process out of a run folder within the block; reading needs no lock."
-    file = open_lock(folder)
-    try: yield
-    finally:
-        with suppress(OSError):
-            if is_at(file, lock_path(folder)): lock_path(folder).unlink()
-        file.close()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
 from numbers import Integral
 from pathlib import Path
@@ -22,139 +22,69 @@ from fastcore.basics import patch
 from pandas.api.types import is_numeric_dtype
 from scipy.sparse import issparse
 from sklearn.base import BaseEstimator, RegressorMixin, TransformerMixin, clone
-from sklearn.compose import ColumnTransformer
 from sklearn.metrics import r2_score
-from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from .cli import WITH_DROPOUT, Options, make_method, selected
-from .core import HplError, random_states, reading, seed_everything, set_random_states, whole_number
+from .core import HplError, random_states, reading, seed_everything, set_random_states
 from .data.core import SemiSupervisedData
 from .data.images import ImageFiles, image_data, randaugment_mc_views
 from .data.own import (
-    PixelStrengths, RowStrengths, array_data, batches_for, column_categories, input_tensor, label_array, make_sets,
-    refuse_missing, row_error)
-from .methods.core import Method, require_dropout
+    ESTIMATOR_WORDS, PixelStrengths, RowStrengths, Split, array_data, batches_for, default_preprocessor, input_tensor, label_array,
+    make_sets, refuse_missing)
+from .methods.core import Method, MethodSettings, Released, Supervised, require_dropout
+from .methods.known import method_named
 from .models import Regressor, mlp, resnet, small_cnn
 from .predictor import (
-    Interval, Pictures, Predictor, not_saved, predict_deviation, predict_samples, predictor_content, predictor_of,
-    read_content, write_content)
-from .trainer import OptimizerSettings, Run, TrainSettings, epoch_length
-from .trainer import fit as train
+    Interval, Pictures, Predictor, calibrated, interval_of, not_saved, predictor_content, predictor_of, read_content, write_content)
+from .training.loop import fit as fit_method
+from .training.run import Run
+from .training.state import OptimizerSettings, Train, epoch_length
 
 # %% auto #0
-__all__ = ['OWN_WORDS', 'NOT_IN_FILES', 'SemiSupervisedRegressor', 'own_words', 'row_count', 'label_columns',
-           'default_preprocessor', 'check_texts', 'table', 'are_files', 'are_pixels', 'samples_of', 'forget_table',
-           'training_data', 'default_network', 'Recipe', 'recipe_for', 'build_method', 'random_states_kept', 'seed_of',
-           'method_name', 'schedule', 'pseudo_labels', 'as_fitted', 'estimator_content', 'fitted_estimator',
-           'read_transformer']
+__all__ = ['SemiSupervisedRegressor']
 
 # %% ../nbs/83_estimator.ipynb #23fd25e6
 class SemiSupervisedRegressor(RegressorMixin, BaseEstimator):
     "A network trained by any method of this package; `y` is NaN where a row has no label."
     def __init__(self,
-        method:str="hpl", # a name of `hpl_nb.cli.METHODS`
-        *,
-        preset:str|None=None, # hpl: "paper" (default) or "release"; rankup: "arc"
-        settings:Mapping[str, Any]|None=None, # of the method, such as {"decay": .99} for mean_teacher
-        unlabelled_weight:float|None=None, # of the unlabelled loss at the start; None: the method's own, or 1
+        method:MethodSettings|str="hpl_paper", # settings of a method, such as HPL.paper(), or a short name of `known_methods()`
         network:Callable[[tuple[int, ...], int], Regressor]|None=None, # (shape of a row, K) -> network; None: `default_network`
+        *,
         preprocessor:TransformerMixin|None=None, # for tables; None: `default_preprocessor` for a data frame, nothing for an array
         strengths:RowStrengths|PixelStrengths|None=None, # of the views of tables and of picture arrays; None: the defaults
         size:int=64, # of pictures in files: the side to which they are squeezed, pixels
-        epochs:int=30, # after each, the validation rows are asked
-        iterations_per_epoch:int|None=None, # None: a pass over the unlabelled rows, and at least 50
-        batch_size:int=32, # of labelled and of unlabelled rows, if there are so many
-        learning_rate:float=1e-3, # of Adam
-        weight_decay:float=0., # of Adam
+        epochs:int|None=None, # after each, the validation rows are predicted; None: those of `train`
+        train:Train|None=None, # schedule; None: 30 epochs of 50 iterations or more, batches of 32, Adam at 1e-3
         validation_fraction:float=.2, # of the labelled rows: they select the epoch and make the intervals
         deduplicate:bool=False, # leave out training rows that are repeated, or are validation rows too
-        patience:int|None=None, # stop after so many epochs without a better validation
-        folder:str|Path|None=None, # run folder: what is killed goes on by the same call; None: in memory
+        folder:str|Path|None=None, # run folder: the same call resumes a killed run; None: in memory
         random_state:int|np.random.RandomState|None=None, # of everything; None: NumPy's own
         verbose:bool=False, # show a progress bar
     ):
-        self.method, self.preset, self.settings, self.unlabelled_weight = method, preset, settings, unlabelled_weight
-        self.network, self.preprocessor, self.strengths, self.size = network, preprocessor, strengths, size
-        self.epochs, self.iterations_per_epoch, self.batch_size = epochs, iterations_per_epoch, batch_size
-        self.learning_rate, self.weight_decay = learning_rate, weight_decay
-        self.validation_fraction, self.deduplicate = validation_fraction, deduplicate
-        self.patience, self.folder, self.random_state, self.verbose = patience, folder, random_state, verbose
+        self.method, self.network, self.preprocessor, self.strengths, self.size = method, network, preprocessor, strengths, size
+        self.epochs, self.train, self.validation_fraction, self.deduplicate = epochs, train, validation_fraction, deduplicate
+        self.folder, self.random_state, self.verbose = folder, random_state, verbose
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
         tags.target_tags.multi_output = True
         return tags
 
-# %% ../nbs/83_estimator.ipynb #b61c7a90
-OWN_WORDS = {"pass impute='median'": "use make_pipeline(SimpleImputer(), ...) or preprocessor=",
-             "leave it out with columns=[...], make it numeric, or raise max_categories": "drop it, make it numeric, or pass preprocessor=",
-             "smaller val_share and test_share": "a smaller validation_fraction", "--settings": "settings",
-             "val_share, or calibration=": "validation_fraction, or calibrate(X, y)"}
-
-@contextmanager
-def own_words()->Iterator[None]:
-    "Errors from within the block name the estimator's arguments."
-    try: yield
-    except HplError as error:
-        text = str(error)
-        for theirs, ours in OWN_WORDS.items(): text = text.replace(theirs, ours)
-        raise (error if text == str(error) else HplError(text)) from error.__cause__
-
 # %% ../nbs/83_estimator.ipynb #adee7571
-def row_count(
-    X:Any, # inputs or labels
-)->int:
-    "How many rows there are."
+def row_count(X:Any)->int:
     return X.shape[0] if getattr(X, "shape", None) else len(X if hasattr(X, "__len__") else np.asarray(X))
 
-def label_columns(
-    y:Any, # (n,) or (n, K); NaN: unlabelled
-    rows:int, # n
-)->np.ndarray: # (n, K) float64
-    "Labels as numbers; text and infinity are refused."
+def label_columns(y:Any, rows:int)->np.ndarray:
+    "Labels (n, K) as numbers; text and infinity are refused."
     if y is None: raise HplError("This estimator requires y to be passed, but the target y is None; give labels, NaN where there is none.")
     array = y.to_numpy(dtype=object, copy=True, na_value=np.nan) if isinstance(y, (pd.Series, pd.DataFrame)) else np.asarray(y)
     if array.dtype.kind in "biufc": check_array(array, ensure_2d=False, ensure_all_finite="allow-nan", input_name="y")
     return label_array(array, rows, "y")
 
-# %% ../nbs/83_estimator.ipynb #65c4601f
-def default_preprocessor(
-    frame:pd.DataFrame, # features
-    train:np.ndarray|None=None, # the rows that train; None: all
-    most:int=50, # values of a column of text
-)->ColumnTransformer: # not fitted yet; columns are named by their positions
-    "Standardised numbers, and one feature for each value of a column of text."
-    numbers, texts, rows = [], [], np.arange(len(frame)) if train is None else train
-    for position, name in enumerate(frame.columns):
-        column = frame.iloc[:, position]
-        is_number = is_numeric_dtype(column) and column.dtype.kind != "c"
-        if not is_number: check_texts(column, rows, most)
-        (numbers if is_number else texts).append(position)
-    return ColumnTransformer([("numbers", StandardScaler(), numbers),
-                              ("texts", OneHotEncoder(handle_unknown="ignore", sparse_output=False), texts)])
-
-def check_texts(
-    column:pd.Series, # of a data frame, no numbers
-    train:np.ndarray, # the rows that train
-    most:int, # different values there
-)->None:
-    "Refuse dates, numbers as text, names of the rows, and texts among other things, which have no order."
-    column_categories(column, train, most, "X")
-    is_text = column.map(lambda value: isinstance(value, str)).to_numpy(bool)
-    if is_text.any() and not is_text.all():
-        value = column.iloc[np.flatnonzero(~is_text)[0]]
-        raise row_error(f"X, column {column.name!r}", np.flatnonzero(~is_text), f"{value!r} is no text, as others are",
-                        f"Make all of them text: X[{column.name!r}] = X[{column.name!r}].astype(str).")
-
 # %% ../nbs/83_estimator.ipynb #9a35840f
-def table(
-    model:SemiSupervisedRegressor, # gets `preprocessor_` as it is fitted
-    X:Any, # (n, d) numbers, or a data frame
-    train:np.ndarray|None=None, # fit: the rows that train; None: compare with what was fitted
-)->np.ndarray: # (n, d') float64
-    "A table as numbers."
+def table(model:SemiSupervisedRegressor, X:Any, train:np.ndarray|None=None)->np.ndarray:
+    "A table as numbers (n, d'); with rows that train the preprocessor is fitted, without them X is compared with what was fitted."
     fitting = train is not None
     if fitting and model.preprocessor is not None: model.preprocessor_ = clone(model.preprocessor)
     if model.preprocessor_ is None and not (fitting and isinstance(X, pd.DataFrame)):
@@ -163,7 +93,7 @@ def table(
     names = getattr(model, "feature_names_in_", None)
     if names is not None: X = X.set_axis(names, axis=1) if isinstance(X, pd.DataFrame) else pd.DataFrame(X, columns=names)
     if not isinstance(X, pd.DataFrame): X = check_array(X, dtype=None, ensure_all_finite=False, input_name="X")
-    if model.preprocessor is None: refuse_missing(X, "X")
+    if model.preprocessor is None: refuse_missing(X, "X", ESTIMATOR_WORDS)
     if fitting:
         rows = X.iloc[train] if isinstance(X, pd.DataFrame) else X[train]
         model.preprocessor_ = (model.preprocessor_ or default_preprocessor(X, train)).fit(rows)
@@ -171,43 +101,27 @@ def table(
     return encoded.toarray() if issparse(encoded) else encoded
 
 # %% ../nbs/83_estimator.ipynb #79c36597
-def are_files(
-    X:Any, # inputs of an estimator
-)->bool:
+def are_files(X:Any)->bool:
     "Whether they are paths of pictures."
     is_list = isinstance(X, (list, tuple, np.ndarray, pd.Series, pd.Index)) and getattr(X, "ndim", 1) == 1
     return is_list and len(X) > 0 and all(isinstance(x, (str, Path)) for x in X)
 
-def are_pixels(
-    X:Any, # inputs of an estimator
-)->bool:
+def are_pixels(X:Any)->bool:
     "Whether they are pictures (n, H, W) or (n, C, H, W)."
     return isinstance(X, (np.ndarray, torch.Tensor)) and X.ndim in (3, 4)
 
-# %% ../nbs/83_estimator.ipynb #ed34ef09
-def samples_of(
-    model:SemiSupervisedRegressor, # any
-    X:Any, # inputs of one of the four kinds
-    train:np.ndarray|None=None, # see `table`
-)->Any: # what its `Predictor` reads
-    "Inputs as the network's reader wants them."
+def samples_of(model:SemiSupervisedRegressor, X:Any, train:np.ndarray|None=None)->Any:
+    "Inputs as the predictor's reader wants them."
     if are_files(X): return list(X)
     return input_tensor(X, "X") if are_pixels(X) else table(model, X, train)
 
 # %% ../nbs/83_estimator.ipynb #a90c4471
-def forget_table(
-    model:SemiSupervisedRegressor, # which may have been fitted before
-)->None:
+def forget_table(model:SemiSupervisedRegressor)->None:
     "No preprocessor and no features, until a table brings some."
     model.preprocessor_ = None
     for name in ("n_features_in_", "feature_names_in_"): vars(model).pop(name, None)
 
-def training_data(
-    model:SemiSupervisedRegressor, # with its parameters
-    X:Any, # inputs of one of the four kinds
-    labels:np.ndarray, # (n, K), NaN where there is none
-    seed:int, # of the cut
-)->SemiSupervisedData: # without a test set
+def training_data(model:SemiSupervisedRegressor, X:Any, labels:np.ndarray, seed:int)->SemiSupervisedData:
     "The data set that a method is trained on."
     forget_table(model)
     from_files = are_files(X)
@@ -215,7 +129,7 @@ def training_data(
         raise HplError("preprocessor is for tables, and X are pictures; leave it out, and change the pictures before.")
     if not 0 <= model.validation_fraction < 1:
         raise HplError(f"validation_fraction is {model.validation_fraction}; give a share of at least 0 and below 1.")
-    sets = make_sets(labels, None, model.validation_fraction, 0., None, seed, "y")
+    sets = make_sets(labels, Split(val_share=model.validation_fraction, test_share=0., seed=seed), "y", ESTIMATOR_WORDS)
     samples = samples_of(model, X, np.sort(np.concatenate([sets["labelled"], sets["unlabelled"]])))
     if not from_files: return array_data(torch.as_tensor(samples), labels, sets, model.strengths, "X", None, model.deduplicate)
     files = ImageFiles(Pictures(model.size)(samples).sources, model.size, cache_in_memory=True)
@@ -223,54 +137,33 @@ def training_data(
     return image_data("X", files, labels, sets, views, model.deduplicate, compare=True)
 
 # %% ../nbs/83_estimator.ipynb #46f87adf
-def default_network(
-    shape:tuple[int, ...], # of a row: (d,) or (C, H, W)
-    outputs:int, # K
-    dropout:float=0., # share
-)->Regressor:
+def default_network(shape:tuple[int, ...], outputs:int, dropout:float=0.)->Regressor:
     "A network that suits the inputs."
     if len(shape) == 1: return mlp(shape[0], (64, 64), outputs, dropout)
     if max(shape[1:]) <= 64: return small_cnn(shape[0], 32, outputs, dropout)
     return resnet(18, outputs, dropout=dropout)
 
 # %% ../nbs/83_estimator.ipynb #d7730b15
-@dataclass(frozen=True)
-class Recipe:
-    "What a method is built from: the parameters as they were when it was fitted, and what the rows were like."
-    method:str # a name of `METHODS`
-    preset:str|None # of the method
-    settings:dict[str, Any] # of the method
-    unlabelled_weight:float|None # None: the method's own
-    shape:tuple[int, ...] # of a row
-    outputs:int # K
+def method_of(method:MethodSettings|str)->MethodSettings:
+    "The settings that a parameter means."
+    if isinstance(method, str): return method_named(method)
+    if isinstance(method, MethodSettings): return method
+    raise HplError(f"method is {method!r:.100}; give settings such as HPL.paper(), or a short name such as 'hpl_paper'.")
 
-def recipe_for(
-    model:SemiSupervisedRegressor, # with its parameters
-    name:str, # of the method: the one asked for, or "supervised" where all rows have labels
-    shape:tuple[int, ...], # of a row
-    outputs:int, # K
-)->Recipe:
-    "The method that the parameters describe."
-    preset, settings = (model.preset, model.settings or {}) if name == model.method else (None, {})
-    if not isinstance(settings, Mapping) or any(character in str(value) for value in settings.values() for character in ",="):
-        raise HplError(f"settings is {settings!r}; give a dictionary of names and single values, such as {{'decay': .99}}.")
-    weight = None if model.unlabelled_weight is None else float(model.unlabelled_weight)
-    return Recipe(name, preset, dict(settings), weight, tuple(shape), outputs)
+def method_for(model:SemiSupervisedRegressor, data:SemiSupervisedData)->MethodSettings:
+    "The method that is trained: `Supervised` where nothing is unlabelled."
+    method = method_of(model.method).suited_to(Released())
+    if len(data.unlabelled) or isinstance(method, Supervised): return method
+    warnings.warn(f"every row of y has a label, so that {method.title} has nothing to guess: Supervised is trained. Pass rows "
+                  "without a label, with NaN in y.", stacklevel=4)
+    return Supervised()
 
-# %% ../nbs/83_estimator.ipynb #e2a91c64
-def build_method(
-    recipe:Recipe, # what to build
-    network:Callable[[tuple[int, ...], int], Regressor]|None=None, # of one's own
-)->Method: # not trained yet
-    "A method as the recipe says."
-    needs_dropout = recipe.method in WITH_DROPOUT
-    def make():
-        if network is not None: return network(recipe.shape, recipe.outputs)
-        return default_network(recipe.shape, recipe.outputs, .05*needs_dropout)
-    spec = ":".join(filter(None, (recipe.method, recipe.preset)))
-    settings = ",".join(f"{key}={value}" for key, value in recipe.settings.items())
-    with own_words(): method = make_method(spec, make, Options(unlabelled_weight=recipe.unlabelled_weight, settings=settings))
-    if needs_dropout: require_dropout(method, method.regressor)
+def build_method(settings:MethodSettings, shape:tuple[int, ...], outputs:int,
+                 network:Callable[[tuple[int, ...], int], Regressor]|None=None)->Method:
+    "A method that is not trained yet, for rows of a shape and K outputs."
+    def make(): return network(shape, outputs) if network else default_network(shape, outputs, .05*settings.needs_dropout)
+    method = settings.build(*[make() for _ in range(settings.networks)])
+    if settings.needs_dropout: require_dropout(method, method.regressor)
     return method
 
 # %% ../nbs/83_estimator.ipynb #2e62afe4
@@ -281,37 +174,20 @@ def random_states_kept()->Iterator[None]:
     try: yield
     finally: set_random_states(states)
 
-def seed_of(
-    random_state:int|np.random.RandomState|None, # as scikit-learn knows it
-)->int:
+def seed_of(random_state:int|np.random.RandomState|None)->int:
     "A whole number is the seed itself."
-    if isinstance(random_state, Integral): return int(random_state)
-    return int(check_random_state(random_state).randint(2**31 - 1))
+    return int(random_state) if isinstance(random_state, Integral) else int(check_random_state(random_state).randint(2**31 - 1))
 
-def method_name(
-    model:SemiSupervisedRegressor, # with its parameters
-    data:SemiSupervisedData, # what it is trained on
-)->str: # "supervised" where nothing is unlabelled
-    "The method that is trained."
-    if len(data.unlabelled) or model.method == "supervised": return model.method
-    warnings.warn(f"every row of y has a label, so that {model.method!r} has nothing to guess: 'supervised' is trained. Pass rows "
-                  "without a label, with NaN in y.", stacklevel=4)
-    return "supervised"
+def schedule(model:SemiSupervisedRegressor, data:SemiSupervisedData)->Train:
+    "The schedule as the parameters say; batches are no larger than the rows allow."
+    if not isinstance(model.train, Train|None): raise HplError(f"train is {model.train!r:.100}; give Train(...), or None for the default.")
+    train = model.train or Train(optimizer=OptimizerSettings(lr_body=1e-3, lr_head=1e-3))
+    fitting = batches_for(data, train.streams.labelled_batch, train.streams.unlabelled_batch)
+    streams = replace(train.streams, labelled_batch=fitting.labelled_batch, unlabelled_batch=fitting.unlabelled_batch)
+    train = replace(train, streams=streams, epochs=train.epochs if model.epochs is None else model.epochs)
+    return replace(train, iterations_per_epoch=train.iterations_per_epoch or max(50, epoch_length(data, train, streams)))
 
 # %% ../nbs/83_estimator.ipynb #02c54998
-def schedule(
-    model:SemiSupervisedRegressor, # with its parameters
-    data:SemiSupervisedData, # what it is trained on
-)->TrainSettings:
-    "The trainer's settings as the parameters say."
-    rate, decay, size = model.learning_rate, model.weight_decay, whole_number("batch_size", model.batch_size)
-    optimizer = OptimizerSettings(lr_body=rate, lr_head=rate, weight_decay_body=decay, weight_decay_head=decay)
-    settings = TrainSettings(model.epochs, streams=batches_for(data, size, size), optimizer=optimizer, patience=model.patience)
-    iterations = model.iterations_per_epoch
-    if iterations is None: iterations = max(50, epoch_length(data, settings, settings.streams))
-    return replace(settings, iterations_per_epoch=iterations)
-
-# %% ../nbs/83_estimator.ipynb #d7357392
 @patch
 def fit(self:SemiSupervisedRegressor,
     X:Any, # (n, d) numbers, a data frame, pictures (n, H, W) or (n, C, H, W), or n paths of pictures
@@ -321,38 +197,40 @@ def fit(self:SemiSupervisedRegressor,
     if self.folder is not None and not isinstance(self.random_state, Integral):
         raise HplError(f"random_state is {self.random_state!r}; a run folder goes on with the same numbers only if it is a whole number.")
     labels, seed = label_columns(y, row_count(X)), seed_of(self.random_state)
-    with own_words(): data = training_data(self, X, labels, seed)
-    recipe = recipe_for(self, method_name(self, data), data.plain(data.inputs[np.array([0])], None).shape[1:], data.outputs)
+    data = training_data(self, X, labels, seed)
+    settings, shape = method_for(self, data), tuple(data.plain(data.inputs[np.array([0])], None).shape[1:])
     with random_states_kept():
         seed_everything(seed)
-        method = build_method(recipe, self.network)
-        self.run_ = train(method, data, schedule(self, data), folder=self.folder, seed=seed, progress=self.verbose)
+        method = build_method(settings, shape, data.outputs, self.network)
+        self.run_ = fit_method(method, data, schedule(self, data), folder=self.folder, seed=seed, progress=self.verbose)
     self.predictor_ = Predictor.from_method(method, data)
     self.pseudo_labels_ = pseudo_labels(self.run_, X.index if isinstance(X, (pd.Series, pd.DataFrame)) else None)
-    self.recipe_, self.network_, self.is_column_ = recipe, self.network, np.asarray(y).ndim == 1
+    self.method_, self.shape_, self.network_, self.is_column_ = settings, shape, self.network, np.asarray(y).ndim == 1
     return self
 
 # %% ../nbs/83_estimator.ipynb #4760324e
-def pseudo_labels(
-    run:Run, # finished
-    index:pd.Index|None=None, # names of the rows; None: their numbers
-)->pd.DataFrame: # row, output, pseudo_label, variance, weight; label units, and label units squared
-    "Pseudo-labels of the unlabelled rows, their variance and their weight."
-    table = selected(run)
-    table = table[table["split"] == "unlabelled"].reset_index(drop=True)
+def pseudo_labels(run:Run, index:pd.Index|None=None)->pd.DataFrame:
+    "Pseudo-labels of the unlabelled rows at the selected epoch (label units), their variance (label units squared) and their weight."
+    table = run.predictions
+    table = table[(table["epoch"] == run.metrics["epoch"]) & (table["split"] == "unlabelled")].reset_index(drop=True)
     rows = table["index"].astype(int)
     return pd.DataFrame({
         "row": rows if index is None else index[rows], "output": table["output"], "pseudo_label": table["pseudo_label"],
         "variance": np.exp(table["log_variance"].astype(float)), "weight": table["weight"].astype(float).fillna(1.)})
 
 # %% ../nbs/83_estimator.ipynb #36c56cb4
+def as_fitted(model:SemiSupervisedRegressor, values:np.ndarray)->np.ndarray:
+    "One column (n,) or a table (n, K), as y was."
+    return values.reshape(len(values)) if model.is_column_ else values.reshape(len(values), -1)
+
+# %% ../nbs/83_estimator.ipynb #00b79dcf
 @patch
 def predict(self:SemiSupervisedRegressor,
     X:Any, # rows such as those of `fit`
 )->np.ndarray: # (n,), or (n, K) if y had columns
     "Predictions, label units."
     check_is_fitted(self)
-    with own_words(): return as_fitted(self, self.predictor_.predict(samples_of(self, X)))
+    return as_fitted(self, self.predictor_.predict(samples_of(self, X)))
 
 @patch
 def score(self:SemiSupervisedRegressor,
@@ -368,13 +246,6 @@ def score(self:SemiSupervisedRegressor,
     prediction = np.reshape(self.predict(X), labels.shape)
     return r2_score(labels[known], prediction[known], sample_weight=None if sample_weight is None else np.asarray(sample_weight)[known])
 
-def as_fitted(
-    model:SemiSupervisedRegressor, # fitted
-    values:np.ndarray, # (n,), or (n, K)
-)->np.ndarray: # as y was: (n,), or (n, K)
-    "One column or a table."
-    return values.reshape(len(values)) if model.is_column_ else values.reshape(len(values), -1)
-
 # %% ../nbs/83_estimator.ipynb #79af9b29
 @patch
 def predict_interval(self:SemiSupervisedRegressor,
@@ -384,7 +255,7 @@ def predict_interval(self:SemiSupervisedRegressor,
 )->Interval: # prediction, low, high
     "Predictions with split conformal intervals."
     check_is_fitted(self)
-    with own_words(): interval = self.predictor_.predict_interval(samples_of(self, X), coverage, scaled)
+    interval = interval_of(self.predictor_, samples_of(self, X), coverage, scaled, "validation_fraction, or calibrate(X, y)")
     return Interval(*(as_fitted(self, values) for values in interval))
 
 @patch
@@ -394,31 +265,26 @@ def calibrate(self:SemiSupervisedRegressor,
 )->SemiSupervisedRegressor: # itself
     "Let other rows' errors make the intervals."
     check_is_fitted(self)
-    labels, p = label_columns(y, row_count(X)), self.predictor_
-    with own_words(): samples = samples_of(self, X)
-    known, samples = np.flatnonzero(np.isfinite(labels).all(axis=1)), p.reader(samples)
-    given = p.method, samples, known, p.view, p.normalizer
-    self.predictor_ = replace(p, errors=np.abs(labels[known] - predict_samples(*given)), deviations=predict_deviation(*given))
+    labels, samples = label_columns(y, row_count(X)), self.predictor_.reader(samples_of(self, X))
+    known = np.flatnonzero(np.isfinite(labels).all(axis=1))
+    self.predictor_ = calibrated(self.predictor_, samples, known, labels[known])
     return self
 
 # %% ../nbs/83_estimator.ipynb #035b5fa7
 NOT_IN_FILES = ("network", "preprocessor", "folder", "random_state") # parameters
+FITTED = ("method_", "shape_", "is_column_", "n_features_in_")
 
-def estimator_content(
-    model:SemiSupervisedRegressor, # fitted
-)->dict[str, Any]: # of its predictor's file, and what is the estimator's own
-    "What an estimator's file holds."
-    parameters = {name: value for name, value in model.get_params(deep=False).items() if name not in NOT_IN_FILES}
-    frame = model.pseudo_labels_
+def estimator_content(model:SemiSupervisedRegressor)->dict[str, Any]:
+    "What an estimator's file holds: that of its predictor, and what is the estimator's own."
+    frame, names = model.pseudo_labels_, getattr(model, "feature_names_in_", None)
     columns = {name: torch.from_numpy(np.array(column)) if is_numeric_dtype(column) else list(map(str, column))
                for name, column in frame.items()}
-    fitted = {name: getattr(model, name, None) for name in ("is_column_", "n_features_in_")}
-    names = getattr(model, "feature_names_in_", None)
     transformer = None if model.preprocessor_ is None else torch.tensor(bytearray(skops.io.dumps(model.preprocessor_)), dtype=torch.uint8)
     return predictor_content(model.predictor_) | {"estimator": {
-        "parameters": parameters, "recipe": asdict(model.recipe_), "own_network": model.network_ is not None,
+        "parameters": {name: value for name, value in model.get_params(deep=False).items() if name not in NOT_IN_FILES},
+        "fitted": {name: getattr(model, name, None) for name in FITTED}, "own_network": model.network_ is not None,
         "own_preprocessor": model.preprocessor is not None, "preprocessor": transformer, "pseudo_labels": columns,
-        "fitted": fitted, "feature_names": None if names is None else list(map(str, names))}}
+        "feature_names": None if names is None else list(map(str, names))}}
 
 # %% ../nbs/83_estimator.ipynb #cb1e6ab5
 @patch
@@ -448,30 +314,27 @@ def load(cls:SemiSupervisedRegressor,
         return fitted_estimator(cls(**own["parameters"], network=network), content, path, trusted)
 
 # %% ../nbs/83_estimator.ipynb #5b451569
-def fitted_estimator(
-    model:SemiSupervisedRegressor, # with the parameters of the file
-    content:Mapping[str, Any], # of it
-    path:str|Path, # of it, for messages
-    trusted:Sequence[str]=(), # see `load`
-)->SemiSupervisedRegressor: # `model`, fitted
-    "Put into an estimator what its file holds."
+def fitted_estimator(model:SemiSupervisedRegressor, content:Mapping[str, Any], path:str|Path,
+                     trusted:Sequence[str]=())->SemiSupervisedRegressor:
+    "Put into an estimator, with the parameters of a file, what else the file holds."
     own = content["estimator"]
-    model.recipe_, model.network_, model.is_column_ = Recipe(**own["recipe"]), model.network, bool(own["fitted"]["is_column_"])
-    if own["fitted"]["n_features_in_"] is not None: model.n_features_in_ = own["fitted"]["n_features_in_"]
+    if not isinstance(own["fitted"]["method_"], MethodSettings): raise ValueError("method_ is no method")
+    for name in FITTED: setattr(model, name, own["fitted"][name])
+    if model.n_features_in_ is None: del model.n_features_in_
+    model.network_ = model.network
     if own["feature_names"] is not None: model.feature_names_in_ = np.array(own["feature_names"], dtype=object)
     model.preprocessor_ = None if own["preprocessor"] is None else read_transformer(own["preprocessor"].numpy().tobytes(), path, trusted)
     if own["own_preprocessor"]: model.preprocessor = clone(model.preprocessor_)
-    with random_states_kept(): method = build_method(model.recipe_, model.network_)
-    model.predictor_ = predictor_of(content, method, path)
+    model.predictor_ = predictor_in(model, content, path)
     model.pseudo_labels_ = pd.DataFrame({name: column.numpy() if isinstance(column, torch.Tensor) else column
                                          for name, column in own["pseudo_labels"].items()})
     return model
 
-def read_transformer(
-    content:bytes, # of `skops`
-    path:str|Path, # of the file that they are in, for messages
-    trusted:Sequence[str], # types beside scikit-learn's
-)->TransformerMixin:
+def predictor_in(model:SemiSupervisedRegressor, content:Mapping[str, Any], path:str|Path)->Predictor:
+    with random_states_kept(): method = build_method(model.method_, model.shape_, len(content["normalizer"].mean), model.network_)
+    return predictor_of(content, method, path)
+
+def read_transformer(content:bytes, path:str|Path, trusted:Sequence[str])->TransformerMixin:
     "A preprocessor; types that are not trusted are named and not built."
     if others := [name for name in skops.io.get_untrusted_types(data=content) if name not in trusted]:
         raise HplError(f"the preprocessor in {path} is made of {', '.join(others)}, which might do anything when it is read. If you know "
@@ -491,6 +354,4 @@ def __setstate__(self:SemiSupervisedRegressor,
 )->None:
     "The inverse of `__getstate__`."
     BaseEstimator.__setstate__(self, state)
-    if "predictor_" not in state: return
-    with random_states_kept(): method = build_method(self.recipe_, self.network_)
-    self.predictor_ = predictor_of(state["predictor_"], method, "the pickled estimator")
+    if "predictor_" in state: self.predictor_ = predictor_in(self, state["predictor_"], "the pickled estimator")

@@ -9,7 +9,7 @@ import asyncio
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,26 +23,23 @@ from IPython.display import display
 from . import figures
 from .data.core import SemiSupervisedData
 from .explorer import as_widget, parts_of, side_by_side
-from .trainer import Run, Session, Trainable, TrainSettings, fit
+from .training.loop import fit
+from .training.run import Run
+from .training.state import Progress, Train, Trainable
 
 # %% auto #0
-__all__ = ['Curves', 'LiveView', 'empty_figure', 'set_curves', 'interrupt_stops', 'fit_live', 'describe']
+__all__ = ['LiveView', 'fit_live']
 
 # %% ../nbs/52_live.ipynb #304ec186
 class Curves:
-    "Points of a run, gathered by looking at its session now and then."
-    def __init__(self,
-        most:int=1000, # points of a curve; beyond it every second one is dropped
-    ):
+    "Points of a run, gathered by looking at its progress now and then."
+    def __init__(self, most:int=1000): # points of a curve; beyond it every second one is dropped
         self.most, self.losses, self.variance = most, {}, ([], []) # of each loss, and of the log-variance: steps and values
         self.seen:tuple[int, int, dict[str, float]] = (0, 0, {}) # epoch and step of the last look, and the sums of losses then
 
-    def look(self,
-        session:Session, # the run
-    )->None:
+    def look(self, progress:Progress)->None:
         "Add a point to each curve."
-        progress = session.progress
-        epoch, into = len(progress.log), progress.step - len(progress.log)*session.per_epoch
+        epoch, into = len(progress.log), progress.step - len(progress.log)*progress.per_epoch
         sums = {name: float(total) for name, total in progress.losses.items()}
         before, steps = (self.seen[2], into - self.seen[1]) if self.seen[0] == epoch else ({}, into)
         if steps > 0:
@@ -71,20 +68,17 @@ class LiveView:
         titles = {"Loss": "", "Mean log-variance": "", "Validation error": f"MAE ({unit})" if unit else "MAE"}
         self.losses, self.variance, self.validation = (empty_figure(*pair) for pair in titles.items())
 
-    def __call__(self, session:Session)->bool:
+    def __call__(self, progress:Progress)->bool:
         "Look, if it is time, and say whether to stop."
-        last, now = session.progress.step == len(session.streams), time.monotonic()
+        last, now = progress.step == progress.steps, time.monotonic()
         if last or self.stopping or now - self.looked >= max(self.every, (now - self.began)/100):
-            self.curves.look(session)
-            self.draw(session)
+            self.curves.look(progress)
+            self.draw(progress)
             self.looked = time.monotonic()
         return self.stopping
 
 # %% ../nbs/52_live.ipynb #5b8c77fc
-def empty_figure(
-    title:str, # above it
-    upright:str="", # title of the vertical axis
-)->go.FigureWidget: # without a curve
+def empty_figure(title:str, upright:str="")->go.FigureWidget:
     "A small figure for curves over steps."
     figure = figures.finish(go.Figure(), title, 280)
     return as_widget(figure.update_layout(xaxis_title_text="Step", yaxis_title_text=upright, legend=dict(y=-.4, yanchor="top")))
@@ -118,26 +112,20 @@ def close(self:LiveView)->None:
 
 # %% ../nbs/52_live.ipynb #99bfcf88
 @patch
-def draw(self:LiveView, session:Session)->None:
+def draw(self:LiveView, progress:Progress)->None:
     "Bring figures and words to where the run is."
-    log, colours = session.progress.log, (style.colour for style in figures.method_styles(self.curves.losses).values())
+    log, colours = progress.log, (style.colour for style in figures.method_styles(self.curves.losses).values())
     validation = [row for row in log if "val_mae" in row]
     set_curves(self.losses, self.curves.losses, colours)
     set_curves(self.variance, {"log-variance": self.curves.variance})
     errors = [row["step"] for row in validation], [row["val_mae"] for row in validation]
     set_curves(self.validation, {"validation": errors}, mode="lines+markers")
     best = f"; best validation MAE {min(row['val_mae'] for row in validation):.4g}" if validation else ""
-    epochs = len(session.streams)//session.per_epoch
-    self.words.value = (f"<p>Epoch {min(len(log) + 1, epochs)} of {epochs}, step {session.progress.step:,} of {len(session.streams):,}"
-                        f"{best}</p>")
+    epochs = progress.steps//progress.per_epoch
+    self.words.value = f"<p>Epoch {min(len(log) + 1, epochs)} of {epochs}, step {progress.step:,} of {progress.steps:,}{best}</p>"
 
 # %% ../nbs/52_live.ipynb #1bbdd12b
-def set_curves(
-    figure:go.FigureWidget, # to be drawn in
-    curves:Mapping[str, tuple[Sequence[float], Sequence[float]]], # x and y of each
-    colours:Iterable[str]=("#0072B2",), # of the curves
-    mode:str="lines", # or "lines+markers"
-)->None:
+def set_curves(figure:go.FigureWidget, curves:Mapping[str, tuple], colours:Iterable[str]=("#0072B2",), mode:str="lines")->None:
     "Replace the curves of a figure, adding those that are new."
     known = {trace.name for trace in figure.data}
     if [len(trace.x) for trace in figure.data] == [len(x) for x, _ in curves.values()]: return # nothing new
@@ -148,9 +136,7 @@ def set_curves(
 
 # %% ../nbs/52_live.ipynb #9d5605b1
 @contextmanager
-def interrupt_stops(
-    view:LiveView, # whose run is to be stopped
-)->Iterator[None]:
+def interrupt_stops(view:LiveView)->Iterator[None]:
     "Within the block the first interrupt is the stop button."
     def stop(number, frame):
         if view.stopping: raise KeyboardInterrupt
@@ -166,7 +152,7 @@ def interrupt_stops(
 async def fit_live(
     method:Trainable, # what to train
     data:SemiSupervisedData, # on what
-    settings:TrainSettings|None=None, # how; default: the paper's schedule
+    settings:Train|None=None, # how; default: the paper's schedule
     view:LiveView|None=None, # to be shown, and closed by you; None: a new one, which stays
     **arguments:Any, # of `fit`: folder, seed, workers ...
 )->Run:
@@ -184,10 +170,7 @@ async def fit_live(
     return run
 
 # %% ../nbs/52_live.ipynb #df462806
-def describe(
-    run:Run, # finished or stopped
-    unit:str="", # of the labels
-)->str:
+def describe(run:Run, unit:str="")->str:
     "The selected epoch and its test error."
     if not run.finished: return "not finished"
     test = f", test MAE {run.metrics['test_mae']:.4g} {unit}" if "test_mae" in run.metrics else ""

@@ -13,16 +13,13 @@ from torch import Tensor
 from .core import HplError
 
 # %% auto #0
-__all__ = ['Reduction', 'reduce_loss', 'labelled_loss', 'pseudo_label_nll', 'pseudo_label_weight', 'unlabelled_loss']
+__all__ = ['labelled_loss', 'pseudo_label_nll', 'pseudo_label_weight', 'unlabelled_loss']
 
 # %% ../nbs/40_loss.ipynb #7f77b2d5
 Reduction = Literal["mean", "sum"]
 
-def reduce_loss(
-    values:Tensor, # one value per sample and output, shape (b, K)
-    reduction:Reduction="mean", # over all values
-)->Tensor: # a scalar
-    "Mean or sum of a batch of losses."
+def reduce_loss(values:Tensor, reduction:Reduction="mean")->Tensor:
+    "Mean or sum of a batch of losses, one for each sample and output."
     if reduction not in ("mean", "sum"): raise HplError(f"reduction is {reduction!r}; choose 'mean' or 'sum'.")
     return values.mean() if reduction == "mean" else values.sum()
 
@@ -30,7 +27,7 @@ def reduce_loss(
 def labelled_loss(
     prediction:Tensor, # f(x), shape (n, K)
     y:Tensor, # normalised labels, shape (n, K)
-    reduction:Reduction="mean", # see `reduce_loss`
+    reduction:Reduction="mean", # over samples and outputs; sum: as the paper writes it (D7)
 )->Tensor: # a scalar
     "L_l of eq. 5, and L_outer of eq. 6 when given the outer batch."
     return reduce_loss((y - prediction)**2, reduction)
@@ -58,7 +55,7 @@ def unlabelled_loss(
     pseudo_label:Tensor, # on the weak view, shape (m, K)
     weight:Tensor, # omega, shape (m, K) or (m, 1)
     log_variance:Tensor|None=None, # z, for the log term of eq. 3; None leaves it out (the release, D6)
-    reduction:Reduction="mean", # see `reduce_loss`
+    reduction:Reduction="mean", # over samples and outputs; sum: as the paper writes it (D7)
 )->Tensor: # a scalar
     "L_u of eq. 3; its gradient in the prediction is 2 omega (r - pseudo_label)."
     error = weight*(pseudo_label - prediction)**2

@@ -13,24 +13,27 @@ import pandas as pd
 from .core import HplError
 
 # %% auto #0
-__all__ = ['mean_absolute_error', 'mean_squared_error', 'r2_score', 'require_columns', 'split_runs', 'known_rows', 'evaluate',
-           'last_epochs', 'group_labels', 'group_errors', 'spearman', 'variance_summary', 'reliability',
-           'gaussian_negative_log_likelihood', 'reliability_summary', 'summarise', 'format_mean_sd', 'format_table',
-           'paired_test']
+__all__ = ['mean_absolute_error', 'mean_squared_error', 'r2_score', 'evaluate', 'last_epochs', 'group_labels', 'group_errors',
+           'spearman', 'variance_summary', 'reliability', 'reliability_summary', 'summarise', 'format_mean_sd',
+           'format_table', 'paired_test']
 
 # %% ../nbs/20_metrics.ipynb #cbda9d9d
 def _pair(truth, estimate, names=("y_true", "y_pred")):
     "Both as finite float64 arrays of the same shape (n, K)."
     arrays = [np.asarray(values, dtype=np.float64) for values in (truth, estimate)]
     if arrays[0].shape != arrays[1].shape or arrays[0].ndim not in (1, 2):
-        raise HplError(f"{names[0]} has shape {arrays[0].shape} and {names[1]} {arrays[1].shape}: give both the same "
-                       "shape, (n,) or (n, K)")
+        raise HplError(f"{names[0]} has shape {arrays[0].shape} and {names[1]} {arrays[1].shape}: give both the same shape, (n,) or (n, K)")
     if not arrays[0].size: raise HplError(f"{names[0]} is empty: there is nothing to measure")
     for name, values in zip(names, arrays):
         bad = np.argwhere(~np.isfinite(values))
-        if len(bad): raise HplError(f"{name} is {values[tuple(bad[0])]} in row {bad[0][0]} ({len(bad)} such): leave "
-                                    "out rows with an unknown label; such a prediction means that training diverged")
+        if len(bad): raise HplError(f"{name} is {values[tuple(bad[0])]} in row {bad[0][0]} ({len(bad)} such): leave out rows with an "
+                                    "unknown label; such a prediction means that training diverged")
     return [values.reshape(len(values), -1) for values in arrays]
+
+def _score(measure, truth, estimate):
+    "A measure of scikit-learn, of checked arrays."
+    from sklearn import metrics # here, because importing it takes longer than all else in this module
+    return float(getattr(metrics, measure)(*_pair(truth, estimate)))
 
 # %% ../nbs/20_metrics.ipynb #d44deeec
 def mean_absolute_error(
@@ -38,8 +41,7 @@ def mean_absolute_error(
     y_pred:np.ndarray, # predictions, same shape
 )->float: # in label units
     "Eq. 21: the average size of the error, over samples and outputs."
-    y, f = _pair(y_true, y_pred)
-    return float(np.abs(f - y).mean())
+    return _score("mean_absolute_error", y_true, y_pred)
 
 # %% ../nbs/20_metrics.ipynb #0bc70bfe
 def mean_squared_error(
@@ -47,8 +49,7 @@ def mean_squared_error(
     y_pred:np.ndarray, # predictions, same shape
 )->float: # in label units squared
     "Eq. 23: the average squared error, over samples and outputs."
-    y, f = _pair(y_true, y_pred)
-    return float(((f - y)**2).mean())
+    return _score("mean_squared_error", y_true, y_pred)
 
 # %% ../nbs/20_metrics.ipynb #2ca1f373
 def r2_score(
@@ -56,17 +57,11 @@ def r2_score(
     y_pred:np.ndarray, # predictions, same shape
 )->float: # 1 is perfect, 0 is the mean label, NaN where a column of labels is constant
     "Eq. 22: the share of the labels' variance that is explained, averaged over outputs."
-    y, f = _pair(y_true, y_pred)
-    total = ((y - y.mean(axis=0))**2).sum(axis=0)
-    residual = ((f - y)**2).sum(axis=0)
-    return float((1 - np.divide(residual, total, out=np.full_like(total, np.nan), where=total > 0)).mean())
+    constant = (np.ptp(_pair(y_true, y_pred)[0], axis=0)**2 == 0).any() # the square, which may underflow
+    return float("nan") if constant else _score("r2_score", y_true, y_pred)
 
 # %% ../nbs/20_metrics.ipynb #aa85c6a1
-def require_columns(
-    frame:pd.DataFrame, # the table to check
-    columns:Sequence[str], # what it must have
-    name:str="predictions", # what to call it in the error
-)->None:
+def require_columns(frame:pd.DataFrame, columns:Sequence[str], name:str="predictions")->None:
     "Raise `HplError` where `frame` is empty or misses a column."
     missing = [column for column in columns if column not in frame]
     if missing: raise HplError(f"the {name} table has no column {', '.join(missing)}: rename one of its columns "
@@ -76,21 +71,15 @@ def require_columns(
 # %% ../nbs/20_metrics.ipynb #682f152e
 _RUN_KEYS = ("run", "method", "dataset", "label_ratio", "seed", "epoch", "split", "output")
 
-def split_runs(
-    frame:pd.DataFrame, # predictions table or log
-)->Iterator[tuple[dict, pd.DataFrame]]: # what the rows share, and the rows
-    "Parts of `frame` that belong to one run, epoch, split and output, in order of appearance."
+def split_runs(frame:pd.DataFrame)->Iterator[tuple[dict, pd.DataFrame]]:
+    "Parts of a table that belong to one run, epoch, split and output, in order of appearance: what the rows share, and the rows."
     keys = [key for key in _RUN_KEYS if key in frame]
     if not keys: return iter([({}, frame)])
-    return ((dict(zip(keys, values)), rows)
-            for values, rows in frame.groupby(keys, sort=False, dropna=False, observed=True))
+    return ((dict(zip(keys, values)), rows) for values, rows in frame.groupby(keys, sort=False, dropna=False, observed=True))
 
 # %% ../nbs/20_metrics.ipynb #c494757c
-def known_rows(
-    predictions:pd.DataFrame, # predictions table
-    value:str="y_pred", # column to compare with the true label: y_pred, pseudo_label or strong_prediction
-)->pd.DataFrame: # rows where both are known
-    "Rows whose true label and `value` are known."
+def known_rows(predictions:pd.DataFrame, value:str="y_pred")->pd.DataFrame:
+    "Rows whose true label and `value` (y_pred, pseudo_label or strong_prediction) are known."
     require_columns(predictions, ["y_true", value])
     bad = np.isinf(predictions[value]) | (predictions[value].isna() & (value == "y_pred"))
     if bad.any():
@@ -98,8 +87,7 @@ def known_rows(
         raise HplError(f"{value} is {first[value]} in {bad.sum()} rows (first: run {first.get('run')}, epoch "
                        f"{first.get('epoch')}, index {first.get('index')}): it diverged, leave it out or train again")
     rows = predictions[predictions["y_true"].notna() & predictions[value].notna()]
-    if rows.empty: raise HplError(f"no row has both y_true and {value}: the true labels are unknown, or the method has "
-                                  f"no {value}")
+    if rows.empty: raise HplError(f"no row has both y_true and {value}: the true labels are unknown, or the method has no {value}")
     return rows
 
 # %% ../nbs/20_metrics.ipynb #261bf984
@@ -108,9 +96,8 @@ def evaluate(
     value:str="y_pred", # column to compare with the true label
 )->pd.DataFrame: # the run's columns, then n, mae, mse, r2
     "MAE, MSE and R2 (eq. 21-23) of each run, epoch, split and output."
-    return pd.DataFrame([key | dict(n=len(rows), mae=mean_absolute_error(rows["y_true"], rows[value]),
-                                    mse=mean_squared_error(rows["y_true"], rows[value]),
-                                    r2=r2_score(rows["y_true"], rows[value]))
+    measures = {"mae": mean_absolute_error, "mse": mean_squared_error, "r2": r2_score}
+    return pd.DataFrame([key | {"n": len(rows)} | {name: measure(rows["y_true"], rows[value]) for name, measure in measures.items()}
                          for key, rows in split_runs(known_rows(predictions, value))])
 
 # %% ../nbs/20_metrics.ipynb #e693a213
@@ -153,11 +140,10 @@ def group_errors(
     for key, rows in split_runs(known_rows(predictions, value)):
         group, low, high = group_labels(rows["y_true"], width, edges)
         error = (rows[value] - rows["y_true"]).to_numpy()
-        table = pd.DataFrame(dict(group=group, low=low, high=high, value=rows[value].to_numpy(), error=error,
-                                  size=np.abs(error), square=error**2))
+        columns = dict(group=group, low=low, high=high, value=rows[value].to_numpy(), error=error, size=np.abs(error), square=error**2)
+        table = pd.DataFrame(columns)
         groups = table.groupby(["group", "low", "high"], as_index=False).agg(
-            count=("error", "size"), mse=("square", "mean"), mae=("size", "mean"), bias=("error", "mean"),
-            sd=("value", "std"))
+            count=("error", "size"), mse=("square", "mean"), mae=("size", "mean"), bias=("error", "mean"), sd=("value", "std"))
         parts.append(groups.assign(**key)[[*key, *groups]])
     return pd.concat(parts, ignore_index=True)
 
@@ -168,9 +154,10 @@ def spearman(
 )->float: # between -1 and 1; NaN for fewer than two values, or where one side is constant
     "Spearman's rank correlation of `a` and `b`."
     if np.size(a) == np.size(b) < 2: return float("nan")
-    ranks = [pd.Series(values[:, 0]).rank().to_numpy() for values in _pair(a, b, ("a", "b"))]
-    if any(np.ptp(rank) == 0 for rank in ranks): return float("nan")
-    return float(np.corrcoef(*ranks)[0, 1])
+    pair = _pair(a, b, ("a", "b"))
+    if any(np.ptp(values) == 0 for values in pair): return float("nan")
+    from scipy.stats import spearmanr # here: see `_score`
+    return float(spearmanr(*pair).statistic)
 
 # %% ../nbs/20_metrics.ipynb #aeff93ec
 def variance_summary(
@@ -184,9 +171,8 @@ def variance_summary(
     table = []
     for key, rows in split_runs(used):
         z = rows["log_variance"] - 2 * np.log(scale)
-        table.append(key | dict(
-            n=len(rows), log_variance_mean=z.mean(), log_variance_sd=z.std(), weight_mean=np.exp(-z).mean(),
-            spearman_residual=_follows(rows, "strong_prediction"), spearman_error=_follows(rows, "y_true")))
+        table.append(key | dict(n=len(rows), log_variance_mean=z.mean(), log_variance_sd=z.std(), weight_mean=np.exp(-z).mean(),
+                                spearman_residual=_follows(rows, "strong_prediction"), spearman_error=_follows(rows, "y_true")))
     return pd.DataFrame(table)
 
 def _follows(rows, column):
@@ -209,9 +195,8 @@ def _reliability_line(error, log_variance, bins):
     variance = np.exp(log_variance)
     borders = np.unique(np.quantile(variance, np.linspace(0, 1, bins + 1)[1:-1]))
     table = pd.DataFrame(dict(bin=np.searchsorted(borders, variance), variance=variance, square=error**2))
-    return table.groupby("bin", as_index=False).agg(
-        count=("square", "size"), variance_mean=("variance", "mean"),
-        squared_error_mean=("square", "mean"), squared_error_se=("square", "sem"))
+    return table.groupby("bin", as_index=False).agg(count=("square", "size"), variance_mean=("variance", "mean"),
+                                                    squared_error_mean=("square", "mean"), squared_error_se=("square", "sem"))
 
 # %% ../nbs/20_metrics.ipynb #67b0b727
 def reliability(
@@ -226,11 +211,8 @@ def reliability(
     return pd.concat(lines, ignore_index=True)
 
 # %% ../nbs/20_metrics.ipynb #3316f10c
-def gaussian_negative_log_likelihood(
-    error:np.ndarray, # error of each pseudo-label, label units, shape (n,)
-    log_variance:np.ndarray, # log of its variance, shape (n,)
-)->float: # mean over the samples, in nats
-    "How surprising the errors are to someone who expects a Gaussian of that variance around zero."
+def gaussian_negative_log_likelihood(error:np.ndarray, log_variance:np.ndarray)->float: # label units, (n,) each; nats
+    "How surprising errors are to someone who expects a Gaussian of that variance around zero, mean over the samples."
     e, z = _pair(error, log_variance, ("error", "log_variance"))
     return float((np.log(2 * np.pi) + z + e**2 * np.exp(-z)).mean() / 2)
 
@@ -251,10 +233,9 @@ def reliability_summary(
     table = []
     for key, error, log_variance in _errors_and_log_variances(predictions):
         mse = np.mean(error**2)
-        nll = gaussian_negative_log_likelihood(error, log_variance)
+        slope, nll = _log_slope(_reliability_line(error, log_variance, bins)), gaussian_negative_log_likelihood(error, log_variance)
         constant = (np.log(2 * np.pi * mse) + 1) / 2 if mse > 0 else -np.inf
-        table.append(key | dict(n=len(error), ratio=mse / np.exp(log_variance).mean(),
-                                slope=_log_slope(_reliability_line(error, log_variance, bins)),
+        table.append(key | dict(n=len(error), ratio=mse / np.exp(log_variance).mean(), slope=slope,
                                 nll=nll, nll_constant=constant, nll_gain=constant - nll))
     return pd.DataFrame(table)
 
@@ -300,8 +281,8 @@ def format_table(
     require_columns(summary, ["n"], "summary")
     names = [column[:-5] for column in summary if column.endswith("_mean")]
     keep = summary[[column for column in summary if not column.endswith(("_mean", "_sd"))]]
-    texts = {name: [format_mean_sd(mean, sd, digits=digits) for mean, sd
-                    in zip(summary[f"{name}_mean"], summary[f"{name}_sd"])] for name in names}
+    texts = {name: [format_mean_sd(mean, sd, digits=digits) for mean, sd in zip(summary[f"{name}_mean"], summary[f"{name}_sd"])]
+             for name in names}
     return keep.assign(**texts)
 
 # %% ../nbs/20_metrics.ipynb #13065356
@@ -330,7 +311,7 @@ def paired_test(
 # %% ../nbs/20_metrics.ipynb #3bf80554
 def _difference(d):
     "What the differences of one method say; no p-value below two seeds."
-    from scipy.stats import ttest_1samp # here, because importing it takes longer than all else in this module
+    from scipy.stats import ttest_1samp # here: see `_score`
     p_value = ttest_1samp(d, 0.).pvalue if len(d) > 1 and d.std() > 0 else np.nan
     return {"n": len(d), "difference_mean": d.mean(), "difference_sd": d.std(), "wins": int((d < 0).sum()), "p_value": float(p_value)}
 

@@ -31,7 +31,10 @@ from .data.own import FrameEncoder, PixelStrengths, RowStrengths, Standardizer, 
 from .methods.core import Method
 from .methods.known import METHODS
 from .settings import Settings, as_json, differences, from_json
-from .trainer import TrainSettings, evaluating, load_run, load_state, read_checkpoint, run_config
+from .training.checkpoint import load_state, read_checkpoint
+from .training.predict import evaluating
+from .training.run import load_run, run_config
+from .training.state import Train
 
 # %% auto #0
 __all__ = ['conformal_radius', 'Interval', 'Predictor']
@@ -130,7 +133,7 @@ def unpack(tree:Any, tensors:Mapping[str, Tensor])->Any:
     if not isinstance(tree, dict): return tree
     (kind, content), = tree.items()
     if kind == "plain_view": return plain_view
-    if kind == "settings": return from_json(content, *METHODS, TrainSettings, RowStrengths, PixelStrengths)
+    if kind == "settings": return from_json(content, *METHODS, Train, RowStrengths, PixelStrengths)
     if kind == "tensor": return tensors[content]
     if kind == "dict": return {key: unpack(value, tensors) for key, value in content.items()}
     if kind in ("list", "tuple"): return {"list": list, "tuple": tuple}[kind](unpack(value, tensors) for value in content)
@@ -337,7 +340,7 @@ def from_folder(cls:Predictor,
 )->Predictor:
     "A predictor of a finished run."
     there, prepared = load_run(folder).config, method.prepare(data)
-    here = run_config(method, prepared, TrainSettings(), there["seed"])
+    here = run_config(method, prepared, Train(), there["seed"])
     for key in ("method", "settings", "dataset", "data", "rows", "rows_digest", "normalizer", "parameters"):
         if here[key] != there[key]:
             raise HplError(f"{folder} holds another run: {key} is {there[key]!r} there and {here[key]!r} here; build method and data as "

@@ -158,8 +158,16 @@ def _kinds_in(hint:Any)->list[type[Settings]]:
 def digest(
     settings:Settings, # any
 )->str: # eight hexadecimal digits
-    "A short name of all that decides numbers; what says only where something is does not count."
-    return f"{derive_seed(json.dumps(as_json(settings, compared=True))):016x}"[-8:]
+    "A short name of all that decides numbers; a later version's new settings leave it as it is, since defaults do not count."
+    return f"{derive_seed(json.dumps(_told(settings))):016x}"[-8:]
+
+def _told(value:Any)->Any:
+    "A value as JSON, without what is as the class has it by default or says only where something is."
+    if not isinstance(value, Settings): return as_json(value)
+    content = as_json(value, compared=True)
+    told = {field.name: _told(getattr(value, field.name)) for field in fields(value)
+            if field.name in content and getattr(value, field.name) != field.default}
+    return {"kind": content["kind"]} | {name: part if isinstance(part, dict) else content[name] for name, part in told.items()}
 
 # %% ../nbs/01_settings.ipynb #4f7fbca2
 def flat(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .core import HplError
 
 # %% auto #0
-__all__ = ['learner_input', 'scaled_features', 'disagreement', 'UncertaintyLearner']
+__all__ = ['learner_input', 'UncertaintyLearner']
 
 # %% ../nbs/41_uncertainty.ipynb #ea560e91
 def learner_input(
@@ -28,18 +28,13 @@ def learner_input(
     return torch.cat(pair if further is None else (*pair, further.detach()), dim=1)
 
 # %% ../nbs/41_uncertainty.ipynb #aa2b2787
-def scaled_features(
-    features:Tensor, # of the body, shape (m, d)
-)->Tensor: # shape (m, d): mean 0 and variance 1 in each row; no gradient
-    "Features on a scale that g can read, whatever the network."
+def scaled_features(features:Tensor)->Tensor:
+    "Features (m, d) on a scale that g can read: mean 0 and variance 1 in each row; no gradient."
     return F.layer_norm(features.detach(), features.shape[1:])
 
 # %% ../nbs/41_uncertainty.ipynb #eedcf98f
-def disagreement(
-    predictions:Tensor, # of each sample, shape (P, m, K)
-    least:float=1e-3, # what is added to their standard deviation, normalised units
-)->Tensor: # shape (m, K), no gradient
-    "Order of magnitude (log10) of the spread of several predictions."
+def disagreement(predictions:Tensor, least:float=1e-3)->Tensor: # least: added to their standard deviation, normalised units
+    "Order of magnitude (log10) of the spread of several predictions (P, m, K); no gradient."
     return torch.log10(predictions.detach().std(0, correction=0) + least)
 
 # %% ../nbs/41_uncertainty.ipynb #6f29383f

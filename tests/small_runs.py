@@ -14,7 +14,7 @@ from hpl_nb.data.core import SemiSupervisedData, StreamSettings
 from hpl_nb.data.rotated_digits import rotated_digits
 from hpl_nb.methods.cadr import CADR
 from hpl_nb.methods.clss import CLSS
-from hpl_nb.methods.core import MethodSettings, PseudoLabel, Supervised
+from hpl_nb.methods.core import PseudoLabel, Supervised
 from hpl_nb.methods.hpl import HPL, JointUncertainty
 from hpl_nb.methods.mean_teacher import MeanTeacher
 from hpl_nb.methods.pim import PIM
@@ -26,16 +26,16 @@ from hpl_nb.methods.tnnr import TNNR
 from hpl_nb.methods.ucvme import UCVME
 from hpl_nb.methods.ups import UPSReg
 from hpl_nb.models import small_cnn
-from hpl_nb.trainer import OptimizerSettings, TrainSettings
+from hpl_nb.training.state import OptimizerSettings, Train
 
 METHODS = {"Supervised": Supervised(), "PseudoLabel": PseudoLabel(), "MeanTeacher": MeanTeacher(),
-           "TemporalEnsembling": TemporalEnsembling(), "TNNR": TNNR(), "UCVME": partial(UCVME, passes=2), "CLSS": CLSS, "RankUp": RankUp,
-           "SSDKL": SSDKL(inducing_points=8, gp_lr=.05), "SimRegMatch": SimRegMatch(), "PIM": PIM, "UPSReg": UPSReg, "CADR": CADR,
+           "TemporalEnsembling": TemporalEnsembling(), "TNNR": TNNR(), "UCVME": UCVME(passes=2), "CLSS": CLSS(), "RankUp": RankUp(),
+           "SSDKL": SSDKL(inducing_points=8, gp_lr=.05), "SimRegMatch": SimRegMatch(), "PIM": PIM(), "UPSReg": UPSReg(), "CADR": CADR(),
            "JointUncertainty": JointUncertainty(), "HPL paper": HPL.paper(), "HPL release": HPL.release(),
            "HPL previous": HPL.paper(label="previous", outer="previous"),
            "HPL extended": HPL.paper(label="extended", normalize_weights=True, passes=2, outer_batch=16,
                                      learner_inputs="pair+features+disagreement", teacher_decay=.9)}
-SETTINGS = TrainSettings(epochs=3, iterations_per_epoch=5, streams=StreamSettings(8, 16), record_every=2,
+SETTINGS = Train(epochs=3, iterations_per_epoch=5, streams=StreamSettings(8, 16), record_every=2,
                          optimizer=OptimizerSettings(lr_body=3e-3, lr_head=1e-2, decay_every=1, decay=.5))
 
 
@@ -79,8 +79,7 @@ def noisy_cnn(): return small_cnn(width=4, dropout=.2)
 def make(name, seed=0, regressor=noisy_cnn):
     "A fresh method, by default on a network with batch norm and dropout."
     seed_everything(seed)
-    settings = METHODS[name]
-    return settings.build(regressor()) if isinstance(settings, MethodSettings) else settings(regressor()) # methods 67-72 as they were
+    return METHODS[name].build(regressor())
 
 
 def differences(a, b, path=""):

@@ -243,8 +243,9 @@ from hpl_nb.data.rotated_digits import rotated_digits
 from hpl_nb.live import fit_live
 from hpl_nb.methods.hpl import HPL, HPLSettings
 from hpl_nb.models import small_cnn
-from hpl_nb.trainer import OptimizerSettings, TrainSettings, fit""", f"""data = rotated_digits()
-settings = TrainSettings(epochs=1000, iterations_per_epoch=25, optimizer=OptimizerSettings(lr_body=3e-3, lr_head=3e-3))
+from hpl_nb.training.loop import fit
+from hpl_nb.training.state import OptimizerSettings, Train""", f"""data = rotated_digits()
+settings = Train(epochs=1000, iterations_per_epoch=25, optimizer=OptimizerSettings(lr_body=3e-3, lr_head=3e-3))
 def hpl():
     seed_everything(0)
     return HPL(small_cnn(width=8), HPLSettings(learner_lr=1e-3))

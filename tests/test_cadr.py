@@ -12,7 +12,8 @@ from hpl_nb.data.core import Streams, StreamSettings
 from hpl_nb.methods.cadr import CADR, bin_of, bin_thresholds, bin_weights
 from hpl_nb.methods.core import PseudoLabel
 from hpl_nb.models import mlp
-from hpl_nb.trainer import OptimizerSettings, TrainSettings, fit
+from hpl_nb.training.loop import fit
+from hpl_nb.training.state import OptimizerSettings, Train
 
 
 def prepared(outputs=1, dtype=torch.float64, **kwargs):
@@ -29,7 +30,7 @@ def trained(settings, data=None):
     "Weights of the regressor after 20 steps on a network with dropout."
     seed_everything(0)
     method = settings.build(mlp(3, (16,), data.outputs if data else 1, dropout=.2))
-    fit(method, data or vectors(), TrainSettings(epochs=2, iterations_per_epoch=10, streams=StreamSettings(8, 8),
+    fit(method, data or vectors(), Train(epochs=2, iterations_per_epoch=10, streams=StreamSettings(8, 8),
                                                  optimizer=OptimizerSettings(1e-2, 1e-2)), progress=False)
     return dict(method.regressor.state_dict())
 

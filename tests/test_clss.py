@@ -13,9 +13,10 @@ from hpl_nb.data.core import Streams, StreamSettings
 from hpl_nb.methods.clss import CLSS, fiedler_vector, order_losses, order_ranks, ordinal_entropy, rank_loss, ranks
 from hpl_nb.methods.core import Supervised
 from hpl_nb.models import mlp
-from hpl_nb.trainer import OptimizerSettings, TrainSettings, fit
+from hpl_nb.training.loop import fit
+from hpl_nb.training.state import OptimizerSettings, Train
 
-SETTINGS = TrainSettings(epochs=1, iterations_per_epoch=10, streams=StreamSettings(8, 12), optimizer=OptimizerSettings(1e-2, 1e-2))
+SETTINGS = Train(epochs=1, iterations_per_epoch=10, streams=StreamSettings(8, 12), optimizer=OptimizerSettings(1e-2, 1e-2))
 OFF = dict(contrast_weight=0., unlabelled_weight=0., prediction_weight=0.)
 
 

@@ -12,22 +12,23 @@ from hpl_nb.data.core import Streams, StreamSettings
 from hpl_nb.data.images import FlipCrop, RandAugmentMC, image_views, published_views
 from hpl_nb.data.pixels import COLOURS, carry_out, draw_plans, on_device
 from hpl_nb.data.rotated_digits import rotated_digits
-from hpl_nb.methods.hpl import HPL, PAPER, RELEASE
+from hpl_nb.methods.hpl import HPL
 from hpl_nb.models import small_cnn
-from hpl_nb.trainer import TrainSettings, fit
+from hpl_nb.training.loop import fit
+from hpl_nb.training.state import Train
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
 
 def train(settings, folder=None, **changes):
     seed_everything(0)
-    method = HPL(small_cnn(dropout=.1), settings)
+    method = settings.build(small_cnn(dropout=.1))
     stop = changes.pop("stop_after", None)
-    return method, fit(method, rotated_digits(), TrainSettings(epochs=2, iterations_per_epoch=20, **changes), folder=folder,
+    return method, fit(method, rotated_digits(), Train(epochs=2, iterations_per_epoch=20, **changes), folder=folder,
                        progress=False, stop_after=stop)
 
 
-@pytest.mark.parametrize("preset", [PAPER, RELEASE], ids=["paper", "release"])
+@pytest.mark.parametrize("preset", [HPL.paper(), HPL.release()], ids=["paper", "release"])
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 def test_trains_on_the_gpu(preset, precision):
     method, run = train(preset, precision=precision)
@@ -45,9 +46,9 @@ def test_every_method_on_the_gpu(name, tmp_path):
 
 
 def test_resumes_on_the_gpu(tmp_path):
-    whole, _ = train(PAPER)
-    train(PAPER, tmp_path, stop_after=27)
-    resumed, _ = train(PAPER, tmp_path)
+    whole, _ = train(HPL.paper())
+    train(HPL.paper(), tmp_path, stop_after=27)
+    resumed, _ = train(HPL.paper(), tmp_path)
     for a, b in zip(whole.parameters(), resumed.parameters()): assert torch.allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
@@ -84,10 +85,10 @@ def test_pixels_live_on_the_gpu(tmp_path):
 def test_trains_with_pixels_on_the_gpu(tmp_path, compiled):
     "In bf16, stopped and resumed; workers are refused."
     data = on_device(load(make_folder(tmp_path)), tmp_path/"cache", "cuda")
-    settings = TrainSettings(epochs=2, iterations_per_epoch=4, streams=StreamSettings(3, 5), precision="bf16")
+    settings = Train(epochs=2, iterations_per_epoch=4, streams=StreamSettings(3, 5), precision="bf16")
     for stop in (3, None):
         seed_everything(0)
-        method = HPL(small_cnn(3, width=4, dropout=.1), PAPER)
+        method = HPL.paper().build(small_cnn(3, width=4, dropout=.1))
         if compiled: method.regressor.body.compile()
         run = fit(method, data, settings, folder=tmp_path/"run", progress=False, stop_after=stop)
     assert run.finished and np.isfinite(run.predictions["y_pred"]).all()

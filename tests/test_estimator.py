@@ -19,13 +19,21 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, StandardScaler
 from small_runs import on_cpu  # noqa: F401
 
-from hpl_nb.cli import METHODS, PRESETS, method_names
 from hpl_nb.core import HplError
+from hpl_nb.data.core import StreamSettings
 from hpl_nb.estimator import SemiSupervisedRegressor, build_method, default_network, table
+from hpl_nb.methods.core import PseudoLabel, Supervised
+from hpl_nb.methods.hpl import HPL, JointUncertainty
+from hpl_nb.methods.known import known_methods
+from hpl_nb.methods.mean_teacher import MeanTeacher
+from hpl_nb.methods.ssdkl import SSDKL
+from hpl_nb.methods.ucvme import UCVME
 from hpl_nb.models import mlp
 from hpl_nb.predictor import Predictor
+from hpl_nb.training.state import OptimizerSettings, Train
 
-QUICK = dict(epochs=3, iterations_per_epoch=10, learning_rate=.01, random_state=0)
+TRAIN = Train(iterations_per_epoch=10, optimizer=OptimizerSettings(lr_body=.01, lr_head=.01))
+QUICK = dict(epochs=3, train=TRAIN, random_state=0)
 NOT_HERE = {"fully_supervised"} # needs the labels that are NaN here
 
 
@@ -53,28 +61,31 @@ class Doubler(BaseEstimator):
     def transform(self, X): return 2*np.asarray(X, dtype=float)
 
 
-@pytest.mark.parametrize("spec", [spec for spec in method_names() if spec not in NOT_HERE])
+@pytest.mark.parametrize("name", [name for name in known_methods() if name not in NOT_HERE])
 @pytest.mark.parametrize("outputs", [1, 2])
-def test_every_method(spec, outputs, tmp_path):
+def test_every_method(name, outputs, tmp_path):
     "Fits, says what it thinks of the unlabelled rows, and comes back from its file and from pickle with the same bits."
-    if outputs == 2 and spec.startswith("rankup"): pytest.skip("RankUp ranks one number")
+    if outputs == 2 and name.startswith("rankup"): pytest.skip("RankUp ranks one number")
     x, y, _ = rows(outputs=outputs)
-    name, _, preset = spec.partition(":")
-    model = SemiSupervisedRegressor(name, preset=preset or None, **QUICK).fit(x, y)
+    value = known_methods()[name]
+    model = SemiSupervisedRegressor(name, **QUICK).fit(x, y)
+    assert same(model, SemiSupervisedRegressor(value, **QUICK).fit(x, y), x) and type(model.method_) is type(value)
     assert model.predict(x).shape == y.shape and np.isfinite(model.predict(x)).all()
     assert same(model, clone(model).fit(x, y), x)
     path = model.save(tmp_path/"model.safetensors")
     for copy in (SemiSupervisedRegressor.load(path), pickle.loads(pickle.dumps(model))):
-        assert same(model, copy, x) and copy.pseudo_labels_.equals(model.pseudo_labels_)
+        assert same(model, copy, x) and copy.pseudo_labels_.equals(model.pseudo_labels_) and copy.method_ == model.method_
     guesses = model.pseudo_labels_
     assert len(guesses) == (80*outputs) and set(guesses["row"]) == set(range(40, 120))
     assert guesses["weight"].between(0, np.inf).all() and np.isfinite(guesses["pseudo_label"]).all()
-    has_variance = name in ("hpl", "joint_uncertainty", "ucvme", "ssdkl")
+    has_variance = isinstance(value, (HPL, JointUncertainty, UCVME, SSDKL))
     assert guesses["variance"].notna().all() == has_variance and (model.predictor_.deviations is not None) == has_variance
 
 
-def test_all_methods_are_named():
-    assert {spec.partition(":")[0] for spec in method_names()} == set(METHODS) and PRESETS
+def test_short_names():
+    "The name of a method is that of its first preset."
+    x, y, _ = rows()
+    assert same(*(SemiSupervisedRegressor(name, **QUICK).fit(x, y) for name in ("hpl", HPL.paper())), x)
     with pytest.raises(HplError, match="fully supervised training needs the true labels"):
         SemiSupervisedRegressor("fully_supervised", **QUICK).fit(*rows()[:2])
 
@@ -82,8 +93,8 @@ def test_all_methods_are_named():
 def test_weights_are_those_of_the_loss():
     "HPL's weight is exp(-z) in normalised units: the scale's square over the variance; the release has half of it."
     x, y, _ = rows()
-    for preset, factor in (("paper", 1), ("release", .5)):
-        model = SemiSupervisedRegressor("hpl", preset=preset, **QUICK).fit(x, y)
+    for method, factor in ((HPL.paper(), 1), (HPL.release(), .5)):
+        model = SemiSupervisedRegressor(method, **QUICK).fit(x, y)
         scale = model.predictor_.normalizer.scale[0]
         assert np.allclose(model.pseudo_labels_["weight"], factor*scale**2/model.pseudo_labels_["variance"], rtol=1e-5)
     ups = SemiSupervisedRegressor("ups_reg", **QUICK).fit(x, y).pseudo_labels_["weight"]
@@ -149,9 +160,9 @@ def test_run_folder_is_resumed(tmp_path):
     model = SemiSupervisedRegressor("hpl", **QUICK)
     whole = clone(model).fit(x, y)
     code = ("import os, signal\nimport sys; sys.path.insert(0, 'tests')\nfrom test_estimator import *\n"
-            "from hpl_nb import trainer\nsave, count = trainer.save_checkpoint, []\n"
-            "def killing(session):\n    save(session); count.append(0)\n    if len(count) == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
-            "trainer.save_checkpoint = killing\nx, y, _ = rows()\n"
+            "from hpl_nb.training.checkpoint import Checkpoint\nsave, count = Checkpoint.save, []\n"
+            "def killing(self):\n    save(self); count.append(0)\n    if len(count) == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+            "Checkpoint.save = killing\nx, y, _ = rows()\n"
             f"SemiSupervisedRegressor('hpl', folder={str(tmp_path/'run')!r}, **QUICK).fit(x, y)\n")
     killed = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], env=environment(), capture_output=True, text=True)
     assert killed.returncode == -9, killed.stderr
@@ -159,7 +170,7 @@ def test_run_folder_is_resumed(tmp_path):
     assert same(whole, again, x) and whole.pseudo_labels_.equals(again.pseudo_labels_)
     finished = clone(model).set_params(folder=tmp_path/"run").fit(x, y)
     assert same(whole, finished, x) and whole.pseudo_labels_.equals(finished.pseudo_labels_)
-    with pytest.raises(HplError, match="holds another run"): clone(model).set_params(folder=tmp_path/"run", learning_rate=.1).fit(x, y)
+    with pytest.raises(HplError, match="holds another run"): clone(model).set_params(folder=tmp_path/"run", train=Train()).fit(x, y)
 
 
 def environment():
@@ -169,9 +180,9 @@ def environment():
 
 def test_fully_labelled_rows_say_so():
     x, _, y = rows()
-    with pytest.warns(UserWarning, match="'supervised' is trained"):
-        model = SemiSupervisedRegressor("hpl", preset="release", **QUICK).fit(x, y)
-    assert model.recipe_.method == "supervised" and model.pseudo_labels_.empty
+    with pytest.warns(UserWarning, match=r"HPL \(release\) has nothing to guess: Supervised is trained"):
+        model = SemiSupervisedRegressor(HPL.release(), **QUICK).fit(x, y)
+    assert model.method_ == Supervised() and model.pseudo_labels_.empty
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert same(model, SemiSupervisedRegressor("supervised", **QUICK).fit(x, y), x)
@@ -273,7 +284,7 @@ def test_predictor_reads_an_estimators_file(tmp_path):
     "For those who want the predictor alone; the other way round is refused."
     x, y, _ = rows()
     model = SemiSupervisedRegressor("pseudo_label", **QUICK).fit(x, y)
-    predictor = Predictor.load(model.save(tmp_path/"model.safetensors"), build_method(model.recipe_))
+    predictor = Predictor.load(model.save(tmp_path/"model.safetensors"), build_method(model.method_, model.shape_, 1))
     assert np.array_equal(predictor.predict(x), model.predict(x))
     with pytest.raises(HplError, match="Predictor.load"): SemiSupervisedRegressor.load(predictor.save(tmp_path/"predictor.safetensors"))
     with pytest.raises(HplError, match="damaged"):
@@ -285,8 +296,8 @@ def test_predictor_reads_an_estimators_file(tmp_path):
 def test_grid_search_over_processes():
     "Folds without many labels, two processes, settings of a method."
     x, y, true = rows()
-    grid = {"settings": [{"decay": .9}, {"decay": .99}]}
-    search = GridSearchCV(SemiSupervisedRegressor("mean_teacher", **QUICK), grid, cv=KFold(3, shuffle=True, random_state=0), n_jobs=2)
+    grid = {"method": [MeanTeacher(decay=.9), MeanTeacher(decay=.99)]}
+    search = GridSearchCV(SemiSupervisedRegressor(**QUICK), grid, cv=KFold(3, shuffle=True, random_state=0), n_jobs=2)
     results = search.fit(x, y).cv_results_["mean_test_score"]
     assert np.isfinite(results).all() and results[0] != results[1] and np.isfinite(search.score(x, true))
 
@@ -319,17 +330,15 @@ class TestRefusals:
         with pytest.raises(ValueError, match="X has 3 features, but SemiSupervisedRegressor is expecting 4"): model.predict(self.x[:, :3])
 
     def test_parameters(self):
-        self.refuses("choose supervised", method="hlp")
-        self.refuses("method 'hpl:best' is unknown", preset="best")
-        self.refuses("^settings has", settings={"nonsense": 1})
-        self.refuses("give a dictionary", settings="decay=.9")
-        self.refuses("give a dictionary", settings={"decay": ".9,unlabelled_weight=7"})
+        self.refuses("method is 'mean_techer'; did you mean 'mean_teacher'", method="mean_techer")
+        self.refuses("method is {'decay': 0.9}; give settings such as HPL", method={"decay": .9})
+        self.refuses("method is <class .*MeanTeacher'>; give settings", method=MeanTeacher)
+        self.refuses("train is 30; give Train", train=30)
         self.refuses("preprocessor is for tables", x=np.zeros((120, 8, 8), np.uint8), preprocessor=StandardScaler())
         self.refuses("random_state is None; a run folder", folder="never", random_state=None)
         self.refuses("validation_fraction is 1", validation_fraction=1)
         self.refuses("epochs is 0", epochs=0)
-        self.refuses("batch_size is 0", batch_size=0)
-        self.refuses("unlabelled_weight is -1", unlabelled_weight=-1)
+        with pytest.raises(TypeError, match="nonsense"): SemiSupervisedRegressor(nonsense=1)
         self.refuses("RowStrengths", strengths=SemiSupervisedRegressor())
 
     def test_intervals(self):
@@ -348,11 +357,25 @@ class TestRefusals:
 def test_parameters_may_change_after_fit(tmp_path):
     "What was fitted is what is saved, pickled and loaded; NumPy's numbers are numbers."
     x, y, _ = rows()
-    model = SemiSupervisedRegressor("mean_teacher", settings={"decay": np.float64(.9)}, **QUICK).fit(x, y)
+    model = SemiSupervisedRegressor(MeanTeacher(decay=np.float64(.9)), **QUICK).fit(x, y)
     expected = model.predict(x)
-    model.set_params(method="hpl", settings=None, unlabelled_weight=np.float32(2), epochs=np.int64(4))
+    model.set_params(method=HPL.paper(unlabelled_weight=np.float32(2)), train=None, epochs=np.int64(4))
     for copy in (pickle.loads(pickle.dumps(model)), SemiSupervisedRegressor.load(model.save(tmp_path/"m.safetensors"))):
-        assert np.array_equal(copy.predict(x), expected) and copy.method == "hpl" and copy.recipe_.settings == {"decay": .9}
+        assert np.array_equal(copy.predict(x), expected) and copy.method == HPL.paper(unlabelled_weight=2) and copy.train is None
+        assert copy.method_ == MeanTeacher(decay=.9, unlabelled_weight=1)
+
+
+def test_schedule():
+    "Epochs of its own win; batches are no larger than rows allow, and what belongs to one method alone stays."
+    x, y, _ = rows()
+    train = Train(epochs=4, iterations_per_epoch=2, patience=1, streams=StreamSettings(8, 9, outer_batch=5), optimizer=OptimizerSettings(.01))
+    model = SemiSupervisedRegressor("supervised", train=train, random_state=0)
+    log = model.fit(x, y).run_.config["train"]
+    assert (log["epochs"], log["iterations_per_epoch"], log["patience"], log["optimizer"]["lr_body"]) == (4, 2, 1, .01)
+    assert (log["streams"]["labelled_batch"], log["streams"]["unlabelled_batch"], log["streams"]["outer_batch"]) == (8, 9, 5)
+    default = SemiSupervisedRegressor("supervised", epochs=1, random_state=0).fit(x, y).run_.config["train"]
+    assert (default["epochs"], default["iterations_per_epoch"], default["optimizer"]["lr_head"]) == (1, 50, .001)
+    assert (default["streams"]["labelled_batch"], default["streams"]["unlabelled_batch"]) == (16, 32)
 
 
 def test_pictures_are_saved_and_forget_the_table_before(tmp_path):
@@ -388,8 +411,8 @@ def test_labels_in_frames_and_sparse_features():
 def test_scaled_intervals_repeat_themselves():
     "Also where g reads passes with dropout."
     x, y, _ = rows()
-    settings = {"learner_inputs": "pair+disagreement", "passes": 3}
-    model = SemiSupervisedRegressor("hpl", network=mlp_of, settings=settings, **QUICK).fit(x, y)
+    method = HPL.paper(learner_inputs="pair+disagreement", passes=3)
+    model = SemiSupervisedRegressor(method, network=mlp_of, **QUICK).fit(x, y)
     assert same(model, model, x)
 
 

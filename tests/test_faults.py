@@ -25,13 +25,20 @@ import torch
 from small_runs import METHODS, differences, make, on_cpu, vectors  # noqa: F401
 
 import hpl_nb.core
-from hpl_nb import cli
-from hpl_nb.core import HplError, RunFolder, lock_path, random_states, run_lock, set_random_states
+from hpl_nb.core import HplError, RunFolder, random_states, set_random_states
 from hpl_nb.data.core import StreamSettings
+from hpl_nb.data.rotated_digits import RotatedDigits
+from hpl_nb.experiment import Experiment, run_path
+from hpl_nb.methods.core import Supervised
 from hpl_nb.models import mlp
-from hpl_nb.trainer import OptimizerSettings, TrainSettings, Watched, fit, load_run, read_checkpoint
+from hpl_nb.runner import run_all
+from hpl_nb.training.checkpoint import read_checkpoint
+from hpl_nb.training.guard import Flags
+from hpl_nb.training.loop import fit
+from hpl_nb.training.run import load_run, lock_path, run_lock
+from hpl_nb.training.state import OptimizerSettings, Train
 
-SMALL = TrainSettings(epochs=3, iterations_per_epoch=5, streams=StreamSettings(8, 8), optimizer=OptimizerSettings(1e-2, 1e-2),
+SMALL = Train(epochs=3, iterations_per_epoch=5, streams=StreamSettings(8, 8), optimizer=OptimizerSettings(1e-2, 1e-2),
                       record_every=1)
 STEPS = SMALL.epochs*SMALL.iterations_per_epoch
 dense = partial(mlp, 3, (16,), dropout=.2)
@@ -99,8 +106,8 @@ def start():
 def stall(folder, ready, at=7, workers=0):
     "Train up to a step, say so, and wait to be killed."
     torch.set_num_threads(1)
-    def watch(session):
-        if session.progress.step == at:
+    def watch(progress):
+        if progress.step == at:
             ready.write_text(" ".join(str(child.pid) for child in active_children()))
             time.sleep(300)
     train(folder=folder, watch=watch, workers=workers)
@@ -154,11 +161,11 @@ class TestOneProcessAtATime:
             try: train(folder=tmp_path)
             except HplError as error: refused.append(str(error))
             set_random_states(states)
-        def watch(session):
-            if session.progress.step == 7:
+        def watch(progress):
+            if progress.step == 7:
                 thread = threading.Thread(target=again)
                 thread.start(), thread.join(), again()
-            return session.progress.step == 9
+            return progress.step == 9
         train(folder=tmp_path, watch=watch)
         assert len(refused) == 2 and all(f"process {os.getpid()} on" in message for message in refused)
         ends = []
@@ -167,7 +174,7 @@ class TestOneProcessAtATime:
         assert same(ends[0]) and not lock_path(RunFolder(tmp_path)).exists()
 
     def test_released_when_training_fails(self, tmp_path):
-        def fail(session): raise KeyboardInterrupt
+        def fail(progress): raise KeyboardInterrupt
         for _ in range(2):
             with pytest.raises(KeyboardInterrupt): train(folder=tmp_path, watch=fail)
             assert not lock_path(RunFolder(tmp_path)).exists()
@@ -183,14 +190,16 @@ class TestOneProcessAtATime:
         assert not lock_path(RunFolder(tmp_path)).exists()
 
     def test_the_lock_of_a_file_that_was_removed_is_none(self, tmp_path, monkeypatch):
-        "Who opened the file before its holder removed it tries again with the file that is there."
+        "A process that opened the file before its holder removed it tries again with a new one."
+        import fcntl
         folder, seen = RunFolder(tmp_path), []
-        def lock(file, lock_file=hpl_nb.core.lock_file):
-            seen.append(os.fstat(file.fileno()).st_ino)
-            if len(seen) == 1: lock_path(folder).rename(tmp_path/"gone")
-            return lock_file(file)
-        monkeypatch.setattr(hpl_nb.core, "lock_file", lock)
+        def lock(file, operation, flock=fcntl.flock):
+            seen.append(os.fstat(file).st_ino)
+            if len(seen) == 1: lock_path(folder).unlink()
+            flock(file, operation)
+        monkeypatch.setattr(fcntl, "flock", lock)
         with run_lock(folder): assert lock_path(folder).stat().st_ino == seen[1] and len(seen) == 2
+        assert not lock_path(folder).exists()
 
     def test_a_finished_run_is_read_while_it_is_held(self, tmp_path):
         end = train(folder=tmp_path)
@@ -406,12 +415,13 @@ class TestDisk:
         def refuse(path, *args, **kwargs): raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         with monkeypatch.context() as patch:
             patch.setattr(hpl_nb.core, "open", refuse, raising=False)
+            patch.setattr(os, "open", refuse)
             with pytest.raises(HplError, match="could not write .*Read-only file system"): train(folder=folder.path)
         assert tree(folder.path) == before
 
     def test_becomes_read_only_while_training(self, tmp_path, monkeypatch):
-        def watch(session):
-            if session.progress.step == 7:
+        def watch(progress):
+            if progress.step == 7:
                 def refuse(*_, **__): raise OSError(errno.EROFS, os.strerror(errno.EROFS))
                 monkeypatch.setattr(os, "mkdir", refuse)
         with pytest.raises(HplError, match="could not write .*Read-only file system"):
@@ -486,12 +496,12 @@ class TestNumbers:
         "As on a GPU: the step after may be trained, but nothing of it is written, and the step and the samples are the same."
         class Copied:
             def synchronize(self): pass
-        def start(step, names, flags): return Watched(step, list(names), flags.clone(), Copied())
+        def start(step, names, flags): return Flags(step, list(names), flags.clone(), Copied())
         data, row = broken(5, value)
         with pytest.raises(HplError) as now: train("Supervised", tmp_path/"now", data, checkpoint_seconds=seconds)
-        monkeypatch.setattr(Watched, "start", start)
+        monkeypatch.setattr(Flags, "start", start)
         seen = []
-        arguments = {"checkpoint_seconds": seconds, "watch": lambda session: seen.append(session.progress.step)}
+        arguments = {"checkpoint_seconds": seconds, "watch": lambda progress: seen.append(progress.step)}
         with pytest.raises(HplError) as later: train("Supervised", tmp_path/"later", data, **arguments)
         step = int(re.search(r"at step (\d+)", str(now.value))[1])
         assert f"at step {step}:" in str(later.value) and finite(RunFolder(tmp_path/"later"))
@@ -505,8 +515,8 @@ class TestWorkers:
     @pytest.mark.parametrize("workers", [1, 2])
     def test_killed_worker(self, workers, tmp_path):
         others = {child.pid for child in active_children()} # of the tests before
-        def watch(session):
-            if session.progress.step == 6: os.kill(min({child.pid for child in active_children()} - others), signal.SIGKILL)
+        def watch(progress):
+            if progress.step == 6: os.kill(min({child.pid for child in active_children()} - others), signal.SIGKILL)
         with pytest.raises(HplError, match=f"prepares batches has ended .*fewer than {workers} workers or smaller batches, and run"):
             train(folder=tmp_path, workers=workers, watch=watch)
         assert not lock_path(RunFolder(tmp_path)).exists() and same(train(folder=tmp_path))
@@ -530,22 +540,24 @@ def test_clock_set_back(jump, tmp_path, monkeypatch):
 
 # ---- a command whose workers train
 
+LONG = [Experiment(RotatedDigits(), Supervised(), train=Train(epochs=10_000), seed=seed) for seed in range(2)]
+
 def many_runs(out):
     "Two runs that take minutes, side by side."
-    options = cli.Options(dataset="rotated_digits", epochs=10_000)
-    cli.run_jobs([cli.Job("supervised", seed, options, str(out/str(seed))) for seed in range(2)], 2, progress=False)
+    run_all(LONG, out, 2, progress=False)
 
 
 def test_workers_end_with_the_command_that_began_them(start, tmp_path):
     "Otherwise they would hold the folders of the same command, started again."
     process = start(many_runs, tmp_path)
-    wait_for(lambda: all((tmp_path/seed/"log.csv").exists() for seed in "01"), process)
+    folders = [run_path(experiment, tmp_path) for experiment in LONG]
+    wait_for(lambda: all((folder/"log.csv").exists() for folder in folders), process)
     workers = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
     process.kill()
     process.join()
     assert len(workers) == 2 and not psutil.wait_procs(workers, timeout=60)[1]
-    for seed in "01":
-        with run_lock(RunFolder(tmp_path/seed)): pass
+    for folder in folders:
+        with run_lock(RunFolder(folder)): pass
 
 
 # ---- two processes
@@ -561,8 +573,8 @@ def rank_main(rank, port, job, out):
 
 
 def kill_at(step, victim, folder, rank):
-    def watch(session):
-        if (session.progress.step, rank) == (step, victim): os.kill(os.getpid(), signal.SIGKILL)
+    def watch(progress):
+        if (progress.step, rank) == (step, victim): os.kill(os.getpid(), signal.SIGKILL)
     return train(folder=folder, settings=PAIRS, watch=watch, checkpoint_seconds=0)
 
 

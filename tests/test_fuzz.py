@@ -3,12 +3,12 @@ nothing written anywhere else, no memory that the file's length does not explain
 
 Every place where the package opens a file that is not its own, and the reader below that goes through it:
 
-    data.images.read_table (.csv, .tsv, .parquet)               tables: csv, tsv, parquet; utkface, imdb_wiki, own pictures
+    data.tables.read_table (.csv, .tsv, .parquet)               tables: csv, tsv, parquet; utkface, imdb_wiki, own pictures
     data.images.find_images (names of pictures in a table)      names that lead elsewhere
     data.images.read_source, decode_image, open_image           a picture of each format, picture in a data set
     data.images.content_hashes, quick_keys                      picture in a data set
     data.images.tar_index                                       tar
-    data.images.sha256, fetch                                   fetched table
+    data.tables.sha256, fetch                                   fetched table
     data.pixels.is_intact, DiskCache                            decoded pictures
     data.utkface.read_faces, data.imdb_wiki.read_actors         utkface, imdb_wiki
     data.own.from_images, picture_table                         own pictures
@@ -20,9 +20,9 @@ Every place where the package opens a file that is not its own, and the reader b
     predictor.read_content, Predictor.load                      predictor
     estimator.SemiSupervisedRegressor.load, read_transformer    estimator
     core.RunFolder.read_json, core.content_digest               run: all files
-    core.open_lock (who holds the folder)                       lock
-    trainer.load_run, check_results, read_table, stored_run     run: all files; stored run: json, parquet
-    trainer.read_checkpoint, read_place                         checkpoint
+    training.run.run_lock (who holds the folder)                lock
+    training.run.load_run, check_results, stored_run            run: all files; stored run: json, parquet
+    training.checkpoint.read_checkpoint, read_place             checkpoint
     pipeline.read_protocol                                      protocol
     pipeline.merge_runs, cli.options_of                         through load_run and read_json
 
@@ -59,21 +59,25 @@ from safetensors.torch import save as save_safetensors
 from safetensors.torch import save_file
 from torch import nn
 
-from hpl_nb.core import HplError, RunFolder, run_lock
+from hpl_nb.core import HplError, RunFolder
 from hpl_nb.data import check
 from hpl_nb.data.core import StreamSettings
-from hpl_nb.data.images import ImageFiles, ImageSource, decode_image, exact_count, fetch, read_table, tar_index
+from hpl_nb.data.images import ImageFiles, ImageSource, decode_image, exact_count, tar_index
 from hpl_nb.data.imdb_wiki import imdb_wiki
 from hpl_nb.data.own import from_arrays, from_images
 from hpl_nb.data.pixels import disk_cache
 from hpl_nb.data.stsb import load_vectors, read_wordnet, stsb
+from hpl_nb.data.tables import fetch, read_table
 from hpl_nb.data.utkface import utkface
 from hpl_nb.estimator import SemiSupervisedRegressor
 from hpl_nb.methods.core import Supervised
 from hpl_nb.models import _load_trunk, mlp
 from hpl_nb.pipeline import read_protocol, store_run
 from hpl_nb.predictor import Predictor, checksum
-from hpl_nb.trainer import OptimizerSettings, TrainSettings, fit, load_run, read_place
+from hpl_nb.training.checkpoint import read_place
+from hpl_nb.training.loop import fit
+from hpl_nb.training.run import load_run, run_lock
+from hpl_nb.training.state import OptimizerSettings, Train
 
 MANY = 1000 # inputs per reader, beside the traps
 ROOM = 2**31 # bytes that a reader may ask for beyond what the process has
@@ -204,7 +208,7 @@ def weights(name, legacy=False):
 def read_weights(path): return _load_trunk(small_trunk(), path)
 
 
-SMALL = TrainSettings(epochs=2, iterations_per_epoch=2, streams=StreamSettings(4, 4), optimizer=OptimizerSettings(1e-2, 1e-2))
+SMALL = Train(epochs=2, iterations_per_epoch=2, streams=StreamSettings(4, 4), optimizer=OptimizerSettings(1e-2, 1e-2))
 
 
 def method(): return Supervised(mlp(3, (4,)))

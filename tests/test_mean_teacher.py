@@ -9,10 +9,11 @@ from small_runs import SETTINGS, differences, digits, on_cpu, vectors  # noqa: F
 
 from hpl_nb.core import HplError, seed_everything
 from hpl_nb.data.core import Streams, StreamSettings
-from hpl_nb.methods.core import PseudoLabel, Supervised
+from hpl_nb.methods.core import PseudoLabel, Released, Supervised
 from hpl_nb.methods.mean_teacher import MeanTeacher
 from hpl_nb.models import mlp, small_cnn
-from hpl_nb.trainer import Clock, OptimizerSettings, fit
+from hpl_nb.training.loop import fit
+from hpl_nb.training.state import Clock, OptimizerSettings
 
 
 def dense(): return mlp(3, (16,))
@@ -35,7 +36,7 @@ def flat(module): return torch.cat([p.detach().flatten() for p in module.paramet
 def prepared(outputs=2, **kwargs):
     "A method in float64 whose teacher is not the student, and a batch."
     seed_everything(0)
-    method = MeanTeacher(mlp(3, (16,), outputs), **kwargs).double()
+    method = MeanTeacher(**kwargs).build(mlp(3, (16,), outputs)).double()
     for p in method.teacher.parameters(): p += .1*torch.randn_like(p)
     batch = Streams(vectors(outputs), method.needs, StreamSettings(8, 12), 10, seed=0)[0]
     return method, {s: {k: v.double() if v.is_floating_point() else v for k, v in tensors.items()} for s, tensors in batch.items()}
@@ -49,7 +50,7 @@ class TestTeacher:
         def keep(method):
             students.append(flat(method.regressor))
             teachers.append(flat(method.teacher))
-        trained(partial(MeanTeacher, decay=decay), after_step=keep)
+        trained(MeanTeacher(decay=decay).build, after_step=keep)
         average = torch.zeros_like(students[0])
         for step, student in enumerate(students):
             alpha = min(1 - 1/(step + 1), decay)
@@ -61,7 +62,7 @@ class TestTeacher:
         "Of the first batch norm: those of what its own convolution makes of the weak views, and not the student's."
         inputs, seen = [], []
         def make(regressor):
-            method = MeanTeacher(regressor, decay=.5)
+            method = MeanTeacher(decay=.5).build(regressor)
             first = method.teacher.body.network[2]
             first.register_forward_pre_hook(lambda layer, x: inputs.append(x[0].detach().clone()) if layer.training else None)
             return method
@@ -76,14 +77,14 @@ class TestTeacher:
         assert not torch.allclose(own.running_mean, student.running_mean)
 
     def test_is_in_no_optimizer(self):
-        method = MeanTeacher(mlp(3, (4,)))
+        method = MeanTeacher().build(mlp(3, (4,)))
         trained_ones = {id(p) for o in method.make_optimizers(OptimizerSettings()).values() for g in o.param_groups for p in g["params"]}
         assert trained_ones == {id(p) for p in method.regressor.parameters()}
         assert {name.split(".")[0] for name in method.state_dict()} == {"regressor", "teacher"}
 
     def test_micro_batches_are_one_step(self):
         "The teacher moves once a step, however many parts the batch is cut into."
-        whole, cut = (trained(MeanTeacher, settings=replace(SETTINGS, accumulate=parts)) for parts in (1, 2))
+        whole, cut = (trained(MeanTeacher().build, settings=replace(SETTINGS, accumulate=parts)) for parts in (1, 2))
         torch.testing.assert_close(flat(cut.teacher), flat(whole.teacher), rtol=1e-4, atol=1e-6)
 
 
@@ -123,14 +124,14 @@ class TestLimits:
     def test_without_decay_it_is_pseudo_label(self):
         "With batch norm and dropout: the student's weights to the bit, at every step; the teacher is the student."
         weights, net = {PseudoLabel: [], MeanTeacher: []}, partial(small_cnn, width=4, dropout=.2)
-        keep = lambda method: weights[type(method)].append(flat(method.regressor)) # noqa: E731
-        trained(PseudoLabel, net, digits, after_step=keep)
-        method = trained(partial(MeanTeacher, decay=0., ramp_share=0.), net, digits, after_step=keep)
+        keep = lambda method: weights[type(method.settings)].append(flat(method.regressor)) # noqa: E731
+        trained(PseudoLabel().build, net, digits, after_step=keep)
+        method = trained(MeanTeacher(decay=0., ramp_share=0.).build, net, digits, after_step=keep)
         assert not differences(*weights.values()) and len(weights[PseudoLabel]) == 15
         assert torch.equal(flat(method.teacher), flat(method.regressor))
 
     def test_without_unlabelled_loss_it_is_supervised(self):
-        student, supervised = trained(partial(MeanTeacher, unlabelled_weight=0.)), trained(Supervised)
+        student, supervised = trained(MeanTeacher(unlabelled_weight=0.).build), trained(Supervised().build)
         assert not differences(dict(student.regressor.state_dict()), dict(supervised.regressor.state_dict()))
 
 
@@ -138,7 +139,7 @@ class TestPredictions:
     @pytest.mark.parametrize("evaluate", ["teacher", "student"])
     def test_of_whom(self, evaluate):
         "And they change nothing, and a row's does not depend on the others."
-        method = trained(partial(MeanTeacher, evaluate=evaluate), partial(small_cnn, width=4, dropout=.5), digits).eval()
+        method = trained(MeanTeacher(evaluate=evaluate).build, partial(small_cnn, width=4, dropout=.5), digits).eval()
         before, (weak, strong) = tensors(method), torch.rand(2, 9, 1, 16, 16)
         with torch.no_grad():
             first, seen = method.predict(weak), method.inspect(weak, strong)
@@ -150,7 +151,7 @@ class TestPredictions:
 
     def test_whose_are_measured_does_not_change_training(self):
         settings = replace(SETTINGS, epochs=1)
-        teacher, student = (trained(partial(MeanTeacher, evaluate=evaluate), settings=settings) for evaluate in ("teacher", "student"))
+        teacher, student = (trained(MeanTeacher(evaluate=evaluate).build, settings=settings) for evaluate in ("teacher", "student"))
         assert torch.equal(flat(teacher), flat(student))
 
 
@@ -160,4 +161,11 @@ def tensors(method): return {name: value.clone() for name, value in method.state
 @pytest.mark.parametrize("argument, value", [
     ("decay", -.1), ("decay", 1.1), ("decay", float("nan")), ("ramp_share", -1.), ("unlabelled_weight", -1.), ("evaluate", "both")])
 def test_bad_arguments_are_refused(argument, value):
-    with pytest.raises(HplError, match=argument): MeanTeacher(mlp(3, (4,)), **{argument: value})
+    with pytest.raises(HplError, match=argument): MeanTeacher(**{argument: value})
+
+
+def test_candidates_and_the_dataset_s_weight():
+    "The search tries another decay and two weights; a weight that is given stays."
+    assert MeanTeacher().suited_to(Released(unlabelled_weight=5.)) == MeanTeacher(5.)
+    assert MeanTeacher().candidates() == [MeanTeacher(1.), MeanTeacher(1., decay=.97), MeanTeacher(.5), MeanTeacher(2.)]
+    assert MeanTeacher(.3).suited_to(Released(unlabelled_weight=5.)) == MeanTeacher(.3)

@@ -16,12 +16,13 @@ from hpl_nb.methods.core import FullySupervised, PseudoLabel, Released, Supervis
 from hpl_nb.methods.hpl import HPL, JointUncertainty, LearnerInputs, outer_features, step_passes, teach
 from hpl_nb.models import mlp, small_cnn
 from hpl_nb.settings import as_json, change, from_json, setting_names
-from hpl_nb.trainer import OptimizerSettings, TrainSettings, fit
+from hpl_nb.training.loop import fit
+from hpl_nb.training.state import OptimizerSettings, Train
 from hpl_nb.uncertainty import disagreement, learner_input, scaled_features
 
 PAPER, RELEASE = HPL.presets().values()
 FAST = change(PAPER, learner_lr=1e-2)
-SETTINGS = TrainSettings(epochs=3, iterations_per_epoch=10, streams=StreamSettings(8, 8), optimizer=OptimizerSettings(1e-2, 1e-2))
+SETTINGS = Train(epochs=3, iterations_per_epoch=10, streams=StreamSettings(8, 8), optimizer=OptimizerSettings(1e-2, 1e-2))
 
 
 def trained(chosen, data=None, settings=SETTINGS):
@@ -112,7 +113,8 @@ class TestPhi:
         omega = pseudo_label_weight(z, s.weights.half_weight)/(torch.exp(-z).mean() if s.weights.normalize_weights else 1)
         result = hypergradient_autograd(
             method.regressor.head, partial(sgd_step, learning_rate=.05), Labelled(passes.labelled_features.detach(), passes.y),
-            PseudoLabelled(passes.unlabelled_features.detach(), passes.pseudo_label, omega.detach()), outer, s.unlabelled_weight, s.reduction)
+            PseudoLabelled(passes.unlabelled_features.detach(), passes.pseudo_label, omega.detach()), outer, s.unlabelled_weight,
+            s.reduction)
         expected = torch.autograd.grad(omega, list(method.learner.parameters()), result.weights)
         for actual, correct in zip(taught, expected): torch.testing.assert_close(actual, correct, rtol=1e-9, atol=1e-15)
 
@@ -336,8 +338,8 @@ class TestCost:
     "Forward passes of the body, counted."
 
     @pytest.mark.parametrize("chosen, expected", [
-        (Supervised(), [1]*6), (PseudoLabel(), [3]*6), (JointUncertainty(), [3]*6), (PAPER, [4]*6), (change(PAPER, outer="previous"), [3]*6),
-        (RELEASE, [7, 3, 3, 3, 3, 7]), (change(PAPER, outer_every=3), [4, 3, 3, 4, 3, 3])],
+        (Supervised(), [1]*6), (PseudoLabel(), [3]*6), (JointUncertainty(), [3]*6), (PAPER, [4]*6),
+        (change(PAPER, outer="previous"), [3]*6), (RELEASE, [7, 3, 3, 3, 3, 7]), (change(PAPER, outer_every=3), [4, 3, 3, 4, 3, 3])],
         ids=["Supervised", "PseudoLabel", "JointUncertainty", "fresh", "previous", "release", "fresh, each third"])
     def test_forward_passes(self, chosen, expected):
         "Of six steps."

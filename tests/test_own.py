@@ -17,7 +17,9 @@ from hpl_nb.data.own import (
     FrameEncoder, PixelStrengths, RowStrengths, Split, Standardizer, batches_for, from_arrays, from_frame, from_images)
 from hpl_nb.methods.hpl import HPL
 from hpl_nb.models import mlp
-from hpl_nb.trainer import TrainSettings, fit, load_run
+from hpl_nb.training.loop import fit
+from hpl_nb.training.run import load_run
+from hpl_nb.training.state import Train
 
 EIGHT_LINES = '''
 import numpy as np
@@ -88,11 +90,11 @@ def test_hidden_labels_reach_no_batch():
 
 def test_true_targets_only_measure():
     x, y, true = arrays()
-    settings = TrainSettings(epochs=2)
+    settings = Train(epochs=2)
     def train(**arguments):
         seed_everything(0)
         data = from_arrays(x, y, **arguments)
-        return fit(HPL(mlp(4)), data, replace(settings, streams=batches_for(data)), progress=False)
+        return fit(HPL().build(mlp(4)), data, replace(settings, streams=batches_for(data)), progress=False)
     without, known = train(), train(true_targets=true)
     np.testing.assert_array_equal(without.predictions["y_pred"], known.predictions["y_pred"])
     assert "pseudo_label_mae" in known.metrics and "pseudo_label_mae" not in without.metrics
@@ -196,7 +198,7 @@ def test_outputs():
     x, y, _ = arrays()
     data = from_arrays(x, np.stack([y, 2*y], axis=1))
     assert data.outputs == 2 and len(data.labelled) == 60
-    run = fit(HPL(mlp(4, outputs=2)), data, TrainSettings(epochs=1, streams=batches_for(data)), progress=False)
+    run = fit(HPL().build(mlp(4, outputs=2)), data, Train(epochs=1, streams=batches_for(data)), progress=False)
     assert set(run.predictions["output"]) == {0, 1}
     refused("it has some of its labels only", from_arrays, x, np.stack([y, np.arange(200.)], axis=1))
 
@@ -273,13 +275,13 @@ def test_run_folder_keeps_the_preparation(tmp_path):
     x, y, _ = arrays()
     frame = pd.DataFrame(x, columns=list("abcd")).assign(kind=np.where(x[:, 0] > 3, "big", "small"), y=y)
     data = from_frame(frame, "y")
-    settings = TrainSettings(epochs=1, streams=batches_for(data))
-    fit(HPL(mlp(6)), data, settings, folder=tmp_path, progress=False)
+    settings = Train(epochs=1, streams=batches_for(data))
+    fit(HPL().build(mlp(6)), data, settings, folder=tmp_path, progress=False)
     kept = load_run(tmp_path).config["data"]
     new = FrameEncoder(**kept["encoder"]).encode(frame.iloc[5:8])
     assert torch.equal(Standardizer(**kept["standardizer"])(new), data.plain(data.inputs[5:8]))
     other = from_frame(frame, "y", strengths=RowStrengths(strong_noise=.3))
-    refused("holds another run", fit, HPL(mlp(6)), other, settings, folder=tmp_path, progress=False)
+    refused("holds another run", fit, HPL().build(mlp(6)), other, settings, folder=tmp_path, progress=False)
 
 
 def test_batches_fit():
@@ -290,7 +292,7 @@ def test_batches_fit():
         Streams(data, NEEDS, settings, 1, 0)[0]
         assert settings.labelled_batch <= 32 and settings.unlabelled_batch <= 32
     x, y, _ = arrays(100, 4)
-    refused("raise label_ratio or lower labelled_batch", Streams, from_arrays(x, y), NEEDS, TrainSettings().streams, 1, 0)
+    refused("raise label_ratio or lower labelled_batch", Streams, from_arrays(x, y), NEEDS, Train().streams, 1, 0)
     full = from_arrays(x, arrays(100, 100)[1])
     refused("the unlabelled set is empty", Streams, full, NEEDS, batches_for(full), 1, 0)
 

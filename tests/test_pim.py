@@ -12,7 +12,8 @@ from hpl_nb.methods.core import PseudoLabel, PseudoLabelMethod, Supervised
 from hpl_nb.methods.pim import PIM, candidate_weights, weighted_candidate
 from hpl_nb.models import mlp
 from hpl_nb.settings import as_json
-from hpl_nb.trainer import TrainSettings, fit
+from hpl_nb.training.loop import fit
+from hpl_nb.training.state import Train
 
 
 def first_batch(outputs=1):
@@ -28,7 +29,7 @@ def trained(settings, data=None, iterations=10):
     "State after some steps on a network with dropout."
     seed_everything(0)
     method = settings.build(mlp(3, (16,), data.outputs if data else 1, dropout=.2))
-    fit(method, data or vectors(), TrainSettings(epochs=2, iterations_per_epoch=iterations, streams=StreamSettings(8, 8)), progress=False)
+    fit(method, data or vectors(), Train(epochs=2, iterations_per_epoch=iterations, streams=StreamSettings(8, 8)), progress=False)
     return dict(method.state_dict())
 
 

@@ -12,7 +12,7 @@ from small_runs import differences, on_cpu  # noqa: F401
 from hpl_nb import cli, pipeline
 from hpl_nb.cli import Job, Options, is_finished, run_jobs
 from hpl_nb.core import HplError
-from hpl_nb.trainer import load_run
+from hpl_nb.training.run import load_run
 
 OPTIONS = Options(epochs=3, iterations=4, record_every=1)
 

@@ -22,7 +22,9 @@ from hpl_nb.data.core import PerSample, Streams, StreamSettings
 from hpl_nb.data.images import RELEASED_OPERATIONS, FlipCrop, ImageFiles, ImageView, RandAugmentMC, image_views, published_views
 from hpl_nb.data.pixels import DeviceView, Pixels, disk_cache, on_device, on_disk, published_step, released_step
 from hpl_nb.models import small_cnn
-from hpl_nb.trainer import TrainSettings, batches, fit, open_session
+from hpl_nb.training.loop import fit, open_training
+from hpl_nb.training.run import load_run
+from hpl_nb.training.state import Train
 
 
 def drawn(seed, width, height, smooth):
@@ -59,7 +61,8 @@ def test_released_operations_are_pillows_in_distribution(name, seed, width, heig
     "At every severity and sign, over 40 pictures that need not be square; and within the 20 settings together."
     images, both = [drawn(seed + i, width, height, i % 2) for i in range(40)], ([], [])
     for v, sign in [(v, sign) for v in range(1, 11) for sign in (1, -1)]:
-        made = apply(released_step(name, v, sign, width, height), images), stack([RELEASED_OPERATIONS[name](image, v, sign) for image in images])
+        pillow = stack([RELEASED_OPERATIONS[name](image, v, sign) for image in images])
+        made = apply(released_step(name, v, sign, width, height), images), pillow
         assert_close(*made, {"mean": 1.2, "std": 1., "pixel": 2.}) # of one setting: a nearest pixel may be the other one
         for list_of, each in zip(both, made): list_of.append(each)
     assert_close(*map(torch.cat, both))
@@ -266,12 +269,12 @@ def test_what_cannot_be_done_is_named(tmp_path, changes, says):
     with pytest.raises(HplError, match="not list"): DeviceView((), (.5,)*3, (.2,)*3)([picture()])
 
 
-SETTINGS = TrainSettings(epochs=2, iterations_per_epoch=4, streams=StreamSettings(3, 5))
+SETTINGS = Train(epochs=2, iterations_per_epoch=4, streams=StreamSettings(3, 5))
 
 
 def train(data, name="HPL paper", folder=None, **arguments):
     seed_everything(0)
-    method = METHODS[name](regressor())
+    method = METHODS[name].build(regressor())
     run = fit(method, data, SETTINGS, folder=folder, progress=False, **arguments)
     return {"state": dict(method.state_dict()), "predictions": run.predictions, "metrics": {**run.metrics, "seconds": 0}}
 
@@ -296,7 +299,7 @@ def test_a_thread_that_prepares_batches_changes_nothing(tmp_path, monkeypatch):
     "As on a GPU: the same bits, also when stopped and resumed, and when the thread cannot make a batch."
     data = three(tmp_path)[2]
     whole = train(data)
-    monkeypatch.setattr("hpl_nb.trainer.is_on_gpu", lambda data: True)
+    monkeypatch.setattr("hpl_nb.training.loop.is_on_gpu", lambda data: True)
     assert not differences(whole, train(data))
     train(data, folder=tmp_path/"run", stop_after=3)
     assert not differences(whole, train(data, folder=tmp_path/"run"))
@@ -309,7 +312,7 @@ def test_compiled_bodies_keep_names_and_resume(tmp_path):
     data = three(tmp_path)[2]
     def compiled(**arguments):
         seed_everything(0)
-        method = METHODS["HPL paper"](regressor())
+        method = METHODS["HPL paper"].build(regressor())
         method.regressor.body.compile(backend="eager")
         run = fit(method, data, SETTINGS, progress=False, **arguments)
         return {"state": dict(method.state_dict()), "predictions": run.predictions, "metrics": {**run.metrics, "seconds": 0}}
@@ -321,24 +324,27 @@ def test_compiled_bodies_keep_names_and_resume(tmp_path):
 
 # ---- commands
 
-SMALL = dict(dataset="utkface", size=32, depth=18, batch=3, epochs=1, iterations=2, labelled_count="exact", label_ratio=.5)
+SMALL = ("utkface", "--size=32", "--depth=18", "--labelled_batch=3", "--unlabelled_batch=3", "--epochs=1", "--iterations_per_epoch=2",
+         "--labelled_count=exact", "--label_ratio=.5")
 
 
-def test_train_with_pixels_on_the_device(tmp_path):
-    "A run may be continued with its pictures elsewhere; its options say where they were."
-    root, out = make_folder(tmp_path/"faces"), str(tmp_path/"run")
-    cli.hpl_train(**SMALL, root=str(root), out=out, pixels="device", stop_after=1)
+def test_train_with_pixels_on_the_device(tmp_path, capsys):
+    "A run may be continued with its decoded pictures elsewhere, but not with other views."
+    root, out = make_folder(tmp_path/"faces"), f"--out={tmp_path/'run'}"
+    cli.hpl_train([*SMALL, f"--root={root}", out, "--pixels=device", "--stop_after=1"])
     assert [path.suffix for path in (root/"cache").iterdir()] == [".npy"]
-    cli.hpl_train(**SMALL, root=str(root), out=out, pixels="disk", cache=str(tmp_path/"other"))
+    with pytest.raises(SystemExit, match="pixels"): cli.hpl_train([*SMALL, f"--root={root}", out, "--pixels=disk"])
+    cli.hpl_train([*SMALL, f"--root={root}", out, "--pixels=device", f"--cache={tmp_path/'other'}"])
     assert [path.suffix for path in (tmp_path/"other").iterdir()] == [".npy"] and (tmp_path/"run"/"metrics.json").exists()
 
 
 @pytest.mark.parametrize("arguments, says", [
-    (dict(pixels="gpu"), "memory or disk or device"), (dict(pixels="device", workers=2), "leave --workers out"),
-    (dict(dataset="rotated_digits", pixels="device"), "for rotated_digits choose memory")])
-def test_wrong_pixels_are_refused(tmp_path, arguments, says):
-    with pytest.raises(SystemExit, match=says): cli.hpl_train(**{**SMALL, "root": str(tmp_path), "out": str(tmp_path/"run"), **arguments})
-    assert not list(tmp_path.iterdir())
+    (("--pixels=gpu",), "memory"), (("--pixels=device", "--workers=2"), "workers"), (("rotated_digits", "--pixels=device"), "pixels")])
+def test_wrong_pixels_are_refused(tmp_path, arguments, says, capsys):
+    "Before anything is read or written."
+    typed = arguments if arguments[0] == "rotated_digits" else (*SMALL, f"--root={tmp_path}", *arguments)
+    with pytest.raises(SystemExit) as refusal: cli.hpl_train([*typed, f"--out={tmp_path/'run'}"])
+    assert says in f"{refusal.value} {capsys.readouterr().err}" and not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
@@ -346,9 +352,9 @@ def test_train_compiled(tmp_path):
     "With code generated for the CPU: stopped, resumed, evaluated, and close to the run without."
     root, metrics = make_folder(tmp_path/"faces"), {}
     for name in (True, False):
-        arguments = dict(root=str(root), out=str(tmp_path/str(name)), pixels="device", compile=name)
-        for stop in (1, None): cli.hpl_train(**SMALL, **arguments, stop_after=stop)
-        metrics[name] = cli.load_run(tmp_path/str(name)).metrics["test_mae"]
+        typed = [*SMALL, f"--root={root}", f"--out={tmp_path/str(name)}", "--pixels=device", *["--compile"]*name]
+        for stop in (["--stop_after=1"], []): cli.hpl_train([*typed, *stop])
+        metrics[name] = load_run(tmp_path/str(name)).metrics["test_mae"]
     assert metrics[True] == pytest.approx(metrics[False], rel=1e-3)
 
 
@@ -356,10 +362,10 @@ def test_inputs_on_a_gpu_are_not_pinned_and_have_no_workers(tmp_path, monkeypatc
     "Seen from the trainer, without a GPU: the device that the inputs name decides."
     data = three(tmp_path)[2]
     seen = []
-    monkeypatch.setattr("hpl_nb.trainer.DataLoader", lambda *_, **settings: seen.append(settings["pin_memory"]) or iter(()))
-    session = open_session(METHODS["HPL paper"](regressor()), data, SETTINGS, None, 0)
+    monkeypatch.setattr("hpl_nb.training.loop.DataLoader", lambda *_, **settings: seen.append(settings["pin_memory"]) or iter(()))
+    training = open_training(METHODS["HPL paper"].build(regressor()), data, SETTINGS)
     for inputs, device in (("cpu", "cpu"), ("cpu", "cuda"), ("cuda", "cuda")):
-        data.inputs.device, session.accelerator = torch.device(inputs), type("", (), {"device": torch.device(device)})
-        list(batches(session, 0, 1, 0))
+        data.inputs.device, training.accelerator = torch.device(inputs), type("", (), {"device": torch.device(device)})
+        list(training.batches(1))
     assert seen == [False, True, False]
-    with pytest.raises(HplError, match="use workers=0"): fit(METHODS["HPL paper"](regressor()), data, SETTINGS, workers=2)
+    with pytest.raises(HplError, match="use workers=0"): fit(METHODS["HPL paper"].build(regressor()), data, SETTINGS, workers=2)

@@ -19,9 +19,11 @@ from hpl_nb import predictor as module
 from hpl_nb.core import HplError
 from hpl_nb.data.own import Split, from_arrays, from_frame, from_images
 from hpl_nb.methods.core import FullySupervised, Supervised
+from hpl_nb.methods.hpl import HPL
 from hpl_nb.models import Body, Head, Regressor, mlp, resnet, small_cnn
-from hpl_nb.predictor import Predictor, conformal_radius, predict_samples, read_content
-from hpl_nb.trainer import fit, load_run
+from hpl_nb.predictor import Predictor, conformal_radius, read_content
+from hpl_nb.training.loop import fit
+from hpl_nb.training.run import load_run
 
 QUICK = replace(SETTINGS, epochs=2, iterations_per_epoch=3, record_every=0)
 
@@ -121,8 +123,8 @@ def test_frames(target, tmp_path):
 
 def test_the_file_keeps_a_frame_exactly(tmp_path):
     data = frame_data()
-    saved = Predictor.from_method(Supervised(mlp(6)), data)
-    loaded = Predictor.load(saved.save(tmp_path/"m.safetensors"), Supervised(mlp(6)))
+    saved = Predictor.from_method(Supervised().build(mlp(6)), data)
+    loaded = Predictor.load(saved.save(tmp_path/"m.safetensors"), Supervised().build(mlp(6)))
     assert loaded.reader == saved.reader and loaded.view == data.plain and loaded.normalizer == data.normalizer
     assert loaded.reader.encoder.categories == {"kind": ["p", "q", "ö"]}
 
@@ -145,7 +147,7 @@ def test_arrays_of_pixels(channels, tmp_path):
     shape = (80, 8, 8) if channels is None else (80, channels, 8, 8)
     x, y = random.integers(0, 256, shape, dtype=np.uint8), random.normal(size=80)
     data = from_arrays(x, y, split=Split(label_ratio=.5))
-    method, fresh = (Supervised(small_cnn(channels or 1, width=4)) for _ in range(2))
+    method, fresh = (Supervised().build(small_cnn(channels or 1, width=4)) for _ in range(2))
     run = trained(method, data)
     loaded = Predictor.load(Predictor.from_method(method, data).save(tmp_path/"m.safetensors"), fresh)
     same_as_run(loaded, run, x)
@@ -156,8 +158,8 @@ def test_arrays_of_pixels(channels, tmp_path):
 def test_a_plain_view_that_changes_nothing(tmp_path):
     "Inputs that are no product of `own`: float32 vectors, and no standardisation."
     data = vectors(outputs=2)
-    run = trained(method := Supervised(mlp(3, outputs=2)), data)
-    loaded = Predictor.load(Predictor.from_method(method, data).save(tmp_path/"m.safetensors"), Supervised(mlp(3, outputs=2)))
+    run = trained(method := Supervised().build(mlp(3, outputs=2)), data)
+    loaded = Predictor.load(Predictor.from_method(method, data).save(tmp_path/"m.safetensors"), Supervised().build(mlp(3, outputs=2)))
     same_as_run(loaded, run, data.inputs.numpy().astype(float))
 
 
@@ -166,7 +168,7 @@ def test_words(tmp_path):
     class Embed(torch.nn.Module):
         def __init__(self): super().__init__(); self.table = torch.nn.Embedding(10, 4)
         def forward(self, x): return self.table(x).mean(1)
-    def build(): return Supervised(Regressor(Body(Embed(), 4), Head(4, 1)))
+    def build(): return Supervised().build(Regressor(Body(Embed(), 4), Head(4, 1)))
     data = vectors()
     data = replace(data, inputs=(3*data.inputs.abs()).long().clamp(max=9), weak=data.plain, strong=data.plain)
     run = trained(method := build(), data)
@@ -176,14 +178,14 @@ def test_words(tmp_path):
 
 
 def test_fully_supervised_and_the_data_it_was_given():
-    run = trained(method := FullySupervised(noisy_cnn()), digits())
+    run = trained(method := FullySupervised().build(noisy_cnn()), digits())
     same_as_run(Predictor.from_method(method, digits()), run, digits().inputs)
 
 
 def test_batch_norm_and_extra_state_of_a_resnet(tmp_path):
     data = from_arrays(np.random.default_rng(0).normal(size=(40, 3, 32, 32)), np.arange(40.))
-    saved = Predictor.from_method(Supervised(resnet(18)), data)
-    assert_equal(Predictor.load(saved.save(tmp_path/"m.safetensors"), Supervised(resnet(18))), saved, data.inputs[:3])
+    saved = Predictor.from_method(Supervised().build(resnet(18)), data)
+    assert_equal(Predictor.load(saved.save(tmp_path/"m.safetensors"), Supervised().build(resnet(18))), saved, data.inputs[:3])
 
 
 def test_from_folder(tmp_path):
@@ -280,7 +282,7 @@ def test_predictor_covers_new_rows():
         random = np.random.default_rng(seed)
         x, y = random.normal(size=(600, 2)), random.standard_t(3, size=600)
         data = from_arrays(x, y, split={"train": range(20), "val": range(20, 20 + n), "test": range(20 + n, 600)})
-        _, low, high = Predictor.from_method(Supervised(mlp(2)), data).predict_interval(x[data.test], .9)
+        _, low, high = Predictor.from_method(Supervised().build(mlp(2)), data).predict_interval(x[data.test], .9)
         shares.append(np.mean((low <= y[data.test]) & (y[data.test] <= high)))
     law = beta(36, 4)
     assert abs(np.mean(shares) - law.mean()) < 4*law.std()/len(shares)**.5
@@ -288,20 +290,20 @@ def test_predictor_covers_new_rows():
 
 def test_calibration_rows_can_be_named():
     data = digits()
-    chosen = Predictor.from_method(method := Supervised(noisy_cnn()), data, calibration=data.test[:30])
-    expected = np.abs(data.targets[data.test[:30]] - predict_samples(method, data.inputs, data.test[:30], data.plain, data.normalizer))
-    np.testing.assert_array_equal(chosen.errors, expected)
+    chosen = Predictor.from_method(method := Supervised().build(noisy_cnn()), data, calibration=data.test[:30])
+    with torch.no_grad(): y = data.normalizer.denormalize(method.eval().predict(data.plain(data.inputs[data.test[:30]])).double().numpy())
+    np.testing.assert_array_equal(chosen.errors, np.abs(data.targets[data.test[:30]] - y))
     for rows in (data.labelled[:1], data.unlabelled[:1]):
         with pytest.raises(HplError, match=f"calibration names row {rows[0]}, which was trained on"):
             Predictor.from_method(method, data, calibration=rows)
     data = from_arrays(np.ones((9, 2)), [1, 2, 3, 4, 5, 6, 7, 8, np.nan], split={"labelled": range(6), "val": [6, 7]})
     with pytest.raises(HplError, match="row 8, whose label is not known"):
-        Predictor.from_method(Supervised(mlp(2)), data, calibration=[7, 8])
+        Predictor.from_method(Supervised().build(mlp(2)), data, calibration=[7, 8])
 
 
 def test_without_calibration_rows_there_is_no_interval():
     data = from_arrays(np.random.default_rng(0).normal(size=(30, 2)), np.arange(30.), split=Split(val_share=0., test_share=.3))
-    predictor = Predictor.from_method(Supervised(mlp(2)), data)
+    predictor = Predictor.from_method(Supervised().build(mlp(2)), data)
     assert predictor.predict(np.zeros((4, 2))).shape == (4,)
     with pytest.raises(HplError, match="coverage 0.9 needs 9 rows .* and there are 0; keep more rows out of training"):
         predictor.predict_interval(np.zeros((4, 2)))
@@ -310,7 +312,7 @@ def test_without_calibration_rows_there_is_no_interval():
 @lru_cache
 def array_predictor():
     data = from_arrays(np.random.default_rng(0).normal(size=(60, 3)), np.arange(60.))
-    return Predictor.from_method(Supervised(mlp(3)), data)
+    return Predictor.from_method(Supervised().build(mlp(3)), data)
 
 
 @pytest.mark.parametrize("inputs, message", [
@@ -327,20 +329,20 @@ def test_wrong_arrays(inputs, message):
     (lambda f: f.assign(b=np.inf), "infinite"), (lambda f: pd.concat([f, f[["a"]]], axis=1), "2 column"),
     (lambda f: f.to_numpy(), "give one with columns 'a', 'b', 'holes', 'kind'")])
 def test_wrong_frames(change, message):
-    predictor = Predictor.from_method(Supervised(mlp(6)), frame_data())
+    predictor = Predictor.from_method(Supervised().build(mlp(6)), frame_data())
     with pytest.raises(HplError, match=message): predictor.predict(change(table()))
 
 
 def test_missing_features_without_imputation():
     data = from_frame(table(), "y", columns=["a", "kind"])
-    predictor = Predictor.from_method(Supervised(mlp(4)), data)
+    predictor = Predictor.from_method(Supervised().build(mlp(4)), data)
     with pytest.raises(HplError, match="features are missing: 'a' in 1 row"):
         predictor.predict(table().assign(a=[np.nan, *table()["a"][1:]]))
     assert len(predictor.predict(table()[:0])) == 0
 
 
 def test_wrong_pictures(pictures, tmp_path):
-    predictor = Predictor.from_method(Supervised(small_cnn(3, width=4)), picture_data(pictures))
+    predictor = Predictor.from_method(Supervised().build(small_cnn(3, width=4)), picture_data(pictures))
     (broken := tmp_path/"broken.png").write_bytes((pictures/"1.png").read_bytes()[:100])
     for inputs, message in (([broken], "broken.png cannot be read"), ([tmp_path/"gone.png"], "new row 0: there is no picture .*gone.png"),
                             (str(pictures/"1.png"), "give a list of picture files"), ([np.ones((8, 8))], "new row 0 is ndarray")):
@@ -353,14 +355,14 @@ def test_inputs_that_cannot_be_read_again():
         def __getitem__(self, rows): return torch.stack([list.__getitem__(self, int(row)) for row in rows])
     data = vectors()
     with pytest.raises(HplError, match="these inputs are Rows"):
-        Predictor.from_method(Supervised(mlp(3)), replace(data, inputs=Rows(data.inputs)))
+        Predictor.from_method(Supervised().build(mlp(3)), replace(data, inputs=Rows(data.inputs)))
 
 
 @pytest.mark.parametrize("build, message", [
-    (lambda: make("PseudoLabel", regressor=lambda: mlp(3)), "class is 'Supervised' there and 'PseudoLabel' here"),
-    (lambda: Supervised(mlp(4)), r"is \(64, 3\) there and \(64, 4\) here"), (lambda: Supervised(mlp(3, outputs=2)), "head"),
-    (lambda: Supervised(mlp(3, (64,))), "unknown here"), (lambda: Supervised(mlp(3, (64, 64, 64))), "missing"),
-    (lambda: Supervised(tanh(mlp(3))), "the network has other layers")])
+    (lambda: make("PseudoLabel", regressor=lambda: mlp(3)), "kind is 'Supervised' there and 'PseudoLabel' here"),
+    (lambda: Supervised().build(mlp(4)), r"is \(64, 3\) there and \(64, 4\) here"), (lambda: Supervised().build(mlp(3, outputs=2)), "head"),
+    (lambda: Supervised().build(mlp(3, (64,))), "unknown here"), (lambda: Supervised().build(mlp(3, (64, 64, 64))), "missing"),
+    (lambda: Supervised().build(tanh(mlp(3))), "the network has other layers")])
 def test_another_method_is_refused(build, message, tmp_path):
     path = array_predictor().save(tmp_path/"m.safetensors")
     with pytest.raises(HplError, match=message): Predictor.load(path, build())
@@ -375,8 +377,8 @@ def tanh(regressor):
 def test_a_refused_method_is_unchanged(tmp_path):
     "Also its batch norm, whose buffers would be given the file's shape."
     data = digits()
-    path = Predictor.from_method(Supervised(small_cnn(width=8)), data).save(tmp_path/"m.safetensors")
-    method = Supervised(small_cnn(width=4))
+    path = Predictor.from_method(Supervised().build(small_cnn(width=8)), data).save(tmp_path/"m.safetensors")
+    method = Supervised().build(small_cnn(width=4))
     before = {name: value.clone() for name, value in method.state_dict().items()}
     with pytest.raises(HplError, match="another method or model"): Predictor.load(path, method)
     assert not differences(before, dict(method.state_dict()))
@@ -385,7 +387,7 @@ def test_a_refused_method_is_unchanged(tmp_path):
 def test_damaged_bytes_are_found(tmp_path):
     "Header, JSON, checksum and tensors: no changed byte and no cut gives a predictor that says something else."
     data = from_arrays(np.random.default_rng(0).normal(size=(20, 1)), np.arange(20.))
-    path = Predictor.from_method(Supervised(mlp(1, (2,))), data).save(tmp_path/"m.safetensors")
+    path = Predictor.from_method(Supervised().build(mlp(1, (2,))), data).save(tmp_path/"m.safetensors")
     whole, bad, expected = path.read_bytes(), tmp_path/"bad.safetensors", read_content(path)
     for place in range(0, len(whole), 3):
         bad.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1:])
@@ -403,15 +405,24 @@ def test_foreign_files(tmp_path):
     for name, write in files.items():
         write(path := tmp_path/name)
         with pytest.raises(HplError, match="holds tensors but no predictor" if name == "weights" else "cannot be read"):
-            Predictor.load(path, Supervised(mlp(3)))
-    with pytest.raises(HplError, match="there is no file .*gone"): Predictor.load(tmp_path/"gone", Supervised(mlp(3)))
-    with pytest.raises(HplError, match="there is no file"): Predictor.load(tmp_path, Supervised(mlp(3)))
+            Predictor.load(path, Supervised().build(mlp(3)))
+    with pytest.raises(HplError, match="there is no file .*gone"): Predictor.load(tmp_path/"gone", Supervised().build(mlp(3)))
+    with pytest.raises(HplError, match="there is no file"): Predictor.load(tmp_path, Supervised().build(mlp(3)))
 
 
-def test_a_newer_format_is_refused(tmp_path):
-    module.write_content(tmp_path/"m.safetensors", {"format": 2, "new": {"things": torch.ones(1)}})
-    with pytest.raises(HplError, match="is of format 2, which hpl_nb .* does not know; update hpl_nb"):
-        Predictor.load(tmp_path/"m.safetensors", Supervised(mlp(3)))
+@pytest.mark.parametrize("number, advice", [(1, "save it again"), (3, "update hpl_nb"), ("x", "update hpl_nb"), (None, "update hpl_nb")])
+def test_another_format_is_refused(number, advice, tmp_path):
+    module.write_content(tmp_path/"m.safetensors", {"format": number, "new": {"things": torch.ones(1)}})
+    with pytest.raises(HplError, match=f"is of format {number!r}, which hpl_nb .* does not know; {advice}"):
+        Predictor.load(tmp_path/"m.safetensors", Supervised().build(mlp(3)))
+
+
+def test_other_settings_are_named(tmp_path):
+    "With their dotted names; the display name of a variant is no setting."
+    path = Predictor.from_method(HPL.paper().build(mlp(3)), data := vectors()).save(tmp_path/"m.safetensors")
+    with pytest.raises(HplError, match="another method: learner.learner_lr is 0.0001 there and 0.5 here. Build"):
+        Predictor.load(path, HPL.paper(learner_lr=.5).build(mlp(3)))
+    assert np.isfinite(Predictor.load(path, HPL.paper(label="mine").build(mlp(3))).predict(data.inputs[:2])).all()
 
 
 def test_saving_is_whole_or_not_there(tmp_path, monkeypatch):
@@ -428,16 +439,20 @@ def test_saving_is_whole_or_not_there(tmp_path, monkeypatch):
 def test_a_view_of_one_s_own(tmp_path):
     data = from_arrays(np.random.default_rng(0).normal(size=(40, 3)), np.arange(40.))
     data = replace(data, plain=lambda samples, seeds=None: samples.float()**3)
-    saved = Predictor.from_method(Supervised(mlp(3)), data)
+    saved = Predictor.from_method(Supervised().build(mlp(3)), data)
     path = saved.save(tmp_path/"m.safetensors")
-    with pytest.raises(HplError, match="which is a function of your own: pass the data"): Predictor.load(path, Supervised(mlp(3)))
-    assert_equal(Predictor.load(path, Supervised(mlp(3)), data=data), saved, data.inputs[:4])
+    with pytest.raises(HplError, match="which is a function of your own: pass the data"): Predictor.load(path, Supervised().build(mlp(3)))
+    assert_equal(Predictor.load(path, Supervised().build(mlp(3)), data=data), saved, data.inputs[:4])
     other = replace(data, labelled=data.labelled[:-1], normalizer=None)
-    with pytest.raises(HplError, match="trained on other data"): Predictor.load(path, Supervised(mlp(3)), data=other)
+    with pytest.raises(HplError, match="trained on other data"): Predictor.load(path, Supervised().build(mlp(3)), data=other)
 
 
 def test_nothing_else_is_packed():
     with pytest.raises(HplError, match="b/0 is set, which a predictor's file cannot hold"): module.pack({"b": [{1}]}, {})
+    settings = [HPL.release(outer_every=3), Split(seed=2)]
+    again, = module.unpack(json.loads(json.dumps(module.pack(settings[:1], {}))), {})
+    assert again == settings[0] and again.title == settings[0].title
+    with pytest.raises(HplError, match="kind is 'Split'; this version knows"): module.unpack(module.pack(settings, {}), {})
     value = {"a": [1, (2., None, True)], "dict": {"tensor": "x"}, "t": torch.tensor(3), "n": torch.ones(0, 2), "plain": module.plain_view}
     again = module.unpack(json.loads(json.dumps(module.pack(value, tensors := {}))), tensors)
     assert not differences({k: v for k, v in value.items() if k != "plain"}, {k: v for k, v in again.items() if k != "plain"})

@@ -19,22 +19,21 @@ from small_runs import METHODS, SETTINGS, differences, digits, make, vectors
 from hpl_nb.core import seed_everything
 from hpl_nb.data.core import StreamSettings
 from hpl_nb.methods import hpl
-from hpl_nb.methods.hpl import HPL, PAPER, RELEASE
+from hpl_nb.methods.hpl import HPL
 from hpl_nb.methods.simregmatch import SimRegMatch
 from hpl_nb.methods.ucvme import UCVME
 from hpl_nb.models import mlp
-from hpl_nb.trainer import OptimizerSettings, TrainSettings, fit
+from hpl_nb.training.loop import fit
+from hpl_nb.training.state import OptimizerSettings, Train
 
 # no batch statistics and no dropout that ever drops: nothing random but the views, which are seeded by sample
 DENSE = partial(mlp, 3, (16,), 2, dropout=1e-12)
-FEW = TrainSettings(epochs=3, iterations_per_epoch=6, streams=StreamSettings(8, 16), optimizer=OptimizerSettings(1e-2, 1e-2))
+FEW = Train(epochs=3, iterations_per_epoch=6, streams=StreamSettings(8, 16), optimizer=OptimizerSettings(1e-2, 1e-2))
 # (UCVME by the strong view: without dropout its predictions on the weak view are the pseudo-labels, and their ranks are rounding)
-CASES = {**METHODS, "UCVME": partial(UCVME, passes=2, student_view="strong"),
-         "HPL sum": partial(HPL, settings=replace(PAPER, reduction="sum", virtual_lr=1e-3)),
-         "HPL release, sum": partial(HPL, settings=replace(RELEASE, reduction="sum")),
-         "SimRegMatch, all pass": partial(SimRegMatch, percentile=None, unlabelled_weight=1.),
-         "HPL attached": partial(HPL, settings=replace(PAPER, detach_input=False, learner_lr=1e-2)),
-         "HPL normalised, attached": partial(HPL, settings=replace(PAPER, detach_input=False, learner_lr=1e-2, normalize_weights=True))}
+CASES = {**METHODS, "UCVME": UCVME(passes=2, student_view="strong"), "HPL sum": HPL.paper(reduction="sum", virtual_lr=1e-3),
+         "HPL release, sum": HPL.release(reduction="sum"), "SimRegMatch, all pass": SimRegMatch(percentile=None, unlabelled_weight=1.),
+         "HPL attached": HPL.paper(detach_input=False, learner_lr=1e-2),
+         "HPL normalised, attached": HPL.paper(detach_input=False, learner_lr=1e-2, normalize_weights=True)}
 
 
 def main(out):
@@ -57,7 +56,7 @@ def writes(args, folder):
 def joined(name, rank):
     "Gradients and hypergradients of each step, final weights, predictions; the processes start with different weights."
     seed_everything(0, rank)
-    method, steps, hypergradients = CASES[name](DENSE()), [], []
+    method, steps, hypergradients = CASES[name].build(DENSE()), [], []
     make_optimizers, look_ahead = method.make_optimizers, hpl.slope_hypergradient
     def watched(settings):
         optimizers = make_optimizers(settings)
@@ -86,7 +85,7 @@ def resumed(name, rank, folder):
 
     By the first process's clock a checkpoint is due after each step, by the second's never: they write it together. The second stop
     is asked for by the second process alone."""
-    ends, stops = [], ({"stop_after": 3}, {"watch": lambda session: rank == 1 and session.progress.step == 7})
+    ends, stops = [], ({"stop_after": 3}, {"watch": lambda progress: rank == 1 and progress.step == 7})
     for place, stops in (("whole", ()), ("stopped", stops)):
         for stop in (*stops, {}):
             method = make(name)

@@ -8,8 +8,7 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as some
 from hypothesis.extra import numpy as arrays
-from scipy.stats import spearmanr
-from sklearn import metrics as sklearn_metrics
+from scipy.stats import rankdata
 from torch import nn
 
 from hpl_nb import data, loss, metrics
@@ -97,22 +96,20 @@ def test_hypergradient_is_autograds(seed, d, k, n, m, outer, reduction, shape, u
 # ---- metrics
 
 @given(labels_and_predictions())
-def test_metrics_are_scikit_learns(pair):
+def test_metrics_are_their_formulas(pair):
     y, f = pair
-    assert metrics.mean_absolute_error(y, f) == pytest.approx(sklearn_metrics.mean_absolute_error(y, f), rel=1e-9, abs=1e-12)
-    assert metrics.mean_squared_error(y, f) == pytest.approx(sklearn_metrics.mean_squared_error(y, f), rel=1e-9, abs=1e-12)
+    assert metrics.mean_absolute_error(y, f) == pytest.approx(np.abs(f - y).mean(), rel=1e-9, abs=1e-12)
+    assert metrics.mean_squared_error(y, f) == pytest.approx(((f - y)**2).mean(), rel=1e-9, abs=1e-12)
     assume(len(y) > 1 and (y.std(axis=0) > 1e-6).all())
-    assert metrics.r2_score(y, f) == pytest.approx(sklearn_metrics.r2_score(y, f), rel=1e-9, abs=1e-9)
-    order = np.random.default_rng(0).permutation(len(y))
-    assert metrics.mean_squared_error(y[order], f[order]) == pytest.approx(metrics.mean_squared_error(y, f))
+    assert metrics.r2_score(y, f) == pytest.approx((1 - ((f - y)**2).mean(0)/y.var(0)).mean(), rel=1e-9, abs=1e-9)
 
 
 @given(some.lists(some.tuples(some.integers(-5, 5), some.integers(-5, 5)), min_size=2, max_size=40))
-def test_spearman_is_scipys(pairs):
+def test_spearman_is_pearson_of_the_ranks(pairs):
     "With many ties."
     a, b = np.array(pairs, dtype=float).T
     if np.ptp(a) == 0 or np.ptp(b) == 0: assert np.isnan(metrics.spearman(a, b))
-    else: assert metrics.spearman(a, b) == pytest.approx(spearmanr(a, b).statistic, abs=1e-12)
+    else: assert metrics.spearman(a, b) == pytest.approx(np.corrcoef(rankdata(a), rankdata(b))[0, 1], abs=1e-12)
 
 
 @given(arrays.arrays(np.float64, some.integers(1, 50), elements=some.floats(-1e4, 1e4)), some.sampled_from([.5, 1., 2., 10.]))
@@ -141,7 +138,7 @@ def test_make_sets_shares_every_row_out(known, val_share, test_share, label_rati
     "Each row once; only rows with a label are held out or labelled; the same again; more labels never lose one."
     labels = np.where(known, 1., np.nan)[:, None]
     make = lambda ratio: make_sets(labels, Split(None, val_share, test_share, ratio, seed), "any")
-    if not known.any():
+    if known.sum() == int(np.round((val_share + test_share)*known.sum())): # also where the few that are known are all held out
         with pytest.raises(HplError, match="no training row has a label"): make(label_ratio)
         return
     sets = make(label_ratio)
@@ -246,7 +243,7 @@ words = some.one_of(floats.map(str), some.sampled_from(odd_words), some.text(max
 @given(some.lists(words, min_size=1, max_size=20))
 def test_a_label_is_a_number_or_named(labels):
     "Each text is a finite number, an unlabelled row, or a problem with its row."
-    from hpl_nb.data.images import label_problems
+    from hpl_nb.data.tables import label_problems
     values, problems = label_problems(labels, unknown_ok=True)
     named = {problem.row for problem in problems}
     for row, (label, value) in enumerate(zip(labels, values)):
@@ -259,7 +256,7 @@ def test_a_label_is_a_number_or_named(labels):
 @given(some.lists(some.lists(words, min_size=2, max_size=2), min_size=1, max_size=8))
 def test_a_table_reads_as_it_was_written(tmp_path_factory, rows):
     "What pandas writes as .csv and .tsv, the reader gives back, text for text."
-    from hpl_nb.data.images import read_table
+    from hpl_nb.data.tables import read_table
     assume(not any("\0" in cell or "\r" in cell for row in rows for cell in row))
     table = pd.DataFrame(rows, columns=["a", "b"], dtype=str)
     for suffix, separator in ((".csv", ","), (".tsv", "\t")):

@@ -13,9 +13,10 @@ from hpl_nb.core import HplError, seed_everything
 from hpl_nb.data.core import Streams, StreamSettings
 from hpl_nb.methods.rankup import RankUp, align, pair_score, ranking_loss, sure_pairs, true_order
 from hpl_nb.models import mlp
-from hpl_nb.trainer import Clock, OptimizerSettings, TrainSettings, fit
+from hpl_nb.training.loop import fit
+from hpl_nb.training.state import Clock, OptimizerSettings, Train
 
-SETTINGS = TrainSettings(epochs=3, iterations_per_epoch=10, streams=StreamSettings(8, 16), optimizer=OptimizerSettings(1e-2, 1e-2))
+SETTINGS = Train(epochs=3, iterations_per_epoch=10, streams=StreamSettings(8, 16), optimizer=OptimizerSettings(1e-2, 1e-2))
 
 
 def prepared(outputs=1, step=0, dropout=0., **arguments):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from small_runs import METHODS, SETTINGS, differences, digits, make
 
-from hpl_nb.trainer import fit
+from hpl_nb.training.loop import fit
 
 KILLS = [2, pytest.param(6, marks=pytest.mark.slow)] # of each method: 108 in the long test
 

@@ -46,18 +46,21 @@ from test_package import MODULES, ROOT, settings
 import hpl_nb.data
 from hpl_nb import cli, figures, pipeline
 from hpl_nb.core import HplError, RunFolder
-from hpl_nb.data import images
-from hpl_nb.data.images import FORMATS, MOST_PIXELS, ImageFiles, ImageSource, decode_image, fetch, find_images, tar_index
+from hpl_nb.data import tables
+from hpl_nb.data.images import FORMATS, MOST_PIXELS, ImageFiles, ImageSource, decode_image, find_images, tar_index
 from hpl_nb.data.own import from_images
 from hpl_nb.data.pixels import DiskCache, is_intact, on_disk
 from hpl_nb.data.stsb import load_vectors
+from hpl_nb.data.tables import fetch
 from hpl_nb.estimator import SemiSupervisedRegressor
 from hpl_nb.explorer import Explorer
 from hpl_nb.live import LiveView
 from hpl_nb.methods.core import Supervised
 from hpl_nb.models import mlp, resnet
 from hpl_nb.predictor import Predictor
-from hpl_nb.trainer import fit, load_run, read_checkpoint
+from hpl_nb.training.checkpoint import read_checkpoint
+from hpl_nb.training.loop import fit
+from hpl_nb.training.run import load_run
 
 TEXT = (ROOT/"SECURITY.md").read_text(encoding="utf-8")
 dense = partial(mlp, 3, (16,), dropout=.2)
@@ -239,7 +242,7 @@ READERS = {
     "weights.safetensors": given(lambda path: resnet(18, weights=path), "w.safetensors"),
     "torchvision's weights": lambda template, folder, content: from_cache(folder, content),
     **{f"vectors.{ending}": given(lambda path: load_vectors(path, ["", "a"]), f"v.{ending}") for ending in ("npz", "zip", "txt")},
-    **{f"table.{ending}": given(lambda path: images.read_table(path, ["a"]), f"t.{ending}") for ending in ("csv", "tsv", "parquet")},
+    **{f"table.{ending}": given(lambda path: tables.read_table(path, ["a"]), f"t.{ending}") for ending in ("csv", "tsv", "parquet")},
     "picture": given(lambda path: decode_image(ImageSource(path)), "p.png"), "archive of pictures": given(
         lambda path: decode_image(next(iter(tar_index(path).values()))), "p.tar"),
     **{f"{name} of a run": lambda template, folder, content, name=name: load_run(run_copy(template, folder, name, content))
@@ -291,7 +294,7 @@ class TestPromise1NoFileIsUnpickled:
         content = in_parquet(Canary(tmp_path/"canary"))
         (tmp_path/"t.parquet").write_bytes(content)
         assert b"arrow.py_extension_type" in pyarrow.parquet.read_schema(tmp_path/"t.parquet").field("index").metadata.values()
-        assert images.read_table(tmp_path/"t.parquet", ["index"])["index"].tolist() == [1] # a column of numbers
+        assert tables.read_table(tmp_path/"t.parquet", ["index"])["index"].tolist() == [1] # a column of numbers
         with pytest.raises(HplError, match="has no column 'run'"): load_run(stored_copy(template, tmp_path/"stored", "0.parquet", content))
         assert not (tmp_path/"canary").exists()
 
@@ -548,7 +551,7 @@ class TestPromise7NoNetworkUnlessAsked:
 
     def test_who_could(self):
         "Only what is asked for by name: `fetch`, torchvision's weights, and Ray."
-        assert imported("pooch") == {("hpl_nb.data.images", "fetch")} and imported("ray") == {("hpl_nb.pipeline", "ray_cluster")}
+        assert imported("pooch") == {("hpl_nb.data.tables", "fetch")} and imported("ray") == {("hpl_nb.pipeline", "ray_cluster")}
         assert {call.function for call in called("get_state_dict")} == {"_torchvision_trunk"}
         assert not imported("requests", "urllib", "http", "socket", "ftplib", "huggingface_hub", "wandb", "aiohttp", "httpx")
         assert {call.function for call in called("fetch")} == {"find_table", "read_faces"} # behind download=True
@@ -561,7 +564,7 @@ class TestPromise7NoNetworkUnlessAsked:
 
 class TestPromise8WhatIsFetchedIsChecked:
     def test_registry(self):
-        for entry in images.registry().values():
+        for entry in tables.registry().values():
             assert entry["url"].startswith("https://") and re.fullmatch("[0-9a-f]{64}", entry["sha256"])
 
     def test_other_content_is_refused_and_not_kept(self, tmp_path, monkeypatch):
@@ -573,8 +576,8 @@ class TestPromise8WhatIsFetchedIsChecked:
             def log_message(self, *_): pass
         server = HTTPServer(("127.0.0.1", 0), Serve)
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        entry = {"url": f"http://127.0.0.1:{server.server_port}/utkface.csv", "sha256": images.registry()["utkface.csv"]["sha256"]}
-        monkeypatch.setattr(images, "registry", lambda: {"utkface.csv": entry})
+        entry = {"url": f"http://127.0.0.1:{server.server_port}/utkface.csv", "sha256": tables.registry()["utkface.csv"]["sha256"]}
+        monkeypatch.setattr(tables, "registry", lambda: {"utkface.csv": entry})
         try:
             with pytest.raises(HplError, match="could not fetch utkface.csv"): fetch("utkface.csv", tmp_path, progress=False)
         finally: server.shutdown(), server.server_close()

@@ -17,9 +17,12 @@ from hpl_nb.data.core import Streams, StreamSettings
 from hpl_nb.methods.core import PseudoLabel
 from hpl_nb.methods.simregmatch import SimRegMatch, passing, similarity_labels
 from hpl_nb.models import mlp
-from hpl_nb.trainer import OptimizerSettings, TrainSettings, evaluating, fit
+from hpl_nb.settings import change
+from hpl_nb.training.loop import fit
+from hpl_nb.training.predict import evaluating
+from hpl_nb.training.state import OptimizerSettings, Train
 
-SETTINGS = TrainSettings(epochs=2, iterations_per_epoch=10, streams=StreamSettings(8, 16), optimizer=OptimizerSettings(1e-2, 1e-2))
+SETTINGS = Train(epochs=2, iterations_per_epoch=10, streams=StreamSettings(8, 16), optimizer=OptimizerSettings(1e-2, 1e-2))
 
 
 def in_float64(batch):
@@ -29,7 +32,7 @@ def in_float64(batch):
 def prepared(outputs=1, dropout=.3, **arguments):
     "A method in float64, and three batches."
     seed_everything(0)
-    method = SimRegMatch(mlp(3, (16,), outputs, dropout=dropout), **arguments).double()
+    method = SimRegMatch(**arguments).build(mlp(3, (16,), outputs, dropout=dropout)).double()
     streams = Streams(vectors(outputs), method.needs, StreamSettings(8, 12), 10, seed=0)
     return method, [in_float64(streams[step]) for step in range(3)]
 
@@ -41,16 +44,16 @@ def hooked(method):
     return seen
 
 
-def loops(weak, labelled, strong, y, head, method, threshold):
+def loops(weak, labelled, strong, y, head, settings, threshold):
     "Pseudo-label, u, mask, loss and its gradient in the head's weight; one sample, output and labelled row after the other."
     w, b = (p.detach().numpy() for p in (head.weight, head.bias))
-    passes, m, outputs, beta = len(weak), len(strong), len(b), method.prediction_share
+    passes, m, outputs, beta = len(weak), len(strong), len(b), settings.prediction_share
     label, u, mask = (np.zeros((m, outputs)) for _ in range(3))
     loss, gradient = 0., np.zeros_like(w)
     for j in range(m):
         feature = sum(weak[t][j] for t in range(passes))/passes
         cosines = [feature @ other/np.sqrt((feature @ feature)*(other @ other)) for other in labelled]
-        weights = [np.exp(cosine/method.temperature) for cosine in cosines]
+        weights = [np.exp(cosine/settings.temperature) for cosine in cosines]
         for k in range(outputs):
             predictions = [w[k] @ weak[t][j] + b[k] for t in range(passes)]
             similar = sum(weight*row[k] for weight, row in zip(weights, y))/sum(weights)
@@ -60,7 +63,7 @@ def loops(weak, labelled, strong, y, head, method, threshold):
             error = w[k] @ strong[j] + b[k] - label[j, k]
             loss += mask[j, k]*error**2
             gradient[k] += mask[j, k]*2*error*strong[j]
-    return label, u, mask, method.unlabelled_weight*loss/max(mask.sum(), 1), method.unlabelled_weight*gradient/max(mask.sum(), 1)
+    return label, u, mask, settings.unlabelled_weight*loss/max(mask.sum(), 1), settings.unlabelled_weight*gradient/max(mask.sum(), 1)
 
 
 @pytest.mark.parametrize("outputs", [1, 2])
@@ -70,15 +73,15 @@ def loops(weak, labelled, strong, y, head, method, threshold):
 def test_three_steps_in_loops(arguments, outputs):
     "What is recorded, lost, and remembered; the gradient of the unlabelled loss comes by the strong view alone."
     method, batches = prepared(outputs, **arguments)
-    seen, threshold = hooked(method), np.full(outputs, method.first_threshold)
+    seen, s, threshold = hooked(method), method.settings, np.full(outputs, method.settings.first_threshold)
     for batch in batches:
         seen.clear()
         losses = method.training_step(batch)
-        assert [gradient for gradient, _ in seen] == [False]*method.passes + [True]*2
+        assert [gradient for gradient, _ in seen] == [False]*s.passes + [True]*2
         *weak, labelled, strong = (features for _, features in seen)
         y, head = batch["labelled"]["y"].numpy(), method.regressor.head
-        label, u, mask, loss, gradient = loops(weak, labelled, strong, y, head, method, threshold)
-        if method.percentile is not None: threshold = np.percentile(u, method.percentile, axis=0)
+        label, u, mask, loss, gradient = loops(weak, labelled, strong, y, head, s, threshold)
+        if s.percentile is not None: threshold = np.percentile(u, s.percentile, axis=0)
         np.testing.assert_allclose(method.record["pseudo_label"], label, rtol=1e-10)
         np.testing.assert_allclose(method.record["log_variance"], np.log(np.maximum(u, 1e-12)), rtol=1e-8)
         np.testing.assert_array_equal(method.record["weight"], mask)
@@ -109,7 +112,7 @@ def test_similarity_of_a_dead_sample_is_the_batch_mean():
 
 @pytest.mark.parametrize("q", [0., .95, 33., 95., 100.])
 def test_threshold_is_numpy_s_percentile_per_output(q):
-    method, u = SimRegMatch(mlp(3, (4,), 2), percentile=q), torch.rand(32, 2)
+    method, u = SimRegMatch(percentile=q).build(mlp(3, (4,), 2)), torch.rand(32, 2)
     mask, share = passing(method, u)
     assert mask.all() and share == 1 # by the first threshold, 10
     np.testing.assert_allclose(method.threshold, np.percentile(u.numpy(), q, axis=0), rtol=1e-6)
@@ -125,9 +128,9 @@ def test_none_passes():
     assert loss.item() == 0 and all((gradient == 0).all() for gradient in gradients)
 
 
-def trained(make, dropout=0.):
+def trained(chosen, dropout=0.):
     seed_everything(0)
-    method = make(mlp(3, (16,), dropout=dropout))
+    method = chosen.build(mlp(3, (16,), dropout=dropout))
     fit(method, vectors(), SETTINGS, progress=False)
     return dict(method.regressor.state_dict())
 
@@ -135,18 +138,18 @@ def trained(make, dropout=0.):
 def test_without_dropout_and_filter_it_is_pseudo_label(monkeypatch):
     "To the bit: equal passes have no variance and are their own mean, and all count."
     monkeypatch.setattr(module, "require_dropout", lambda *networks: None)
-    limit = {"unlabelled_weight": 1., "passes": 5, "prediction_share": 1., "percentile": None}
-    expected = trained(PseudoLabel)
-    assert not differences(expected, trained(lambda regressor: SimRegMatch(regressor, **limit)))
-    for change in ({"prediction_share": .9}, {"first_threshold": 0.}, {"unlabelled_weight": .5}):
-        assert differences(expected, trained(lambda regressor, change=change: SimRegMatch(regressor, **limit | change)))
+    limit = SimRegMatch(unlabelled_weight=1., passes=5, prediction_share=1., percentile=None)
+    expected = trained(PseudoLabel())
+    assert not differences(expected, trained(limit))
+    for values in ({"prediction_share": .9}, {"first_threshold": 0.}, {"unlabelled_weight": .5}):
+        assert differences(expected, trained(change(limit, **values)))
 
 
 @pytest.mark.parametrize("name, value", [
     ("unlabelled_weight", .5), ("passes", 3), ("prediction_share", .1), ("temperature", 1.), ("percentile", 20.), ("percentile", None),
     ("first_threshold", 0.)])
 def test_every_argument_changes_the_numbers(name, value):
-    assert differences(trained(SimRegMatch, .2), trained(lambda regressor: SimRegMatch(regressor, **{name: value}), .2))
+    assert differences(trained(SimRegMatch(), .2), trained(SimRegMatch(**{name: value}), .2))
 
 
 @pytest.mark.parametrize("name, value", [
@@ -154,11 +157,11 @@ def test_every_argument_changes_the_numbers(name, value):
     ("prediction_share", 1.1), ("prediction_share", -.1), ("prediction_share", float("nan")), ("temperature", 0.), ("temperature", -1.),
     ("temperature", float("nan")), ("percentile", 101.), ("percentile", -1.), ("percentile", float("nan"))])
 def test_out_of_range(name, value):
-    with pytest.raises(HplError, match="give"): SimRegMatch(mlp(3), **{name: value})
+    with pytest.raises(HplError, match=f"^{name} is .*give"): SimRegMatch(**{name: value})
 
 
 def test_needs_dropout():
-    with pytest.raises(HplError, match="has none"): trained(SimRegMatch)
+    with pytest.raises(HplError, match="has none"): trained(SimRegMatch())
 
 
 def test_state_and_inspection():
@@ -170,7 +173,7 @@ def test_state_and_inspection():
     file = io.BytesIO()
     torch.save(method.state_dict(), file)
     file.seek(0)
-    other = SimRegMatch(mlp(3, (16,), 2, dropout=.3)).double()
+    other = SimRegMatch().build(mlp(3, (16,), 2, dropout=.3)).double()
     other.load_state_dict(torch.load(file, weights_only=True))
     assert (other.threshold < 10).all() and not differences(dict(method.state_dict()), dict(other.state_dict()))
     before, random = deepcopy(dict(method.state_dict())), torch.get_rng_state()
@@ -218,7 +221,7 @@ def test_two_processes_are_one_on_the_joined_batch(monkeypatch):
 def test_the_log_and_the_table():
     "The share that passes and the variance are logged; the table has the calibrated pseudo-label."
     seed_everything(0)
-    run = fit(SimRegMatch(mlp(3, (16,), dropout=.2), percentile=50.), vectors(), replace(SETTINGS, epochs=1), progress=False)
+    run = fit(SimRegMatch(percentile=50.).build(mlp(3, (16,), dropout=.2)), vectors(), replace(SETTINGS, epochs=1), progress=False)
     assert .3 < run.log["weight_mean"].item() < .8 and run.log["log_variance_mean"].notna().all()
     rows = run.predictions.query("split == 'unlabelled'")
     assert (rows["pseudo_label"] != rows["y_pred"]).all()

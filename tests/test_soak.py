@@ -22,10 +22,11 @@ from hpl_nb.data.core import StreamSettings
 from hpl_nb.explorer import Explorer
 from hpl_nb.live import LiveView
 from hpl_nb.models import mlp
-from hpl_nb.trainer import OptimizerSettings, TrainSettings, fit
+from hpl_nb.training.loop import fit
+from hpl_nb.training.state import OptimizerSettings, Train
 
 PER_EPOCH = 50
-SETTINGS = TrainSettings(iterations_per_epoch=PER_EPOCH, streams=StreamSettings(8, 16), optimizer=OptimizerSettings(1e-3, 1e-3),
+SETTINGS = Train(iterations_per_epoch=PER_EPOCH, streams=StreamSettings(8, 16), optimizer=OptimizerSettings(1e-3, 1e-3),
                          record_every=1)
 MEGABYTES = 4 # of 1,500 steps: less than 3 kB a step, which is a graph of the smallest network, or one batch of inputs with its views
 BARE = "a bare loop" # the network in PyTorch alone, for what the allocator does by itself
@@ -59,13 +60,12 @@ def soak(folder, out, name, epochs, warm_up, leak=None):
     "Train in this process, and write what it held at the end of each epoch after the warm-up; a leak is called at each step."
     torch.set_num_threads(1)
     samples = []
-    def watch(session):
-        if leak: leak(session)
-        if session.progress.step % PER_EPOCH == 0 and session.progress.step >= warm_up: samples.append(held())
+    method, data = None if name == BARE else make(name, 0, dense), vectors(rows=120)
+    def watch(progress):
+        if leak: leak(method, data)
+        if progress.step % PER_EPOCH == 0 and progress.step >= warm_up: samples.append(held())
     if name == BARE: bare(epochs, warm_up, samples)
-    else:
-        settings = replace(SETTINGS, epochs=epochs)
-        fit(make(name, 0, dense), vectors(rows=120), settings, folder=folder, progress=False, checkpoint_seconds=.2, watch=watch)
+    else: fit(method, data, replace(SETTINGS, epochs=epochs), folder=folder, progress=False, checkpoint_seconds=.2, watch=watch)
     pd.DataFrame(samples).to_json(out)
 
 
@@ -96,9 +96,9 @@ def keeps(folder, epochs):
         "last.pt", "previous.pt", "best.pt"} and not [*folder.rglob(".writing-*")]
 
 
-def leaking_steps(session, kept=[]): # noqa: B006
+def leaking_steps(method, data, kept=[]): # noqa: B006
     "A method that forgets to detach what it keeps."
-    kept.append(session.method.regressor(session.data.inputs[:16]))
+    kept.append(method.regressor(data.inputs[:16]))
 
 
 @pytest.mark.slow

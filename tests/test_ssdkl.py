@@ -15,19 +15,20 @@ from hpl_nb.core import HplError, seed_everything
 from hpl_nb.data.core import Streams, StreamSettings
 from hpl_nb.methods.ssdkl import SSDKL, SparseGP, gp_posterior, label_posterior, negative_elbo
 from hpl_nb.models import mlp
-from hpl_nb.trainer import OptimizerSettings, TrainSettings, fit
+from hpl_nb.training.loop import fit
+from hpl_nb.training.state import OptimizerSettings, Train
 
 pytest.importorskip("gpytorch")
 gaussian_process = pytest.importorskip("sklearn.gaussian_process")
 kernels = gaussian_process.kernels
-SETTINGS = TrainSettings(epochs=1, iterations_per_epoch=4, streams=StreamSettings(8, 8), optimizer=OptimizerSettings(1e-2, 1e-2))
+SETTINGS = Train(epochs=1, iterations_per_epoch=4, streams=StreamSettings(8, 8), optimizer=OptimizerSettings(1e-2, 1e-2))
 KERNELS = [(1.5, .8, .1), (.4, 2., .5)] # sigma_f^2, l, sigma_n^2 of two outputs
 
 
 def made(outputs=1, seed=0, data=None, **settings):
     "A prepared method on a small network without dropout."
     seed_everything(seed)
-    method = SSDKL(mlp(3, (16,), outputs), **{"inducing_points": 6} | settings)
+    method = SSDKL(**{"inducing_points": 6} | settings).build(mlp(3, (16,), outputs))
     method.prepare(data or vectors(outputs))
     method.optimizers = method.make_optimizers(OptimizerSettings(1e-2, 1e-2))
     return method
@@ -116,7 +117,7 @@ class TestExactProcess:
     def test_the_originals_loss(self, outputs):
         "A whole training step, by numpy."
         h, u, y = toy(outputs)
-        method = SSDKL(mlp(2, (), outputs), unlabelled_weight=.7, inducing_points=len(h), jitter=1e-9).double()
+        method = SSDKL(unlabelled_weight=.7, inducing_points=len(h), jitter=1e-9).build(mlp(2, (), outputs)).double()
         method.projection.weight.data, method.projection.bias.data = torch.eye(2).double(), torch.zeros(2).double()
         exact_process(method.gp, h, y)
         method.labelled_rows.fill_(len(h))
@@ -209,7 +210,7 @@ class TestGradients:
             states = []
             for some in (data, replace(data, inputs=inputs)):
                 seed_everything(0)
-                fit(method := SSDKL(mlp(3, (16,)), weight, inducing_points=6), some, SETTINGS, progress=False)
+                fit(method := SSDKL(weight, inducing_points=6).build(mlp(3, (16,))), some, SETTINGS, progress=False)
                 states.append(dict(method.state_dict()))
             assert (not differences(*states)) is same
 
@@ -264,7 +265,7 @@ class TestInducingPoints:
         points = []
         for drawn in (0, 3):
             seed_everything(0)
-            method = SSDKL(noisy_cnn(), inducing_points=80) # more than the 69 labelled rows
+            method = SSDKL(inducing_points=80).build(noisy_cnn()) # more than the 69 labelled rows
             before = deepcopy(dict(method.regressor.state_dict()))
             torch.rand(drawn)
             random = torch.get_rng_state()
@@ -321,7 +322,7 @@ class TestNumbers:
     @pytest.mark.parametrize("name, value", [("unlabelled_weight", -1.), ("latent_size", 0), ("inducing_points", 0), ("gp_lr", -1e-3),
                                              ("jitter", -1.), ("gp_lr", float("nan"))])
     def test_bad_arguments(self, name, value):
-        with pytest.raises(HplError, match=f"{name} is "): SSDKL(mlp(3, (4,)), **{name: value})
+        with pytest.raises(HplError, match=f"{name} is "): SSDKL(**{name: value})
 
 
 def test_without_gpytorch():
@@ -334,10 +335,10 @@ from hpl_nb.methods.ssdkl import SSDKL
 from hpl_nb.models import mlp
 assert "gpytorch" not in sys.modules
 with patch.dict(sys.modules, gpytorch=None):
-    try: SSDKL(mlp(2))
+    try: SSDKL().build(mlp(2))
     except HplError as error: assert "pip install 'hpl_nb[gp]'" in str(error), error
     else: raise AssertionError("made without GPyTorch")
-SSDKL(mlp(2))
+SSDKL().build(mlp(2))
 assert "gpytorch" in sys.modules
 """
     result = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)

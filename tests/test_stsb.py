@@ -304,10 +304,9 @@ def test_fitted_normaliser(tmp_path):
 def test_settings_load_what_the_loader_gives(tmp_path):
     small_table(tmp_path/"sts.tsv")
     wordnet = wordnet_folder(tmp_path/"wordnet")
-    for settings, by_hand in ((S.STSB(str(tmp_path), label_ratio=.5), S.stsb(tmp_path, .5)),
-                              (S.STSB(str(tmp_path), label_ratio=.5, strong="wordnet", wordnet=str(wordnet), lowercase=False, fit_normalizer=True),
-                               S.stsb(tmp_path, .5, wordnet, lowercase=False, fit_normalizer=True))):
-        data = settings.load()
+    fresh = dict(strong="wordnet", wordnet=str(wordnet), lowercase=False, fit_normalizer=True)
+    for settings, by_hand in (({}, S.stsb(tmp_path, .5)), (fresh, S.stsb(tmp_path, .5, wordnet, lowercase=False, fit_normalizer=True))):
+        data = S.STSB(str(tmp_path), label_ratio=.5, **settings).load()
         assert torch.equal(data.inputs.numbers, by_hand.inputs.numbers) and data.labelled.tolist() == by_hand.labelled.tolist()
         assert data.normalizer == by_hand.normalizer and data.notes == by_hand.notes
     with pytest.raises(HplError, match="give strong=.wordnet. together"): S.STSB("here", wordnet="there")

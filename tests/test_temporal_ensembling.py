@@ -13,15 +13,18 @@ from hpl_nb.data.core import Streams, StreamSettings
 from hpl_nb.methods.core import Supervised
 from hpl_nb.methods.temporal_ensembling import TemporalEnsembling
 from hpl_nb.models import mlp
-from hpl_nb.trainer import Clock, TrainSettings, fit
+from hpl_nb.settings import change
+from hpl_nb.training.loop import fit
+from hpl_nb.training.state import Clock, Train
 
-FEW = TrainSettings(epochs=5, iterations_per_epoch=6, streams=StreamSettings(16, 16, labelled_copies=2), optimizer=SETTINGS.optimizer)
+DEFAULT = TemporalEnsembling()
+FEW = Train(epochs=5, iterations_per_epoch=6, streams=StreamSettings(16, 16, labelled_copies=2), optimizer=SETTINGS.optimizer)
 
 
-def trained(make=TemporalEnsembling, settings=FEW, outputs=1, watch=lambda method: None, dropout=0., **kwargs):
+def trained(chosen=DEFAULT, settings=FEW, outputs=1, watch=lambda method: None, dropout=0., **kwargs):
     "The method after a run; `watch` sees it before."
     seed_everything(0)
-    method = make(mlp(3, (8,), outputs, dropout=dropout))
+    method = chosen.build(mlp(3, (8,), outputs, dropout=dropout))
     watch(method)
     fit(method, vectors(outputs), settings, progress=False, **kwargs)
     return method
@@ -51,7 +54,7 @@ def test_every_step_of_a_run(decay, ramp_share, outputs):
             steps.append((method.clock, index, np.concatenate(made), losses["unlabelled"].item(), method.record))
             return losses
         method.training_step = training_step
-    trained(partial(TemporalEnsembling, decay=decay, ramp_share=ramp_share, unlabelled_weight=.7), outputs=outputs, watch=watch)
+    trained(TemporalEnsembling(decay=decay, ramp_share=ramp_share, unlabelled_weight=.7), outputs=outputs, watch=watch)
     history, idle, twice = {row: [] for row in range(200)}, 0, 0
     for clock, index, predictions, loss, record in steps:
         if clock.step % 6 == 0:
@@ -73,7 +76,7 @@ class TestStep:
     def prepared(self, view="weak", outputs=2):
         "A method in float64 with a table in which every third row is missing, and a batch."
         seed_everything(0)
-        data, method = vectors(outputs), TemporalEnsembling(mlp(3, (8,), outputs), ramp_share=0., unlabelled_weight=.7, view=view)
+        data, method = vectors(outputs), TemporalEnsembling(.7, 0., view=view).build(mlp(3, (8,), outputs))
         method.prepare(data)
         rows = torch.arange(200)[torch.arange(200) % 3 > 0]
         method.double().table.note(rows, torch.randn(len(rows), outputs, dtype=torch.float64))
@@ -160,11 +163,11 @@ def test_nothing_is_remembered_from_another_run():
 
 def test_without_unlabelled_loss_it_is_supervised():
     "To the bit; and without a ramp it is, for the first epoch."
-    def network(make, settings=FEW): return dict(trained(make, settings).regressor.state_dict())
-    assert not differences(network(Supervised), network(partial(TemporalEnsembling, unlabelled_weight=0.)))
+    def network(chosen, settings=FEW): return dict(trained(chosen, settings).regressor.state_dict())
+    assert not differences(network(Supervised()), network(TemporalEnsembling(unlabelled_weight=0.)))
     for epochs, same in ((1, True), (2, False)):
         settings = replace(FEW, epochs=epochs)
-        found = differences(network(Supervised, settings), network(partial(TemporalEnsembling, ramp_share=0.), settings))
+        found = differences(network(Supervised(), settings), network(TemporalEnsembling(ramp_share=0.), settings))
         assert bool(found) is not same
 
 
@@ -173,7 +176,7 @@ def test_without_unlabelled_loss_it_is_supervised():
 def test_ramp_goes_by_epochs(share, epoch, expected):
     "All steps of an epoch have one weight."
     method, batch = TestStep().prepared()
-    method.ramp_share = share
+    method.settings = change(method.settings, ramp_share=share)
     for step in (0, 4):
         method.clock = Clock(5*epoch + step, 50, 5)
         method.training_step(batch)
@@ -184,4 +187,4 @@ def test_ramp_goes_by_epochs(share, epoch, expected):
 @pytest.mark.parametrize("argument, value", [
     ("decay", -.1), ("decay", 1.), ("decay", float("nan")), ("ramp_share", -1.), ("unlabelled_weight", -1.), ("view", "plain")])
 def test_bad_arguments_are_refused(argument, value):
-    with pytest.raises(HplError, match=argument): TemporalEnsembling(mlp(3, (4,)), **{argument: value})
+    with pytest.raises(HplError, match=argument): TemporalEnsembling(**{argument: value})

@@ -11,16 +11,17 @@ from hpl_nb.core import HplError, seed_everything
 from hpl_nb.data.core import Streams, StreamSettings
 from hpl_nb.methods.tnnr import TNNR, PairHead, anchor_estimates, evenly_spaced, loop_loss, pair_loss
 from hpl_nb.models import mlp, small_cnn
-from hpl_nb.trainer import OptimizerSettings, TrainSettings, fit
+from hpl_nb.training.loop import fit
+from hpl_nb.training.state import OptimizerSettings, Train
 
-SETTINGS = TrainSettings(epochs=2, iterations_per_epoch=10, streams=StreamSettings(8, 8),
+SETTINGS = Train(epochs=2, iterations_per_epoch=10, streams=StreamSettings(8, 8),
                          optimizer=OptimizerSettings(1e-2, 1e-2, 1e-3, 1e-3))
 
 
 def prepared(outputs=1, widths=(16,), **kwargs):
     "A method in float64 with its anchors, and a batch of 8 labelled and 12 unlabelled rows."
     seed_everything(0)
-    method, data = TNNR(mlp(3, widths, outputs), **kwargs), vectors(outputs)
+    method, data = TNNR(**kwargs).build(mlp(3, widths, outputs)), vectors(outputs)
     method.prepare(data)
     batch = Streams(data, method.needs, StreamSettings(8, 12), 10, seed=0)[0]
     batch = {s: {k: v.double() if v.is_floating_point() else v for k, v in tensors.items()} for s, tensors in batch.items()}
@@ -156,7 +157,7 @@ class TestAnchors:
     def test_are_labelled_rows_with_their_labels(self, anchors, expected):
         "The plain view, whatever the other views are."
         data = replace(vectors(2), weak=None, strong=None)
-        method = TNNR(mlp(3, (4,), 2), anchors=anchors)
+        method = TNNR(anchors=anchors).build(mlp(3, (4,), 2))
         assert method.prepare(data) is data
         rows = [np.flatnonzero((data.inputs == row).all(1).numpy()).item() for row in method.anchor_inputs]
         assert len(set(rows)) == expected and set(rows) <= set(data.labelled)
@@ -165,7 +166,7 @@ class TestAnchors:
     def test_are_in_the_checkpoint(self):
         "A method that was prepared for other rows predicts as the one whose state it loads; and preparing twice changes nothing."
         method, data, _ = prepared(hidden=4, anchors=5)
-        fresh = TNNR(mlp(3, (16,)), hidden=4, anchors=5)
+        fresh = TNNR(hidden=4, anchors=5).build(mlp(3, (16,)))
         fresh.prepare(vectors(seed=1))
         fresh.double().load_state_dict(method.state_dict())
         x, state = data.inputs[data.test].double(), {name: value.float() for name, value in method.state_dict().items()}
@@ -180,7 +181,7 @@ def test_own_head_is_never_read(hidden):
     states = []
     for scale in (1., 100.):
         seed_everything(0)
-        method = TNNR(mlp(3, (16,)), hidden=hidden)
+        method = TNNR(hidden=hidden).build(mlp(3, (16,)))
         method.regressor.head.weight.data *= scale
         before = method.regressor.head.weight.clone()
         run = fit(method, vectors(), SETTINGS, progress=False)
@@ -195,18 +196,18 @@ def test_own_head_is_never_read(hidden):
 def test_two_passes_and_no_strong_view():
     "One of each batch, with gradients, in training mode; views that are not needed are not made."
     seed_everything(0)
-    method, passes = TNNR(mlp(3, (16,))), []
+    method, passes = TNNR().build(mlp(3, (16,))), []
     method.regressor.body.register_forward_hook(lambda module, x, _: passes.append((module.training, torch.is_grad_enabled(), len(x[0]))))
     method.prepare(vectors())
     method.training_step(Streams(vectors(), method.needs, StreamSettings(8, 12), 10, seed=0)[0])
     assert passes == [(True, True, 8), (True, True, 12)]
-    fit(TNNR(mlp(3, (4,))), vectors(), replace(SETTINGS, epochs=1), progress=False)
+    fit(TNNR().build(mlp(3, (4,))), vectors(), replace(SETTINGS, epochs=1), progress=False)
 
 
 def test_predicting_changes_nothing():
     "With batch norm and dropout: the same twice, for one row or for many, and no state has moved."
     seed_everything(0)
-    method, data = TNNR(small_cnn(width=4, dropout=.5), hidden=4), digits()
+    method, data = TNNR(hidden=4).build(small_cnn(width=4, dropout=.5)), digits()
     fit(method, data, replace(SETTINGS, epochs=1, iterations_per_epoch=3), progress=False)
     method.eval()
     before, x = {name: value.clone() for name, value in method.state_dict().items()}, data.inputs[data.test]
@@ -233,7 +234,7 @@ def test_float32_under_autocast(hidden):
     ({"unlabelled_weight": -1.}, "unlabelled_weight is -1"), ({"unlabelled_weight": float("nan")}, "unlabelled_weight is nan"),
     ({"hidden": -1}, "hidden is -1"), ({"anchors": 0}, "anchors is 0"), ({"anchors": -3}, "anchors is -3")])
 def test_out_of_range(arguments, message):
-    with pytest.raises(HplError, match=message): TNNR(mlp(3, (4,)), **arguments)
+    with pytest.raises(HplError, match=message): TNNR(**arguments)
 
 
 @pytest.mark.parametrize("hidden", [0, 16])
@@ -242,5 +243,5 @@ def test_learns(hidden, outputs):
     "Two linear functions of three inputs, from 40 labels."
     seed_everything(0)
     settings = replace(SETTINGS, epochs=2, iterations_per_epoch=60)
-    run = fit(TNNR(mlp(3, (32,), outputs), hidden=hidden), vectors(outputs), settings, progress=False)
+    run = fit(TNNR(hidden=hidden).build(mlp(3, (32,), outputs)), vectors(outputs), settings, progress=False)
     assert run.metrics["test_r2"] > .9

@@ -2,6 +2,7 @@
 import errno
 import importlib.util
 import os
+import re
 import resource
 import shutil
 from dataclasses import replace
@@ -18,13 +19,16 @@ from torch import nn
 
 from hpl_nb.core import HplError, RunFolder, atomic_write
 from hpl_nb.data.core import PerSample, SemiSupervisedData, StreamSettings, synthetic
-from hpl_nb.methods.core import FullySupervised, PseudoLabel, Supervised
-from hpl_nb.methods.hpl import HPL
+from hpl_nb.methods.core import FullySupervised, PseudoLabelMethod, SupervisedMethod
+from hpl_nb.methods.hpl import HPLMethod
 from hpl_nb.metrics import evaluate
 from hpl_nb.models import mlp
-from hpl_nb.trainer import OptimizerSettings, TrainSettings, fit, load_run, read_checkpoint
+from hpl_nb.training.checkpoint import read_checkpoint
+from hpl_nb.training.loop import fit
+from hpl_nb.training.run import load_run
+from hpl_nb.training.state import OptimizerSettings, Train
 
-SMALL = TrainSettings(epochs=3, iterations_per_epoch=5, streams=StreamSettings(8, 8), optimizer=OptimizerSettings(1e-2, 1e-2))
+SMALL = Train(epochs=3, iterations_per_epoch=5, streams=StreamSettings(8, 8), optimizer=OptimizerSettings(1e-2, 1e-2))
 dense = partial(mlp, 3, (16,), dropout=.2)
 
 
@@ -65,7 +69,8 @@ class TestBadInput:
 
     @pytest.fixture(autouse=True)
     def no_training(self, untouched, monkeypatch):
-        for kind in (Supervised, PseudoLabel, HPL): monkeypatch.setattr(kind, "training_step", lambda *_: pytest.fail("it trained"))
+        for kind in (SupervisedMethod, PseudoLabelMethod, HPLMethod):
+            monkeypatch.setattr(kind, "training_step", lambda *_: pytest.fail("it trained"))
 
     def refused(self, match, folder=None, **arguments):
         with pytest.raises(HplError, match=match): train(folder=folder or self.other, **arguments)
@@ -98,9 +103,14 @@ class TestBadInput:
     @pytest.mark.parametrize("change, match", [
         ({"seed": 1}, "seed is 0 there and 1 here"), ({"name": "PseudoLabel"}, "method is 'HPL .paper.' there"),
         ({"regressor": partial(mlp, 3, (17,), dropout=.2)}, "parameters"), ({"regressor": partial(mlp, 3, (16,), dropout=.3)}, "network"),
-        ({"settings": replace(SMALL, epochs=4)}, "train")], ids=["seed", "method", "width", "dropout", "epochs"])
+        ({"settings": replace(SMALL, epochs=4)}, "train.epochs is 3 there and 4 here")],
+        ids=["seed", "method", "width", "dropout", "epochs"])
     def test_folder_of_another_run(self, change, match):
         self.refused(match, folder=self.folder, **change)
+
+    def test_every_key_that_differs_is_named(self):
+        self.refused("seed is 0 there and 1 here; train.accumulate is 1 there and 2 here", folder=self.folder, seed=1,
+                     settings=replace(SMALL, accumulate=2))
 
     def test_other_labelled_rows(self):
         data = vectors()
@@ -117,7 +127,7 @@ class TestBadInput:
     @pytest.mark.parametrize("name, value", [("epochs", 0), ("accumulate", 0), ("patience", 0), ("iterations_per_epoch", 0),
                                              ("precision", "half"), ("epoch_of", "labeled"), ("record_every", -1)])
     def test_setting_out_of_range(self, name, value):
-        with pytest.raises(HplError, match=name): TrainSettings(**{name: value})
+        with pytest.raises(HplError, match=name): Train(**{name: value})
 
     @pytest.mark.parametrize("name", ["labelled_batch", "unlabelled_batch", "outer_batch", "labelled_copies"])
     def test_batch_of_no_rows(self, name):
@@ -128,7 +138,7 @@ class TestBadInput:
         targets = data.targets.copy()
         targets[data.unlabelled[0]] = float("nan")
         with pytest.raises(HplError, match="fully supervised training needs the true labels"):
-            fit(FullySupervised(dense()), replace(data, targets=targets), SMALL, folder=self.other, progress=False)
+            fit(FullySupervised().build(dense()), replace(data, targets=targets), SMALL, folder=self.other, progress=False)
 
 
 class TestDamage:
@@ -172,6 +182,19 @@ class TestDamage:
     def test_damaged_config(self, tmp_path):
         (interrupted(tmp_path)/"config.json").write_text('{"method": "HP')
         with pytest.raises(HplError, match="config.json"): train(folder=tmp_path)
+
+    @pytest.mark.parametrize("stop_after", [7, None])
+    def test_config_of_an_earlier_version(self, stop_after, tmp_path):
+        "The run is refused where it would go on and, when it is finished, where it is read; nothing changes."
+        train(folder=tmp_path, stop_after=stop_after)
+        config = RunFolder(tmp_path).read_json("config.json")
+        assert config.pop("format") == 2
+        RunFolder(tmp_path).write_json("config.json", config)
+        (tmp_path/"checksums.json").unlink(missing_ok=True)
+        before, says = tree(tmp_path), f"config.json was written by an earlier version; `hpl_store --convert {tmp_path}` rewrites it."
+        for read in [lambda: train(folder=tmp_path), *([] if stop_after else [lambda: load_run(tmp_path)])]:
+            with pytest.raises(HplError, match=re.escape(says)): read()
+        assert tree(tmp_path) == before
 
     def test_checkpoint_holds_plain_content_only(self, tmp_path):
         "Of every method, and the selected epoch's: nothing is unpickled but tensors and plain values."
@@ -266,7 +289,7 @@ class TestFailedWrites:
         assert (tmp_path/"run").read_text() == "mine"
 
 
-class Diverging(Supervised):
+class Diverging(SupervisedMethod):
     "Its loss is not a number from step 8 on."
     def training_step(self, batch):
         self.steps = getattr(self, "steps", 0) + 1
@@ -287,7 +310,7 @@ def test_loss_that_is_no_number(seconds, tmp_path):
 @pytest.mark.parametrize("seconds", [0., 1e9])
 def test_diverged_weights_are_not_kept(step, seconds, tmp_path):
     "A finite loss whose step ruins the weights, in an epoch or at its end, where there is no validation set that would notice."
-    class Ruined(Supervised):
+    class Ruined(SupervisedMethod):
         def after_step(self):
             self.steps = getattr(self, "steps", 0) + 1
             if self.steps == step: nn.init.constant_(self.regressor.head.weight, float("inf"))
@@ -487,6 +510,14 @@ def test_phi_of_micro_batches(accumulate):
     fit(method, vectors(), replace(SMALL, epochs=1, iterations_per_epoch=1, accumulate=accumulate), progress=False)
     assert len(parts) == accumulate and len(given) == 1
     torch.testing.assert_close(given[0], sum(parts)/accumulate)
+
+
+def test_experiment_is_kept_and_decides_nothing(tmp_path):
+    "It also says where files are, so that a run goes on where they are elsewhere."
+    train(folder=tmp_path, stop_after=7, experiment={"kind": "Experiment", "root": "here"})
+    run, _ = train(folder=tmp_path, experiment={"kind": "Experiment", "root": "there"})
+    assert run.finished and load_run(tmp_path).config["experiment"]["root"] == "here"
+    assert "experiment" not in train()[0].config
 
 
 class Tracker(GeneralTracker):

@@ -13,9 +13,10 @@ from hpl_nb.data.core import Streams, StreamSettings
 from hpl_nb.methods.core import PseudoLabel, PseudoLabelMethod
 from hpl_nb.methods.ucvme import UCVME, labelled_terms, unlabelled_terms
 from hpl_nb.models import mlp
-from hpl_nb.trainer import OptimizerSettings, TrainSettings, fit
+from hpl_nb.training.loop import fit
+from hpl_nb.training.state import OptimizerSettings, Train
 
-SETTINGS = TrainSettings(epochs=2, iterations_per_epoch=5, streams=StreamSettings(8, 12), optimizer=OptimizerSettings(1e-2, 1e-2))
+SETTINGS = Train(epochs=2, iterations_per_epoch=5, streams=StreamSettings(8, 12), optimizer=OptimizerSettings(1e-2, 1e-2))
 TERMS = ["labelled", "labelled_consistency", "unlabelled", "unlabelled_consistency"]
 
 

@@ -12,7 +12,8 @@ from hpl_nb.methods.core import PseudoLabelMethod, dropout_features
 from hpl_nb.methods.ups import UPSReg, agreement
 from hpl_nb.models import mlp
 from hpl_nb.settings import as_json
-from hpl_nb.trainer import TrainSettings, fit
+from hpl_nb.training.loop import fit
+from hpl_nb.training.state import Train
 
 
 class MeanOfPasses(PseudoLabelMethod):
@@ -33,7 +34,7 @@ def trained(build, data=None):
     "State after 20 steps on a network with dropout."
     seed_everything(0)
     method = build(mlp(3, (16,), data.outputs if data else 1, dropout=.2))
-    fit(method, data or vectors(), TrainSettings(epochs=2, iterations_per_epoch=10, streams=StreamSettings(8, 8)), progress=False)
+    fit(method, data or vectors(), Train(epochs=2, iterations_per_epoch=10, streams=StreamSettings(8, 8)), progress=False)
     return dict(method.state_dict())
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from hpl_nb.core import HplError
-from hpl_nb.data import images, imdb_wiki, stsb, utkface
+from hpl_nb.data import images, imdb_wiki, stsb, tables, utkface
 from hpl_nb.data.core import SETS, Streams, StreamSettings
 from hpl_nb.data.images import (
     ImageFiles,
@@ -169,7 +169,8 @@ def test_settings_travel_and_places_do_not_count(kind):
 
 
 @pytest.mark.parametrize("wrong, says", [
-    (dict(views="public"), "views is 'public'; choose 'released' or 'published'"), (dict(size=0), "size is 0"), (dict(size=1.5), "size is 1.5"),
+    (dict(views="public"), "views is 'public'; choose 'released' or 'published'"),
+    (dict(size=0), "size is 0"), (dict(size=1.5), "size is 1.5"),
     (dict(pixels="gpu"), "choose 'memory' or 'disk' or 'device'"), (dict(labelled_count="all"), "choose 'released' or 'exact'"),
     (dict(lable_ratio=.1), "did you mean 'label_ratio'")])
 def test_wrong_settings_are_named(wrong, says):
@@ -193,7 +194,7 @@ def server(monkeypatch):
     import hashlib
     entry = dict(url=f"http://127.0.0.1:{http.server_port}/utkface.csv", sha256=hashlib.sha256(content).hexdigest())
     known = {"utkface.csv": entry, "gone.csv": dict(entry, url=entry["url"].replace("utkface", "gone"))}
-    monkeypatch.setattr(images, "registry", lambda: known)
+    monkeypatch.setattr(tables, "registry", lambda: known)
     yield known
     http.shutdown()
 
@@ -202,14 +203,14 @@ def test_fetch_checks_the_checksum(tmp_path, server):
     make_folder(tmp_path)
     (tmp_path/"utkface.csv").unlink()
     data = load(tmp_path, download=True)
-    assert len(data.val) == 10 and images.fetch("utkface.csv", tmp_path) == tmp_path/"utkface.csv"
+    assert len(data.val) == 10 and tables.fetch("utkface.csv", tmp_path) == tmp_path/"utkface.csv"
     (tmp_path/"utkface.csv").write_text("mine")
-    with pytest.raises(HplError, match="move it away"): images.fetch("utkface.csv", tmp_path)
+    with pytest.raises(HplError, match="move it away"): tables.fetch("utkface.csv", tmp_path)
     assert (tmp_path/"utkface.csv").read_text() == "mine"
     server["utkface.csv"]["sha256"] = "0"*64
-    with pytest.raises(HplError, match="could not fetch utkface.csv"): images.fetch("utkface.csv", tmp_path/"other")
+    with pytest.raises(HplError, match="could not fetch utkface.csv"): tables.fetch("utkface.csv", tmp_path/"other")
     assert not (tmp_path/"other"/"utkface.csv").exists()
-    with pytest.raises(HplError, match="could not fetch gone.csv .*Get it yourself from http"): images.fetch("gone.csv", tmp_path)
+    with pytest.raises(HplError, match="could not fetch gone.csv .*Get it yourself from http"): tables.fetch("gone.csv", tmp_path)
 
 
 # ---- decoding

@@ -111,7 +111,8 @@ def read_layout(root:Path, table:str|None=None, file_column:str|None=None, label
 
 # %% ../../nbs/16_data.check.ipynb #a3462b80
 def _own_layout(root:Path, table:str|None, file_column:str|None, label_column:str|None, split_column:str|None)->Layout:
-    from hpl_nb.data.images import find_images, read_table
+    from hpl_nb.data.images import find_images
+    from hpl_nb.data.tables import read_table
     tables = [path for path in sorted(root.iterdir()) if path.suffix.lower() in (".csv", ".tsv", ".parquet")]
     if table: tables = [root/table]
     if len(tables) != 1:
@@ -127,7 +128,7 @@ def _own_layout(root:Path, table:str|None, file_column:str|None, label_column:st
     return Layout("pictures and a table", tables[0], content, (files, labels, splits), sources, unknown_ok=True)
 
 def _column(table:pd.DataFrame, name:str|None, usual:Sequence[str], argument:str, path:Path)->str:
-    from hpl_nb.data.images import listed
+    from hpl_nb.data.tables import listed
     found = [column for column in ((name,) if name else usual) if column in table]
     if not found:
         raise HplError(f"{path} has no column {name or ' or '.join(usual)} (it has {listed(table.columns)}); name it with {argument}=.")
@@ -137,7 +138,8 @@ def _column(table:pd.DataFrame, name:str|None, usual:Sequence[str], argument:str
 def label_findings(layout:Layout)->list[Finding]:
     "Labels that are text, missing, infinite or out of range, and unknown splits; a training row of one's own may lack a label."
     from hpl_nb.data.core import SPLITS
-    from hpl_nb.data.images import Problem, label_problems, split_problems
+    from hpl_nb.data.core import Problem
+    from hpl_nb.data.tables import label_problems, split_problems
     (_, labels, split), rows = layout.columns, layout.rows()
     values, problems = label_problems(layout.table[labels], *layout.ages, layout.unknown_ok)
     bad = {problem.row for problem in problems}
@@ -219,7 +221,7 @@ def unnamed_findings(root:Path, layout:Layout)->list[Finding]:
 # %% ../../nbs/16_data.check.ipynb #a15f828f
 def table_findings(path:Path)->tuple[list[Finding], list[str]]:
     "A warning or a note: compares a table that has a known name with its known checksum."
-    from hpl_nb.data.images import registry, sha256
+    from hpl_nb.data.tables import registry, sha256
     if path.name not in (known := registry()): return [], []
     if sha256(path) == known[path.name]["sha256"]: return [], [f"{path.name} is the authors' table (SHA-256 matches)."]
     detail = f"{path.name} is not the authors' table (SHA-256 differs): splits and labelled rows may not be the paper's"
@@ -275,7 +277,7 @@ def check(
     progress:bool=True, # show a progress bar
 )->Report: # print it
     "Read everything below `root` once, and report what is wrong with it; nothing is changed."
-    from hpl_nb.data.images import label_problems
+    from hpl_nb.data.tables import label_problems
     if hasattr(root, "targets"): return check_data(root, progress)
     root = Path(root)
     if not root.is_dir(): raise HplError(f"there is no folder {root}.")

@@ -5,195 +5,31 @@
 # %% ../../nbs/11b_data.images.ipynb #817f7ea9
 from __future__ import annotations
 
-import csv
 import errno
 import hashlib
 import io
-import json
 import mmap
 import os
 import tarfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from importlib import resources
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core import HplError, reading, require_file
-from .core import DataSettings, SemiSupervisedData, View, announce
+from .core import SemiSupervisedData, View, announce
 
 # %% auto #0
-__all__ = ['SUFFIXES', 'FORMATS', 'MOST_PIXELS', 'RELEASED_OPERATIONS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'registry', 'sha256',
-           'fetch', 'read_table', 'listed', 'Problem', 'label_problems', 'split_problems', 'first_kind', 'refuse',
-           'checked_columns', 'ImageSource', 'read_source', 'ForwardTar', 'tar_index', 'find_images', 'is_below',
-           'require_images', 'to_rgb', 'open_image', 'decode_image', 'PixelCache', 'ImageFiles', 'load_image',
-           'broken_images', 'content_hashes', 'quick_keys', 'unlisted_images', 'duplicate_groups', 'drop_duplicates',
-           'shift_image', 'FlipCrop', 'factor', 'cutout', 'RandAugmentMC', 'ImageView', 'ImageViews', 'image_views',
-           'published_views', 'randaugment_mc_views', 'pixel_statistics', 'image_data', 'repeated_rows', 'exact_count',
-           'prefix_sets']
-
-# %% ../../nbs/11b_data.images.ipynb #4dbc6c02
-def registry(
-)->dict[str, dict[str, str]]: # file name -> {"url", "sha256"}
-    "Files that `fetch` can get."
-    return json.loads(resources.files("hpl_nb").joinpath("resources", "registry.json").read_text(encoding="utf-8"))
-
-# %% ../../nbs/11b_data.images.ipynb #a18636a3
-def sha256(
-    path:str|Path, # an existing file
-)->str: # 64 hexadecimal digits
-    "Checksum of a file, read in pieces."
-    digest = hashlib.sha256()
-    with reading(path, lambda why: HplError(f"{path} cannot be read ({why}); put the file there again.")), open(path, "rb") as file:
-        while piece := file.read(2**20): digest.update(piece)
-    return digest.hexdigest()
-
-# %% ../../nbs/11b_data.images.ipynb #cabb86a0
-def fetch(
-    name:str, # a name of `registry()`
-    folder:str|Path, # where it is to lie; made if needed
-    progress:bool=True, # show a progress bar
-)->Path: # `folder/name`; a file that is there already is checked, and never overwritten
-    "Download a file of the registry and check its SHA-256."
-    import pooch
-    if name not in (known := registry()):
-        raise HplError(f"no address is known for {name}; fetch knows {', '.join(sorted(known))}.")
-    entry, path = known[name], Path(folder)/name
-    if os.path.lexists(path) and not (path.is_file() and sha256(path) == entry["sha256"]):
-        raise HplError(f"{path} is there already, but is not the file of {entry['url']}; move it away to fetch that one.")
-    try:
-        return Path(pooch.retrieve(entry["url"], f"sha256:{entry['sha256']}", name, folder, progressbar=progress))
-    except (OSError, ValueError) as error:
-        raise HplError(f"could not fetch {name} into {folder}: {error}. Get it yourself from {entry['url']} "
-                       f"(SHA-256 {entry['sha256']}) and put it there.") from error
-
-# %% ../../nbs/11b_data.images.ipynb #da2237a1
-@dataclass(frozen=True)
-class FolderSettings(DataSettings):
-    "Settings of a dataset that lies in a folder."
-    root:str=field(default="", compare=False) # folder of the dataset
-    label_ratio:float=field(default=.05, kw_only=True) # labelled share of the training rows
-
-    def require_root(self)->str:
-        if self.root: return self.root
-        raise HplError(f"root is missing: the folder that holds {self.short}; hpl_nb.data.check(root) says what is wrong with one.")
-
-# %% ../../nbs/11b_data.images.ipynb #6cb6dfc7
-def read_table(
-    path:str|Path, # .csv, .tsv (with a header line) or .parquet
-    columns:Sequence[str], # which must be there
-    hint:str="", # what to do if the file is missing
-)->pd.DataFrame: # every column of the file; text, unless it is .parquet
-    "Read a table, or say what is wrong with it."
-    path = Path(path)
-    if not path.is_file(): raise HplError(f"there is no table {path}. {hint}".strip())
-    with reading(path, lambda why: HplError(f"{path} could not be read as a table ({why}); save it as UTF-8 .csv.")):
-        if path.suffix.lower() == ".parquet": table = pd.read_parquet(path)
-        else: table = _read_text(path, "\t" if path.suffix.lower() == ".tsv" else ",")
-    table.columns = [str(column).strip() for column in table.columns]
-    if twice := table.columns[table.columns.duplicated()].tolist():
-        raise HplError(f"{path} has two columns {twice[0][:100]!r}; rename one.")
-    for column in columns:
-        if column not in table:
-            raise HplError(f"{path} has no column {column!r} (it has {listed(table.columns)}); rename one.")
-    if not len(table): raise HplError(f"{path} has no rows.")
-    return table
-
-# %% ../../nbs/11b_data.images.ipynb #de316cba
-def listed(
-    names:Iterable[str], # maybe many, maybe long
-)->str: # for a message
-    "The first names of a list."
-    names = list(names)
-    return ", ".join(repr(name[:100]) for name in names[:20]) + (f", and {len(names) - 20} more" if len(names) > 20 else "")
-
-def _read_text(path, separator):
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = [row for row in csv.reader(file, delimiter=separator) if len(row) > 1 or "".join(row).strip()]
-    if not rows: raise ValueError("it is empty")
-    if len(rows[0]) > 10_000: raise ValueError(f"its header has {len(rows[0]):,} columns")
-    header = [name.strip() or f"Unnamed: {place}" for place, name in enumerate(rows[0])] # as pandas calls a column of row names
-    for number, row in enumerate(rows[1:]): # pandas fills a short row, and moves the columns where all rows are long
-        if len(row) != len(header):
-            raise ValueError(f"row {number} (the first is 0) has {len(row)} fields, but the header {len(header)}: is it cut off?")
-    return pd.DataFrame(rows[1:], columns=header, dtype=str)
-
-# %% ../../nbs/11b_data.images.ipynb #7008a8a4
-class Problem(NamedTuple):
-    "Something wrong with one row of a table."
-    row:int # from 0, not counting the header
-    kind:str # a word or two, the same for all problems of its kind
-    detail:str # a sentence
-
-# %% ../../nbs/11b_data.images.ipynb #cbea988d
-def label_problems(
-    labels:Iterable, # numbers or their text
-    low:float=-np.inf, # smallest label that can be right
-    high:float=np.inf, # and the largest
-    unknown_ok:bool=False, # is an empty label (or NaN) an unlabelled row, rather than a problem?
-)->tuple[np.ndarray, list[Problem]]: # labels as float64, NaN where they are not a number; what is wrong
-    "Parse labels, and list those that are text, missing, infinite or out of range."
-    raw = pd.Series(list(labels), dtype=object)
-    values = pd.to_numeric(raw, errors="coerce").to_numpy(dtype=np.float64, copy=True)
-    empty = raw.isna().to_numpy() | raw.astype(str).str.strip().str.lower().isin(["", "nan", "na", "none"]).to_numpy()
-    text, outside = np.isnan(values) & ~empty, (values < low) | (values > high)
-    wrong = [(text, "text label", "is not a number"), (np.isinf(values), "infinite label", "is infinite"),
-             (outside & np.isfinite(values), "label out of range", f"is not within {low:g} to {high:g}")]
-    if not unknown_ok: wrong.append((empty, "missing label", "is missing"))
-    problems = [Problem(int(row), kind, f"label {str(raw[row])!r} {what}")
-                for mask, kind, what in wrong for row in np.flatnonzero(mask)]
-    return values, sorted(problems)
-
-# %% ../../nbs/11b_data.images.ipynb #a28c4ead
-def split_problems(
-    splits:Iterable, # split name of every row
-    known:Sequence[str]=("train", "val", "test"), # in lower case
-)->tuple[np.ndarray, list[Problem]]: # names in lower case, stripped; rows with an unknown one
-    "Split names, and the rows whose split is none of `known`."
-    names = np.array([str(name).strip().lower() for name in splits], dtype=object)
-    return names, [Problem(int(row), "unknown split", f"split {names[row]!r} is none of {', '.join(known)}")
-                   for row in np.flatnonzero(~np.isin(names.astype(str), known))]
-
-# %% ../../nbs/11b_data.images.ipynb #921dc2e6
-def first_kind(
-    problems:Sequence[Problem], # of one table; at least one
-)->tuple[list[int], str]: # rows of the first problem's kind; its detail
-    "What an error says: one problem, and the rows that share it."
-    return [problem.row for problem in problems if problem.kind == problems[0].kind], problems[0].detail
-
-def refuse(
-    problems:Sequence[Problem], # of one table
-    source:str|Path, # the table's name
-)->None:
-    "Raise the first problem, naming its row and saying how many there are."
-    if problems:
-        rows, detail = first_kind(problems)
-        raise HplError(f"{source}, row {rows[0]} (the first is 0): {detail}; {len(rows)} such row(s), {len(problems)} in all. Correct them "
-                       "(in an official table removing a row changes who is labelled); hpl_nb.data.check lists all.")
-
-# %% ../../nbs/11b_data.images.ipynb #f99567d0
-def checked_columns(
-    table:pd.DataFrame, # one row per sample
-    label:str, # name of the column of labels
-    split:str, # name of the column of splits
-    source:str|Path, # the table's name
-    low:float=-np.inf, # smallest label that can be right
-    high:float=np.inf, # and the largest
-)->tuple[np.ndarray, np.ndarray]: # labels as float64, splits in lower case
-    "Labels and splits of a table, all of them good; else an error names the first row that is not."
-    labels, bad_labels = label_problems(table[label], low, high)
-    splits, bad_splits = split_problems(table[split])
-    refuse(bad_labels, source), refuse(bad_splits, source)
-    return labels, splits
+__all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'ImageSource', 'ImageFiles', 'FlipCrop', 'RandAugmentMC', 'ImageView', 'ImageViews',
+           'image_views', 'published_views', 'pixel_statistics', 'exact_count']
 
 # %% ../../nbs/11b_data.images.ipynb #b5b1d746
 class ImageSource(NamedTuple):
@@ -208,16 +44,13 @@ class ImageSource(NamedTuple):
     def __str__(self)->str: return f"{self.path}: {self.member}" if self.member else str(self.path)
 
 # %% ../../nbs/11b_data.images.ipynb #58a1bf77
-def read_source(
-    source:ImageSource, # a picture
-)->bytes: # its encoded bytes
+def read_source(source:ImageSource)->bytes:
     "Read a picture's file, or its stretch of a tar file."
     require_file(source.path)
     with open(source.path, "rb") as file:
         file.seek(source.offset)
         return file.read(source.size)
 
-# %% ../../nbs/11b_data.images.ipynb #fc53ec66
 class ForwardTar(tarfile.TarFile):
     "Refuses a header that leads backwards: Python before 3.14 follows one of negative size in circles (CVE-2025-8194)."
     def next(self)->tarfile.TarInfo|None:
@@ -225,27 +58,19 @@ class ForwardTar(tarfile.TarFile):
         if self.offset < before or member is not None and member.size < 0: raise tarfile.ReadError("a member has a negative size")
         return member
 
-def tar_index(
-    path:str|Path, # an uncompressed tar file
-)->dict[str, ImageSource]: # last part of the member's name -> where it is
-    "Where each file of a tar file lies; nothing is unpacked."
+def tar_index(path:str|Path)->dict[str, ImageSource]:
+    "Where each file of an uncompressed tar file lies, by the last part of its name; nothing is unpacked."
     path = Path(path)
     with reading(path, lambda why: HplError(f"{path} is not an uncompressed tar file ({why}); get it again, or unpack it.")):
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content: # which reads no more than there is
             tar = ForwardTar.open(fileobj=content, mode="r:")
             members = [m for m in tar.getmembers() if m.isfile() and not m.issparse()]
-    if any(member.offset_data + member.size > path.stat().st_size for member in members):
-        raise HplError(f"{path} is cut off; get it again.")
+    if any(m.offset_data + m.size > path.stat().st_size for m in members): raise HplError(f"{path} is cut off; get it again.")
     return {Path(m.name).name: ImageSource(path, m.offset_data, m.size, m.name) for m in members}
 
 # %% ../../nbs/11b_data.images.ipynb #69a389b5
-def find_images(
-    root:str|Path, # folder of the data set
-    names:Sequence[str], # names of the pictures, as in the table
-    folders:Sequence[str]=("",), # folders below `root` that may hold them, in order of preference
-    tars:str="", # pattern of tar files in `root` that may hold them
-)->list[ImageSource|None]: # one per name; None: nowhere
-    "Find each picture in the folders, then in the tar files; each folder is listed once."
+def find_images(root:str|Path, names:Sequence[str], folders:Sequence[str]=("",), tars:str="")->list[ImageSource|None]:
+    "Find each picture in `root`'s folders, then in its tar files (a pattern); None: nowhere. Each folder is listed once."
     root, listings, packed = Path(root), {}, {}
     for tar in sorted(root.glob(tars)) if tars else (): packed.update(tar_index(tar))
     def place(name):
@@ -256,11 +81,7 @@ def find_images(
         return packed.get(name)
     return [place(name) for name in names]
 
-# %% ../../nbs/11b_data.images.ipynb #eaf2534e
-def is_below(
-    root:str|Path, # folder of the data set
-    path:str|Path, # a place that a table has named
-)->bool:
+def is_below(root:str|Path, path:str|Path)->bool:
     "Whether a path stays within a folder as it is written; links below the folder may lead elsewhere, since its owner has set them."
     root, path = os.path.abspath(root), os.path.abspath(path)
     return path != root and os.path.commonpath([root, path]) == root
@@ -273,23 +94,15 @@ def _listing(folder):
         raise HplError(f"the folder {folder} cannot be listed ({error.strerror}); give yourself the right to read it.") from error
 
 # %% ../../nbs/11b_data.images.ipynb #75857f91
-def require_images(
-    sources:Sequence[ImageSource|None], # what `find_images` found
-    names:Sequence[str], # names of the pictures
-    root:str|Path, # folder of the data set
-    hint:str, # what to fetch, and where to put it
-)->list[ImageSource]: # all of them
+def require_images(sources:Sequence[ImageSource|None], names:Sequence[str], root:str|Path, hint:str)->list[ImageSource]:
     "Refuse missing pictures, naming the first ones."
     missing = [name for name, source in zip(names, sources) if source is None]
     if missing:
-        raise HplError(f"{len(missing)} of {len(names)} pictures are missing in {root}, for example "
-                       f"{', '.join(missing[:3])}. {hint}")
+        raise HplError(f"{len(missing)} of {len(names)} pictures are missing in {root}, for example {', '.join(missing[:3])}. {hint}")
     return [source for source in sources if source is not None]
 
 # %% ../../nbs/11b_data.images.ipynb #f40877a8
-def to_rgb(
-    image:Image.Image, # of any mode with a known range
-)->Image.Image: # 8-bit RGB, upright
+def to_rgb(image:Image.Image)->Image.Image:
     "Convert a picture to RGB."
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"): image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -298,25 +111,19 @@ def to_rgb(
     if image.mode in ("P", "PA"): image = image.convert("RGBA")
     return image.convert("RGB")
 
-# %% ../../nbs/11b_data.images.ipynb #a05d3dd9
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp") # of files that are taken for pictures
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP") # no format that runs another program, as EPS does
 MOST_PIXELS = 150_000_000 # of one picture; cameras make fewer
 
-def open_image(
-    content:bytes, # of a picture's file
-)->Image.Image: # 8-bit RGB, upright
+def open_image(content:bytes)->Image.Image:
     "Decode a picture, unless its format is unusual, or its header claims more pixels than a picture has."
     with Image.open(io.BytesIO(content), formats=FORMATS) as image:
         if image.width*image.height > MOST_PIXELS:
             raise HplError(f"its header claims {image.width} x {image.height} pixels, more than {MOST_PIXELS:,}: make it smaller")
         return to_rgb(image)
 
-def decode_image(
-    source:ImageSource, # a picture
-    size:int|None=None, # side in pixels; None: as it is
-)->Image.Image: # 8-bit RGB
-    "Read and decode a picture; what cannot be decoded is an `HplError` that names the file."
+def decode_image(source:ImageSource, size:int|None=None)->Image.Image:
+    "Read and decode a picture, squeezed to `size` pixels a side; an `HplError` names the file that cannot be decoded."
     advice = "replace the file, or pass skip_broken=True to leave such rows out."
     with reading(source.path, lambda why: HplError(f"the picture {source} cannot be read ({why}); {advice}")):
         image = open_image(read_source(source))
@@ -326,10 +133,7 @@ def decode_image(
 # %% ../../nbs/11b_data.images.ipynb #0cd5dbf1
 class PixelCache:
     "Room for N decoded pictures; the memory is taken as it is filled, and forked processes fill it together."
-    def __init__(self,
-        count:int, # N
-        size:int, # side in pixels; N*size*size*3 bytes in all
-    ):
+    def __init__(self, count:int, size:int):
         self.shape = (count, size, size, 3)
         self.pixels = np.frombuffer(mmap.mmap(-1, max(1, int(np.prod(self.shape)))), np.uint8)[:np.prod(self.shape)]
         self.pixels, self.known = self.pixels.reshape(self.shape), np.frombuffer(mmap.mmap(-1, max(1, count)), np.bool_)
@@ -360,10 +164,7 @@ class ImageFiles:
         return quick_keys([self.sources[row] for row in rows])
 
 # %% ../../nbs/11b_data.images.ipynb #deffb39e
-def load_image(
-    files:ImageFiles, # where it is
-    row:int, # which one
-)->Image.Image: # RGB
+def load_image(files:ImageFiles, row:int)->Image.Image:
     "One picture, from the cache where there is one."
     if files.cache is None: return decode_image(files.sources[row], files.size)
     if not files.cache.known[row]:
@@ -372,11 +173,8 @@ def load_image(
     return Image.fromarray(files.cache.pixels[row])
 
 # %% ../../nbs/11b_data.images.ipynb #b5b39d8f
-def broken_images(
-    files:ImageFiles, # to be decoded, all of them
-    progress:bool=False, # show a progress bar
-)->dict[int, str]: # row -> what is wrong
-    "Decode everything once, and list the rows that cannot be."
+def broken_images(files:ImageFiles, progress:bool=False)->dict[int, str]:
+    "Decode everything once: {row: what is wrong} of the rows that cannot be."
     broken = {}
     for row in tqdm(range(len(files)), desc="decoding", disable=not progress):
         try: load_image(files, row)
@@ -384,56 +182,36 @@ def broken_images(
     return broken
 
 # %% ../../nbs/11b_data.images.ipynb #d389cfb8
-def content_hashes(
-    sources:Sequence[ImageSource], # pictures
-    progress:bool=False, # show a progress bar
-)->list[str]: # SHA-256 of each picture's bytes
-    "Fingerprint of every picture's encoded bytes."
-    bar = tqdm(sources, desc="hashing", disable=not progress)
-    try: return [hashlib.sha256(read_source(source)).hexdigest() for source in bar]
+def fingerprint(source:ImageSource)->str: return hashlib.sha256(read_source(source)).hexdigest()
+
+def content_hashes(sources:Sequence[ImageSource], progress:bool=False)->list[str]:
+    "SHA-256 of each picture's encoded bytes."
+    try: return [fingerprint(source) for source in tqdm(sources, desc="hashing", disable=not progress)]
     except OSError as error:
         raise HplError(f"the picture {error.filename} cannot be read ({error.strerror}); put it there again, or pass "
                        "skip_broken=True.") from error
 
 # %% ../../nbs/11b_data.images.ipynb #248bbd50
-def quick_keys(
-    sources:Sequence[ImageSource], # pictures
-)->list[str]: # one per picture, equal where the bytes are; what cannot be read is equal to nothing
-    "Fingerprints within a list: only files that have their length in common with another are read."
+def quick_keys(sources:Sequence[ImageSource])->list[str]:
+    "Fingerprints, equal where the bytes are: reads only files that share their length with another; an unreadable one equals nothing."
     def length(source): return source.size if source.size >= 0 else os.stat(source.path).st_size
     def key(function, number):
         try: return function(sources[number])
         except OSError: return f"unreadable {number}"
     lengths = [key(length, number) for number in range(len(sources))]
     count = Counter(lengths)
-    def fingerprint(source): return hashlib.sha256(read_source(source)).hexdigest()
     return [f"length {size}" if count[size] == 1 else key(fingerprint, number) for number, size in enumerate(lengths)]
 
 # %% ../../nbs/11b_data.images.ipynb #a143a8d1
-def unlisted_images(
-    root:str|Path, # of the data set
-    sources:Sequence[ImageSource|None], # pictures that the table names
-)->list[str]: # paths below `root`, sorted within each folder
-    "Pictures below a folder that no row of its table names."
+def unlisted_images(root:str|Path, sources:Sequence[ImageSource|None])->list[str]:
+    "Paths below a folder of pictures that no row of its table names, sorted within each folder."
     named = {os.path.abspath(source.path) for source in sources if source is not None}
     return [os.path.relpath(path, root) for folder, _, names in sorted(os.walk(root)) for name in sorted(names)
             if name.lower().endswith(SUFFIXES) and os.path.abspath(path := os.path.join(folder, name)) not in named]
 
 # %% ../../nbs/11b_data.images.ipynb #e46a2ce7
-def duplicate_groups(
-    hashes:Sequence[str], # one per row
-)->list[np.ndarray]: # rows of each content that stands in more than one row
-    "Rows with the same content, in order of the first of each."
-    groups = pd.Series(np.arange(len(hashes))).groupby(np.asarray(hashes, dtype=str), sort=False)
-    return [rows.to_numpy() for _, rows in groups if len(rows) > 1]
-
-# %% ../../nbs/11b_data.images.ipynb #5c42c8b2
-def drop_duplicates(
-    rows:np.ndarray, # training rows; of equal ones the first is kept
-    held_out:np.ndarray, # validation and test rows
-    hashes:Sequence[str], # one per row of the table
-)->np.ndarray: # the training rows that stay, in the same order
-    "Drop training rows whose content is held out, and all but the first row of each content."
+def drop_duplicates(rows:np.ndarray, held_out:np.ndarray, hashes:Sequence[str])->np.ndarray:
+    "Training rows (in their order) whose content is not held out, and is the first of its kind."
     seen, kept = {hashes[row] for row in held_out}, []
     for row in rows:
         if hashes[row] not in seen: kept.append(row)
@@ -441,13 +219,8 @@ def drop_duplicates(
     return np.array(kept, dtype=np.int64)
 
 # %% ../../nbs/11b_data.images.ipynb #306990f5
-def shift_image(
-    image:Image.Image, # RGB
-    left:int, # where the window starts; may be negative, and is smaller than half the width
-    top:int, # and the same for the height
-    padding_mode:str, # what lies beyond the edges: "reflect" or "zeros"
-)->Image.Image: # of the same size
-    "Crop a window of the picture's size at (left, top)."
+def shift_image(image:Image.Image, left:int, top:int, padding_mode:str)->Image.Image:
+    "Crop a window of the picture's size at (left, top), which may be negative and are smaller than half a side."
     width, height = image.size
     window = image.crop((left, top, left + width, top + height)) # zeros beyond the edges
     if padding_mode == "zeros": return window
@@ -484,6 +257,8 @@ class FlipCrop:
 # %% ../../nbs/11b_data.images.ipynb #999b6cbb
 def factor(v:int)->float: return .09*v + .05
 
+def _affine(image, coefficients): return image.transform(image.size, Image.Transform.AFFINE, coefficients)
+
 RELEASED_OPERATIONS:dict[str, Callable[[Image.Image, int, int], Image.Image]] = { # (picture, v, sign +-1)
     "autocontrast": lambda image, v, sign: ImageOps.autocontrast(image),
     "brightness": lambda image, v, sign: ImageEnhance.Brightness(image).enhance(factor(v)),
@@ -501,18 +276,9 @@ RELEASED_OPERATIONS:dict[str, Callable[[Image.Image, int, int], Image.Image]] = 
     "translate_y": lambda image, v, sign: _affine(image, (1, 0, 0, 0, 1, int(sign*.03*v*image.size[1]))),
 }
 
-# %% ../../nbs/11b_data.images.ipynb #c37c0981
-def _affine(image, coefficients):
-    return image.transform(image.size, Image.Transform.AFFINE, coefficients)
-
 # %% ../../nbs/11b_data.images.ipynb #b0a2e954
-def cutout(
-    image:Image.Image, # RGB
-    side:int, # of the square, in pixels (one more, as the release's corners are inclusive)
-    x:float, # centre of the square in pixels, before it is moved inside
-    y:float, # from the upper left corner
-)->Image.Image: # with a grey square
-    "Cover a square with grey 127; at the left and upper edge it is moved inside, at the others it is cut."
+def cutout(image:Image.Image, side:int, x:float, y:float)->Image.Image:
+    "Cover a square of side + 1 pixels about (x, y) with grey 127; at the left and upper edge it is moved inside, at the others it is cut."
     left, top = (int(max(0., centre - side/2)) for centre in (x, y))
     image = image.copy()
     image.paste((127, 127, 127), (left, top, min(left + side + 1, image.size[0]), min(top + side + 1, image.size[1])))
@@ -527,8 +293,7 @@ class RandAugmentMC:
     cutout:int=16 # side of the grey square in pixels; 0: none
 
     def __post_init__(self):
-        if self.n < 0 or not 2 <= self.m <= 10:
-            raise HplError(f"RandAugmentMC needs n >= 0 and 2 <= m <= 10; got n={self.n}, m={self.m}.")
+        if self.n < 0 or not 2 <= self.m <= 10: raise HplError(f"RandAugmentMC needs n >= 0 and 2 <= m <= 10; got n={self.n}, m={self.m}.")
 
     def __call__(self, image:Image.Image)->Image.Image:
         operations, right, down = self.draw()
@@ -545,7 +310,6 @@ class RandAugmentMC:
 IMAGENET_MEAN = (.485, .456, .406) # of pixels in [0, 1]: red, green, blue
 IMAGENET_STD = (.229, .224, .225)
 
-# %% ../../nbs/11b_data.images.ipynb #3df16f8a
 @dataclass(frozen=True)
 class ImageView:
     "Pictures to a normalised float32 batch (B, 3, H, W), each augmented under its own seed."
@@ -567,14 +331,12 @@ class ImageView:
         for transform in self.transforms: image = transform(image)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
-# %% ../../nbs/11b_data.images.ipynb #c16b402c
 class ImageViews(NamedTuple):
-    "The three views of a data set of pictures."
+    "The three views of a dataset of pictures."
     weak:View # for labelled samples and pseudo-labels
     strong:View # for predictions that are to match the pseudo-labels
     plain:View # for evaluation
 
-# %% ../../nbs/11b_data.images.ipynb #bc15a4ef
 def image_views(
     weak:Callable[[Image.Image], Image.Image], # augmentation of the weak view
     strong:Callable[[Image.Image], Image.Image], # applied after `weak` for the strong view
@@ -597,14 +359,9 @@ def published_views(
     return image_views(FlipCrop(round(.04*size)), v2.RandAugment(operations, magnitude), mean, std)
 
 # %% ../../nbs/11b_data.images.ipynb #d16890a3
-def randaugment_mc_views(
-    padding:int, # of the weak crop, in pixels
-    padding_mode:str, # "reflect" or "zeros"
-    cutout:int, # side of the grey square in pixels
-    mean:tuple[float, ...]=IMAGENET_MEAN, # of pixels in [0, 1]
-    std:tuple[float, ...]=IMAGENET_STD, # above zero
-)->ImageViews: # weak, strong and plain
-    "Views as in the release: flip and crop; `RandAugmentMC` with three operations of severity 1 to 3, and cutout."
+def randaugment_mc_views(padding:int, padding_mode:str, cutout:int, mean:tuple[float, ...]=IMAGENET_MEAN,
+                         std:tuple[float, ...]=IMAGENET_STD)->ImageViews:
+    "Views as in the release: flip and crop; `RandAugmentMC` with three operations of severity 1 to 3, and cutout (in pixels)."
     return image_views(FlipCrop(padding, padding_mode), RandAugmentMC(3, 4, cutout), mean, std)
 
 # %% ../../nbs/11b_data.images.ipynb #ecb40fad
@@ -614,33 +371,19 @@ def pixel_statistics(
     progress:bool=False, # show a progress bar
 )->tuple[tuple[float, ...], tuple[float, ...]]: # mean and standard deviation of red, green, blue in [0, 1]
     "Mean and standard deviation over all pixels of all pictures, exactly (from integer sums)."
-    count, total, squares = 0, np.zeros(3), np.zeros(3)
-    for row in tqdm(np.arange(len(files)) if rows is None else rows, desc="pixel statistics", disable=not progress):
-        histogram = np.array(load_image(files, row).histogram(), dtype=np.float64).reshape(3, 256)
-        count += histogram[0].sum()
-        total, squares = total + histogram @ np.arange(256), squares + histogram @ np.arange(256)**2
-    mean = total/count
-    std = np.sqrt(squares/count - mean**2)
+    rows = tqdm(np.arange(len(files)) if rows is None else rows, desc="pixel statistics", disable=not progress)
+    histogram = sum(np.array(load_image(files, row).histogram(), dtype=np.float64).reshape(3, 256) for row in rows)
+    mean, squares = (histogram @ np.arange(256)**power/histogram[0].sum() for power in (1, 2))
+    std = np.sqrt(squares - mean**2)
     return tuple((mean/255).tolist()), tuple((std/255).tolist())
 
 # %% ../../nbs/11b_data.images.ipynb #29715b61
-def image_data(
-    name:str, # of the data set
-    files:ImageFiles, # pictures, one per row
-    labels:np.ndarray, # one per row; NaN: unknown
-    sets:dict[str, np.ndarray], # rows of "labelled", "unlabelled", "val" and "test"
-    views:ImageViews, # weak, strong and plain
-    deduplicate:bool=False, # drop training rows whose bytes stand elsewhere
-    skip_broken:bool=False, # decode everything at once, and leave out what cannot be decoded
-    progress:bool=False, # show progress bars
-    compare:bool=False, # warn of pictures that stand in two sets
-    **fields:Any, # further fields of `SemiSupervisedData`
-)->SemiSupervisedData: # notes["skipped"] is {row: reason}, notes["duplicates"] the rows dropped
-    "Join pictures, labels, rows and views; leave out broken and repeated pictures if asked to."
+def image_data(name:str, files:ImageFiles, labels:np.ndarray, sets:dict[str, np.ndarray], views:ImageViews, deduplicate:bool=False,
+               skip_broken:bool=False, progress:bool=False, compare:bool=False, **fields:Any)->SemiSupervisedData:
+    "Join pictures, labels (NaN: unknown), rows and views; `compare` warns of pictures in two sets; notes say which rows were left out."
     skipped, repeated = broken_images(files, progress) if skip_broken else {}, []
     if skipped:
-        warnings.warn(f"{name}: {len(skipped)} pictures cannot be read and are left out; the first: "
-                      f"{next(iter(skipped.values()))}", stacklevel=3)
+        warnings.warn(f"{name}: {len(skipped)} pictures cannot be read and are left out; the first: {[*skipped.values()][0]}", stacklevel=3)
         sets = {split: rows[~np.isin(rows, list(skipped))] for split, rows in sets.items()}
     if deduplicate:
         readable = [row for row in range(len(files)) if row not in skipped]
@@ -650,12 +393,8 @@ def image_data(
     return announce(SemiSupervisedData(name, files, labels, **sets, **views._asdict(), **fields,
                                        notes={"skipped": skipped, "duplicates": repeated}), compare)
 
-# %% ../../nbs/11b_data.images.ipynb #897dc324
-def repeated_rows(
-    sets:dict[str, np.ndarray], # rows of "labelled", "unlabelled", "val" and "test"
-    hashes:Sequence[str], # one per row of the table
-)->np.ndarray: # training rows that `deduplicate` drops, sorted
-    "Training rows whose content is held out, or stands earlier in training."
+def repeated_rows(sets:dict[str, np.ndarray], hashes:Sequence[str])->np.ndarray:
+    "Training rows whose content is held out, or stands earlier in training; sorted."
     train = np.concatenate([sets["labelled"], sets["unlabelled"]])
     return np.setdiff1d(train, drop_duplicates(train, np.concatenate([sets["val"], sets["test"]]), hashes))
 
@@ -668,16 +407,11 @@ def exact_count(
     return max(1, int(rows*label_ratio))
 
 # %% ../../nbs/11b_data.images.ipynb #5ac600e9
-def prefix_sets(
-    order:np.ndarray, # training rows, shuffled
-    splits:np.ndarray, # "train", "val" or "test" of every row
-    label_ratio:float, # share to be labelled, above 0 and up to 1
-    labelled_count:Callable[[int, float], int]=exact_count, # number of training rows and ratio -> number of labels
-)->dict[str, np.ndarray]: # rows of "labelled", "unlabelled", "val" and "test"
-    "The first rows of `order` are labelled, the others are not."
+def prefix_sets(order:np.ndarray, splits:np.ndarray, label_ratio:float, count_of:Callable[[int, float], int])->dict[str, np.ndarray]:
+    "The first rows of `order` (shuffled training rows) are labelled, the others are not; `count_of(rows, ratio)` says how many."
     if not len(order): raise HplError("the table has no row of the split train.")
     if not 0 < label_ratio <= 1: raise HplError(f"label_ratio is {label_ratio}; give a share above 0 and up to 1.")
-    count = labelled_count(len(order), label_ratio)
+    count = count_of(len(order), label_ratio)
     if not 0 < count <= len(order):
         raise HplError(f"{count} rows are to be labelled, but there are {len(order)} training rows; pass "
                        "labelled_count=exact_count, or a smaller label_ratio.")

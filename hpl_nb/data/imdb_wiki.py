@@ -15,12 +15,13 @@ import pandas as pd
 
 from ..core import HplError, LabelNormalizer
 from .core import SemiSupervisedData
-from .images import (ImageFiles, ImageSource, ImageViews, checked_columns, exact_count, find_images,
-                                image_data, prefix_sets, randaugment_mc_views, read_table, require_images)
+from .images import (
+    ImageFiles, ImageSource, ImageViews, exact_count, find_images, image_data, prefix_sets, randaugment_mc_views, require_images)
 from .pixels import PictureSettings
+from .tables import checked_columns, read_table
 
 # %% auto #0
-__all__ = ['AGES', 'HINT', 'RELEASED_NORMALIZER', 'read_actors', 'released_order', 'released_views', 'imdb_wiki', 'IMDBWiki']
+__all__ = ['RELEASED_NORMALIZER', 'released_views', 'imdb_wiki', 'IMDBWiki']
 
 # %% ../../nbs/13_data.imdb_wiki.ipynb #297da8dc
 AGES = (0., 200.) # a label outside is an error
@@ -28,11 +29,8 @@ HINT = ("Get imdb_crop.tar and wiki_crop.tar (cropped faces) from https://data.v
         "and imdb_wiki.csv from https://github.com/YyzHarry/imbalanced-regression (imdb-wiki-dir/data), and put the "
         "table and the unpacked folders side by side.")
 
-# %% ../../nbs/13_data.imdb_wiki.ipynb #25691e47
-def read_actors(
-    root:str|Path, # folder of the data set
-)->tuple[pd.DataFrame, list[ImageSource|None]]: # the table, its split column named SPLIT; where each picture is
-    "The table and the places of its pictures; labels and splits are not judged yet."
+def read_actors(root:str|Path)->tuple[pd.DataFrame, list[ImageSource|None]]:
+    "The table, its split column named SPLIT, and where each picture is; labels and splits are not judged yet."
     root = Path(root)
     if not root.is_dir(): raise HplError(f"there is no folder {root}. {HINT}")
     table = read_table(root/"imdb_wiki.csv", ["age", "path"], HINT)
@@ -41,10 +39,7 @@ def read_actors(
     return table, find_images(root, table["path"].tolist())
 
 # %% ../../nbs/13_data.imdb_wiki.ipynb #1a150cd6
-def released_order(
-    rows:np.ndarray, # training rows, in table order
-    split_seed:int=0, # the release's is 0
-)->np.ndarray: # the same rows, shuffled
+def released_order(rows:np.ndarray, split_seed:int=0)->np.ndarray:
     "The release's order of the training rows: labelled sets are its prefixes."
     positions = np.arange(len(rows))
     np.random.default_rng(split_seed).shuffle(positions)
@@ -59,7 +54,6 @@ def released_views(
     "Views of IMDB-WIKI as released; both margins scale with the size."
     return randaugment_mc_views(round(16*size/224), "zeros", round(16*size/224), mean, std)
 
-# %% ../../nbs/13_data.imdb_wiki.ipynb #f2e71119
 RELEASED_NORMALIZER = LabelNormalizer((35.8602,), (12.2532,)) # of ages in years
 
 # %% ../../nbs/13_data.imdb_wiki.ipynb #125cdc15
@@ -86,7 +80,6 @@ def imdb_wiki(
                       views or released_views(size), deduplicate, skip_broken, progress, normalizer=normalizer,
                       unit="years", label_ratio=label_ratio, sample_names=paths)
 
-# %% ../../nbs/13_data.imdb_wiki.ipynb #1a62cbf5
 @dataclass(frozen=True)
 class IMDBWiki(PictureSettings):
     "IMDB-WIKI as an experiment names it; see `imdb_wiki`."

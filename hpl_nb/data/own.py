@@ -25,9 +25,10 @@ from torch import Tensor
 from ..core import HplError, derive_seed
 from .core import (
     SPLITS, BatchView, SemiSupervisedData, StreamSettings, View, announce, content_keys, row_error, row_numbers, row_owners, split_rows)
-from .images import (
-    ImageFiles, ImageSource, ImageViews, exact_count, find_images, first_kind, image_data, is_below, label_problems,
-    randaugment_mc_views, read_table, repeated_rows, require_images, split_problems, unlisted_images)
+from hpl_nb.data.images import (
+    ImageFiles, ImageSource, ImageViews, exact_count, find_images, image_data, is_below, randaugment_mc_views, repeated_rows, require_images,
+    unlisted_images)
+from .tables import first_kind, label_problems, read_table, split_problems
 from ..settings import Settings
 
 # %% auto #0
@@ -293,7 +294,7 @@ def batches_for(
     data:SemiSupervisedData, # any data
     labelled_batch:int=32, # largest labelled batch
     unlabelled_batch:int=32, # largest unlabelled batch
-)->StreamSettings: # for `TrainSettings(streams=...)`
+)->StreamSettings: # for `Train(streams=...)`
     "The largest batches, up to the given ones, that the rows allow for every method."
     return StreamSettings(labelled_batch=max(1, min(labelled_batch, len(data.labelled)//2)),
                           unlabelled_batch=max(1, min(unlabelled_batch, len(data.unlabelled))))
@@ -390,12 +391,12 @@ def fit_encoder(frame:pd.DataFrame, columns:Sequence[str], rows:np.ndarray, impu
     return FrameEncoder(medians, categories, impute)
 
 # %% ../../nbs/15_data.own.ipynb #ae6b60b0
-OWN_PREPROCESSOR = Words("a smaller validation_fraction", "use make_pipeline(SimpleImputer(), ...) or preprocessor=",
+ESTIMATOR_WORDS = Words("a smaller validation_fraction", "use make_pipeline(SimpleImputer(), ...) or preprocessor=",
                          "drop it, make it numeric, or pass preprocessor=")
 
 def _check_texts(column:pd.Series, rows:np.ndarray, most:int)->None:
     "Refuse dates, numbers as text, names of the rows, and texts among other things, which have no order."
-    column_categories(column, rows, most, "X", OWN_PREPROCESSOR)
+    column_categories(column, rows, most, "X", ESTIMATOR_WORDS)
     is_text = column.map(lambda value: isinstance(value, str)).to_numpy(bool)
     if is_text.any() and not is_text.all():
         value = column.iloc[np.flatnonzero(~is_text)[0]]

@@ -25,8 +25,8 @@ from tqdm.auto import tqdm
 
 from ..core import HplError, atomic_write, reading, whole_number
 from .core import SemiSupervisedData
-from .images import (FlipCrop, FolderSettings, ImageFiles, ImageView, RandAugmentMC, content_hashes, decode_image, factor,
-                                published_views)
+from .images import FlipCrop, ImageFiles, ImageView, RandAugmentMC, content_hashes, decode_image, factor, published_views
+from .tables import FolderSettings
 
 # %% auto #0
 __all__ = ['DiskCache', 'disk_cache', 'Pixels', 'DeviceView', 'on_disk', 'on_device', 'PictureSettings']
@@ -73,7 +73,6 @@ class DiskCache:
 
     def __reduce__(self): return DiskCache, (self.path,) # another program maps the same file
 
-# %% ../../nbs/11c_data.pixels.ipynb #b888e345
 def disk_cache(
     files:ImageFiles, # pictures of one size
     folder:str|Path, # of the cache; made if needed
@@ -169,7 +168,6 @@ def plan_flip_crop(transform:FlipCrop, generator:Generator|None, width:int, heig
     flip, left, top = transform.draw(generator)
     return [Step(transform.padding_mode, (-1 if flip else 1, 0, width - left if flip else left, 0, 1, top))]
 
-# %% ../../nbs/11c_data.pixels.ipynb #1bacc7c9
 def released_step(name:str, v:int, sign:int, width:int, height:int)->Step:
     "What an operation of the release is on a batch."
     levels = {"rotate": sign*3*v, "shear_x": sign*.03*v, "shear_y": sign*.03*v, "translate_x": int(sign*.03*v*width),
@@ -294,7 +292,7 @@ class PictureSettings(FolderSettings):
     size:int=200 # side in pixels
     views:Literal["released", "published"]="released" # image augmentation
     deduplicate:bool=False # drop training pictures that are in validation or test too
-    pixels:Literal["memory", "disk", "device"]=field(default="memory", compare=False) # decoded as needed, once into a file, or views there, too
+    pixels:Literal["memory", "disk", "device"]="memory" # decoded as needed, once into a file, or views there, too
     cache:str=field(default="", compare=False) # folder of decoded pictures; empty: `root`/cache
     labelled_count:ClassVar[str] = "released"
 

@@ -18,26 +18,19 @@ from ..core import HplError, derive_seed
 from .core import BatchView, DataSettings, SemiSupervisedData, split_rows
 
 # %% auto #0
-__all__ = ['rotate', 'turned_digits', 'shift', 'distort', 'rotated_digits', 'RotatedDigits']
+__all__ = ['rotated_digits', 'RotatedDigits']
 
 # %% ../../nbs/11_data.rotated_digits.ipynb #623db052
-def rotate(
-    images:Tensor, # (n, c, h, w)
-    degrees:Tensor, # (n,), counter-clockwise
-)->Tensor: # (n, c, h, w); what comes in from outside is 0
-    "Turn each image about its centre."
+def rotate(images:Tensor, degrees:Tensor)->Tensor:
+    "Turn each image (n, c, h, w) about its centre, counter-clockwise; what comes in from outside is 0."
     angle = torch.deg2rad(degrees)
     cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
     matrix = torch.stack([torch.stack([cos, -sin, zero], 1), torch.stack([sin, cos, zero], 1)], 1)
     return F.grid_sample(images, F.affine_grid(matrix, list(images.shape), align_corners=False), align_corners=False)
 
 # %% ../../nbs/11_data.rotated_digits.ipynb #6797edd0
-def turned_digits(
-    seed:int=0, # of the angles
-    limit:float=60., # angles are uniform in [-limit, limit] degrees
-    size:int=16, # pixels along each side: the 8 x 8 originals are enlarged before they are turned
-)->tuple[Tensor, np.ndarray, np.ndarray]: # images (1797, 1, size, size) in [0, 1], angles and digits (1797,)
-    "scikit-learn's digits, each turned by a random angle."
+def turned_digits(seed:int=0, limit:float=60., size:int=16)->tuple[Tensor, np.ndarray, np.ndarray]:
+    "scikit-learn's digits, enlarged to `size` pixels and turned by angles uniform in [-limit, limit] degrees: images, angles, digits."
     digits = load_digits()
     images = torch.from_numpy(digits.images/16).float()[:, None]
     images = F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
@@ -45,26 +38,15 @@ def turned_digits(
     return rotate(images, torch.from_numpy(angles).float()).clamp(0, 1), angles, digits.target
 
 # %% ../../nbs/11_data.rotated_digits.ipynb #1924d4c9
-def shift(
-    images:Tensor, # (n, 1, h, w)
-    generator:torch.Generator, # source of randomness
-    pixels:int=1, # largest shift
-)->Tensor:
+def shift(images:Tensor, generator:torch.Generator, pixels:int=1)->Tensor:
     "Move each image by up to `pixels` in both directions; what comes in is 0."
     n, _, height, width = images.shape
     padded = F.pad(images[:, 0], (pixels,)*4)
     y, x = torch.randint(0, 2*pixels + 1, (2, n, 1, 1), generator=generator)
     return padded[torch.arange(n)[:, None, None], y + torch.arange(height)[:, None], x + torch.arange(width)][:, None]
 
-# %% ../../nbs/11_data.rotated_digits.ipynb #93b96384
-def distort(
-    images:Tensor, # (n, 1, h, w) in [0, 1]
-    generator:torch.Generator, # source of randomness
-    intensity:float=.2, # largest relative change of brightness
-    noise:float=.075, # standard deviation of the pixel noise
-    cutout:int=2, # side of the square that is set to 0, pixels
-)->Tensor:
-    "Change brightness, add noise, and cut a square out of each image."
+def distort(images:Tensor, generator:torch.Generator, intensity:float=.2, noise:float=.075, cutout:int=2)->Tensor:
+    "Change brightness (relatively, by up to `intensity`), add noise, and cut a square of `cutout` pixels out of each image."
     n, _, height, width = images.shape
     gain = 1 + intensity*(2*torch.rand(n, 1, 1, 1, generator=generator) - 1)
     out = gain*images + noise*torch.randn(images.shape, generator=generator)
@@ -97,9 +79,9 @@ class RotatedDigits(DataSettings):
     short:ClassVar[str] = "rotated_digits"
     label_ratio:float=.055 # labelled share of the 1,258 training rows; 0.055 gives 69
     strength:float=1. # of the strong view, 0 to 8: factor on `distort`'s defaults
-    seed:int=0 # of the angles and the split
+    split_seed:int=0 # of the angles and the split
 
-    def load(self)->SemiSupervisedData: return rotated_digits(self.label_ratio, self.strength, self.seed)
+    def load(self)->SemiSupervisedData: return rotated_digits(self.label_ratio, self.strength, self.split_seed)
 
     def check(self)->None:
         super().check()

@@ -25,24 +25,17 @@ from torch import Tensor
 
 from ..core import HplError, LabelNormalizer, check_header, derive_seed, reading, reason
 from .core import PerSample, SemiSupervisedData
-from .images import FolderSettings, fetch, listed
+from .tables import FolderSettings, fetch, listed
 
 # %% auto #0
-__all__ = ['PAIR_COLUMNS', 'STRONG_COLUMNS', 'find_table', 'read_pairs', 'labelled_rows', 'tokenize', 'sentence_words',
-           'Vocabulary', 'build_vocabulary', 'encode', 'short_lines', 'stored_array', 'load_vectors', 'coverage',
-           'WordNet', 'read_wordnet', 'synonyms', 'insert_synonyms', 'SynonymTransform', 'SentencePairs',
-           'original_view', 'stored_strong_view', 'synonym_table', 'stsb', 'STSB']
+__all__ = ['Vocabulary', 'load_vectors', 'coverage', 'SentencePairs', 'stsb', 'STSB']
 
 # %% ../../nbs/14_data.stsb.ipynb #8fa72fef
 PAIR_COLUMNS = ["sentence1", "sentence2", "score", "split"]
 STRONG_COLUMNS = ["sent_s1", "sent_s2"]
 
-# %% ../../nbs/14_data.stsb.ipynb #f3c40258
-def find_table(
-    root:str|Path, # folder with sts.tsv or with the release's glue_data/STS-B/sts.tsv, or the file itself
-    download:bool=False, # fetch it into `root` where it is not there
-)->Path: # the table
-    "Find `sts.tsv`; raises `HplError` where there is none."
+def find_table(root:str|Path, download:bool=False)->Path:
+    "The table `sts.tsv`: the file itself, in its folder, or where the release keeps it; `HplError` where there is none."
     root = Path(root)
     for path in (root, root/"sts.tsv", root/"glue_data"/"STS-B"/"sts.tsv"):
         if path.is_file(): return path
@@ -50,7 +43,6 @@ def find_table(
     raise HplError(f"no sts.tsv in {root} (nor in its glue_data/STS-B): put the release's table there, "
                    "or pass download=True")
 
-# %% ../../nbs/14_data.stsb.ipynb #20f6e16c
 def _read_table(path:Path)->pd.DataFrame:
     "All columns as text; a line number as index."
     with reading(path, lambda why: HplError(f"{path} cannot be read as a tab-separated UTF-8 table: {why}. Fetch it again.")):
@@ -64,11 +56,8 @@ def _read_table(path:Path)->pd.DataFrame:
     return table[table.fillna("").ne("").any(axis=1)].reindex(columns=PAIR_COLUMNS + STRONG_COLUMNS) # blank lines are counted, and left out
 
 # %% ../../nbs/14_data.stsb.ipynb #5d39b7a2
-def read_pairs(
-    root:str|Path, # see `find_table`
-    download:bool=False, # fetch the table where it is not there
-)->pd.DataFrame: # sentence1, sentence2, score (float), split, sent_s1, sent_s2; the index is the line in the file
-    "Read and check the table; raises `HplError` with file and line."
+def read_pairs(root:str|Path, download:bool=False)->pd.DataFrame:
+    "Read and check the table (its index is the line in the file); raises `HplError` with file and line."
     path = find_table(root, download)
     table = _read_table(path)
     score = pd.to_numeric(table["score"], errors="coerce")
@@ -83,12 +72,8 @@ def read_pairs(
     return table.assign(score=score)
 
 # %% ../../nbs/14_data.stsb.ipynb #c1f43e4c
-def labelled_rows(
-    train:np.ndarray, # training rows, in the order of the table
-    label_ratio:float, # share of them that is labelled, rounded down
-    seed:int=0, # the release's
-)->np.ndarray: # sorted rows
-    "The release's labelled training rows."
+def labelled_rows(train:np.ndarray, label_ratio:float, seed:int=0)->np.ndarray:
+    "The release's labelled training rows, sorted; the share is rounded down."
     if not 0 < label_ratio <= 1 or not (count := int(len(train)*label_ratio)):
         raise HplError(f"label_ratio={label_ratio} labels none of {len(train)} training rows, or more than all; "
                        "pass a share above 0 and up to 1, such as 0.05")
@@ -107,18 +92,13 @@ _ABBREVIATIONS = frozenset(
 # %% ../../nbs/14_data.stsb.ipynb #5538e426
 _CLOSING, _NEXT = re.compile(r"""[\])}>"'»”’\s]*"""), re.compile(r"""['"”’)]*\s+['"`“‘(]*[A-Z0-9]""")
 
-def _ends_sentence(
-    word:str, # ends in a full stop
-    sentence:str, # that it stands in
-    end:int, # where the word ends
-)->bool:
-    "Whether the full stop ends a sentence."
+def _ends_sentence(word:str, sentence:str, end:int)->bool:
+    "Whether the full stop of a word that ends at `end` ends a sentence."
     if _CLOSING.fullmatch(sentence, end): return True
     stem = word[:-1].lower()
     is_abbreviation = len(stem) == 1 or "." in stem or stem in _ABBREVIATIONS
     return not is_abbreviation and _NEXT.match(sentence, end) is not None
 
-# %% ../../nbs/14_data.stsb.ipynb #ddc466f4
 def _split_word(word:str)->list[str]:
     "Split contractions and possessives off."
     if len(word) > 100: return [word] # no word of a language: a broken file
@@ -126,11 +106,8 @@ def _split_word(word:str)->list[str]:
     if match := _SUFFIX.fullmatch(word): return [*_split_word(match[1]), match[2]]
     return [word]
 
-# %% ../../nbs/14_data.stsb.ipynb #3bc2f5f4
-def tokenize(
-    sentence:str, # any text
-)->list[str]: # words and punctuation marks
-    "Split a sentence after the conventions of the Penn Treebank."
+def tokenize(sentence:str)->list[str]:
+    "Split a sentence into words and punctuation marks, after the conventions of the Penn Treebank."
     tokens = []
     for match in _PIECE.finditer(sentence):
         piece = match[0]
@@ -143,12 +120,8 @@ def tokenize(
     return tokens
 
 # %% ../../nbs/14_data.stsb.ipynb #5b827c13
-def sentence_words(
-    sentence:str, # any text
-    lowercase:bool=True, # False for cased vectors (the release with GloVe 840B)
-    split_underscores:bool=False, # take WordNet's break_down as break down
-)->list[str]:
-    "Words of a sentence as they are looked up."
+def sentence_words(sentence:str, lowercase:bool=True, split_underscores:bool=False)->list[str]:
+    "Words as they are looked up: `lowercase=False` for cased vectors; `split_underscores` takes WordNet's break_down as break down."
     tokens = tokenize(sentence.replace("_", " ") if split_underscores else sentence)
     return [token.lower() for token in tokens] if lowercase else tokens
 
@@ -165,25 +138,16 @@ class Vocabulary:
     def index(self)->dict[str, int]: return {word: number for number, word in enumerate(self.words)}
 
 # %% ../../nbs/14_data.stsb.ipynb #1622f9c7
-def build_vocabulary(
-    sentences:Iterable[Sequence[str]], # words of each sentence
-    max_words:int=30_000, # keep the most frequent of the sentences' words
-    extra:Iterable[str]=(), # further words to know, synonyms for example; not counted, not limited
-)->Vocabulary:
-    "Number the words: by frequency, then in alphabetical order."
+def build_vocabulary(sentences:Iterable[Sequence[str]], max_words:int=30_000, extra:Iterable[str]=())->Vocabulary:
+    "Number the most frequent words, by frequency, then in alphabetical order, and the `extra` ones, which are not counted."
     counts = Counter(word for sentence in sentences for word in sentence)
     kept = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:max_words]
     words = dict([("<padding>", 0), ("<unknown>", 0), *kept])
     words.update((word, 0) for word in sorted(set(extra) - set(words)))
     return Vocabulary(tuple(words), tuple(words.values()))
 
-# %% ../../nbs/14_data.stsb.ipynb #98aa5703
-def encode(
-    vocabulary:Vocabulary, # numbers of the words
-    sentences:Sequence[Sequence[str]], # words of each of n sentences
-    max_tokens:int=40, # longer sentences are cut (release: 40)
-)->Tensor: # int64 numbers, shape (n, max_tokens), padded with 0 on the right
-    "Sentences as numbers."
+def encode(vocabulary:Vocabulary, sentences:Sequence[Sequence[str]], max_tokens:int=40)->Tensor:
+    "Sentences as int64 numbers (n, max_tokens): cut, or padded with 0 on the right."
     numbers = np.zeros((len(sentences), max_tokens), dtype=np.int64)
     for row, sentence in enumerate(sentences):
         found = [vocabulary.index.get(word, 1) for word in sentence[:max_tokens]]
@@ -192,10 +156,7 @@ def encode(
 
 # %% ../../nbs/14_data.stsb.ipynb #601da945
 @contextmanager
-def _open_text(
-    path:Path, # .txt, or .zip with .txt files
-    member:str|None, # which file of a .zip
-)->Iterator[Iterator[bytes]]:
+def _open_text(path:Path, member:str|None)->Iterator[Iterator[bytes]]:
     "Lines of a vector file, also inside a .zip; `HplError` where it cannot be read."
     with reading(path, lambda why: HplError(f"{path} cannot be read: {why}. Pass the path of a GloVe .txt or .zip, or a .npz.")):
         if path.suffix != ".zip":
@@ -207,10 +168,7 @@ def _open_text(
             if member not in names: raise HplError(f"{path} holds {listed(names)}: pass member= with one of them")
             with archive.open(member) as file: yield short_lines(file)
 
-def short_lines(
-    file:BinaryIO, # of text
-    most:int=2**20, # bytes of a line
-)->Iterator[bytes]:
+def short_lines(file:BinaryIO, most:int=2**20)->Iterator[bytes]:
     "Lines as they come; one that does not end is refused before it fills the memory."
     for number in itertools.count(1):
         if not (line := file.readline(most)): return
@@ -218,12 +176,8 @@ def short_lines(
         yield line
 
 # %% ../../nbs/14_data.stsb.ipynb #00299c1c
-def _text_vectors(
-    lines:Iterable[bytes], # "word number number ..."
-    words:set[str], # those wanted
-    path:Path, # for messages
-)->Iterator[tuple[str, np.ndarray]]: # (word, vector) of the wanted words in the file
-    "Parse the wanted lines of GloVe's text format; a line with more fields is a word with spaces, never wanted."
+def _text_vectors(lines:Iterable[bytes], words:set[str], path:Path)->Iterator[tuple[str, np.ndarray]]:
+    "Words and vectors of GloVe's text format; a line with more fields is a word with spaces, never wanted."
     dimension = 0
     for number, line in enumerate(lines, 1):
         line = line.rstrip()
@@ -238,10 +192,7 @@ def _text_vectors(
             raise HplError(f"{path} line {number} ({word}): {reason(error)}. The file is broken; fetch it again.") from error
 
 # %% ../../nbs/14_data.stsb.ipynb #b9812ba1
-def stored_array(
-    archive:zipfile.ZipFile, # of `np.savez`
-    name:str, # of the array
-)->np.ndarray:
+def stored_array(archive:zipfile.ZipFile, name:str)->np.ndarray:
     "An array that is no larger than its header says, and is not packed so tightly that only zeros can be in it."
     member = archive.getinfo(f"{name}.npy")
     if member.file_size > max(2**28, 100*member.compress_size):
@@ -253,9 +204,7 @@ def stored_array(
         if math.prod(shape)*kind.itemsize > member.file_size: raise ValueError(f"{name} should have shape {shape}, but is cut off")
     with archive.open(member) as file: return np.lib.format.read_array(file, allow_pickle=False)
 
-def _stored_vectors(
-    path:Path, # .npz with `words` (n,) and `vectors` (n, dimension)
-)->Iterator[tuple[str, np.ndarray]]:
+def _stored_vectors(path:Path)->Iterator[tuple[str, np.ndarray]]:
     "Words and vectors of a .npz file, which may hold no pickled objects."
     with reading(path, lambda why: HplError(f"{path} must hold the arrays `words` (text) and `vectors` (numbers): {why}")):
         with zipfile.ZipFile(path) as archive: words, vectors = (stored_array(archive, name) for name in ("words", "vectors"))
@@ -286,12 +235,7 @@ def load_vectors(
     return _fill(vectors, words, found, path), np.array([word in found for word in words])
 
 # %% ../../nbs/14_data.stsb.ipynb #47f79b54
-def _fill(
-    vectors:Tensor, # changed in place
-    words:Sequence[str], # of its rows
-    found:Mapping[str, np.ndarray], # vectors of some of them
-    path:Path|None, # for messages
-)->Tensor:
+def _fill(vectors:Tensor, words:Sequence[str], found:Mapping[str, np.ndarray], path:Path|None)->Tensor:
     "Put the vectors that were found in their rows, and zeros in row 0."
     for row, word in enumerate(words):
         if word not in found: continue
@@ -318,18 +262,13 @@ _SUFFIX_RULES = {
     "adv": (),
 }
 
-# %% ../../nbs/14_data.stsb.ipynb #e0bc086a
 @dataclass(frozen=True)
 class WordNet:
     "Synonyms of base forms, and base forms of irregular ones, by part of speech."
     synonyms:Mapping[str, Mapping[str, tuple[str, ...]]]
     exceptions:Mapping[str, Mapping[str, tuple[str, ...]]]
 
-# %% ../../nbs/14_data.stsb.ipynb #93a46e6d
-def _read_synsets(
-    folder:Path, # with data.<part>
-    part:str, # noun, verb, adj or adv
-)->dict[str, tuple[str, ...]]: # base form -> all words that share a sense with it
+def _read_synsets(folder:Path, part:str)->dict[str, tuple[str, ...]]:
     "Parse data.<part>: offset, file, type, number of words (hexadecimal), then word and sense number in turn."
     shared:dict[str, dict[str, None]] = {}
     for line in (folder/f"data.{part}").read_text(encoding="utf-8").splitlines():
@@ -339,10 +278,8 @@ def _read_synsets(
         for word in words: shared.setdefault(word.lower(), {}).update(dict.fromkeys(words))
     return {word: tuple(others) for word, others in shared.items()}
 
-# %% ../../nbs/14_data.stsb.ipynb #926b7678
-def read_wordnet(
-    folder:str|Path, # WordNet's dict folder
-)->WordNet:
+# %% ../../nbs/14_data.stsb.ipynb #e0bc086a
+def read_wordnet(folder:str|Path)->WordNet:
     "Read WordNet's database files; raises `HplError` where they are missing or broken."
     folder, synonyms, exceptions = Path(folder), {}, {}
     needed = [name for part in _SUFFIX_RULES for name in (f"data.{part}", f"{part}.exc")]
@@ -357,12 +294,8 @@ def read_wordnet(
         exceptions[part] = {line.split()[0]: tuple(line.split()[1:]) for line in lines if line.strip()}
     return WordNet(synonyms, exceptions)
 
-# %% ../../nbs/14_data.stsb.ipynb #f90673ba
-def synonyms(
-    wordnet:WordNet, # the database
-    word:str, # in any form
-)->list[str]: # sorted; names of several words are joined by underscores
-    "All words that share a sense with any base form of the word, without the word itself."
+def synonyms(wordnet:WordNet, word:str)->list[str]:
+    "All words that share a sense with any base form of a word, without it, sorted; underscores join names of several words."
     word, found = word.lower(), set()
     for part, rules in _SUFFIX_RULES.items():
         endings = [rule.split(":") for rule in rules]
@@ -376,12 +309,8 @@ def _draw(options:Sequence)->tuple:
     "One of the options, by torch's global generator."
     return options[int(torch.randint(len(options), ()))]
 
-# %% ../../nbs/14_data.stsb.ipynb #890eb1bf
-def insert_synonyms(
-    sentence:Sequence[int], # numbers of the words
-    table:Mapping[int, Sequence[tuple[int, ...]]], # synonyms of each word that has any
-)->list[int]: # a longer sentence
-    "Replace one word by a synonym and insert synonyms before words with probability 1/2; draws from torch's generator."
+def insert_synonyms(sentence:Sequence[int], table:Mapping[int, Sequence[tuple[int, ...]]])->list[int]:
+    "Replace one word by a synonym, and insert synonyms before words with probability 1/2; draws from torch's generator."
     known = sorted(set(sentence) & set(table))
     replaced = _draw(known) if known else None
     synonym = _draw(table[replaced]) if known else ()
@@ -391,7 +320,6 @@ def insert_synonyms(
         result.extend(synonym if word == replaced else [word])
     return result
 
-# %% ../../nbs/14_data.stsb.ipynb #aa6cb01e
 @dataclass(frozen=True)
 class SynonymTransform:
     "Strong view of one raw sample (2 versions, 2 sentences, L): the originals with fresh synonyms, (2 sentences, L)."
@@ -415,6 +343,7 @@ class SentencePairs:
 
     def __getitem__(self, rows:np.ndarray)->Tensor: return self.numbers[torch.as_tensor(rows)]
 
+# %% ../../nbs/14_data.stsb.ipynb #44c1ae09
 def original_view(samples:Tensor, seeds:np.ndarray|None=None)->Tensor:
     "The sentences as they are: (B, 2, L). The release's weak view (D18), and the plain view."
     return samples[:, 0]
@@ -424,17 +353,13 @@ def stored_strong_view(samples:Tensor, seeds:np.ndarray|None=None)->Tensor:
     return samples[:, 1]
 
 # %% ../../nbs/14_data.stsb.ipynb #e2a24099
-def _versions(
-    pairs:pd.DataFrame, # of `read_pairs`
-    words:Callable[[str], list[str]], # splits a sentence
-)->list[list[list[str]]]: # words of sentence1, sentence2, strong sentence1, strong sentence2
-    "Words of both versions; where a row has no strong version (validation, test) the original stands in."
+def _versions(pairs:pd.DataFrame, words:Callable[[str], list[str]])->list[list[list[str]]]:
+    "Words of sentence1, sentence2 and their strong versions; the original stands in where there is none (validation, test)."
     originals = [pairs["sentence1"], pairs["sentence2"]]
     strong = [pairs[name].where(~pairs[name].isin(["", "None"]) & pairs[name].notna(), original)
               for name, original in zip(STRONG_COLUMNS, originals)]
     return [[words(text) for text in column] for column in originals + strong]
 
-# %% ../../nbs/14_data.stsb.ipynb #affdc7a3
 def _check_stored(pairs:pd.DataFrame, root:str|Path)->None:
     "Every training row needs both stored strong sentences."
     train = pairs[pairs["split"] == "train"]
@@ -444,24 +369,15 @@ def _check_stored(pairs:pd.DataFrame, root:str|Path)->None:
             raise HplError(f"{root} line {missing[0]}: no strong sentence in column {name} ({len(missing)} such "
                            "line(s)). Use the release's sts.tsv, or pass wordnet= with a folder of WordNet's files.")
 
-# %% ../../nbs/14_data.stsb.ipynb #0233e47b
-def synonym_table(
-    wordnet:WordNet, # the database
-    words:Iterable[str], # to look up
-    split:Callable[[str], list[str]], # makes words of a synonym, see `sentence_words`
-)->dict[str, list[tuple[str, ...]]]: # of words that have synonyms
-    "Synonyms of each word, each as a tuple of words."
+def synonym_table(wordnet:WordNet, words:Iterable[str], split:Callable[[str], list[str]])->dict[str, list[tuple[str, ...]]]:
+    "Synonyms of each word that has some, each as a tuple of words."
     found = {word: [tuple(split(other)) for other in synonyms(wordnet, word)] for word in words}
     return {word: others for word, others in found.items() if others}
 
-# %% ../../nbs/14_data.stsb.ipynb #e4c7cb59
-def _inputs(
-    pairs:pd.DataFrame, # of `read_pairs`
-    split:Callable[[str], list[str]], # makes words of a sentence
-    wordnet:WordNet|None, # source of synonyms
-    max_tokens:int, # longer sentences are cut
-)->tuple[SentencePairs, dict[int, list[tuple[int, ...]]]]: # raw samples; each word's synonyms, all as numbers
-    "Encode both versions of all pairs, and the synonyms of all their words."
+# %% ../../nbs/14_data.stsb.ipynb #affdc7a3
+def _inputs(pairs:pd.DataFrame, split:Callable[[str], list[str]], wordnet:WordNet|None, max_tokens:int,
+            )->tuple[SentencePairs, dict[int, list[tuple[int, ...]]]]:
+    "Both versions of all pairs as numbers, and the synonyms of all their words."
     columns = _versions(pairs, split)
     sentences = [sentence for column in columns for sentence in column]
     words = sorted({word for sentence in sentences for word in sentence}) if wordnet else []

@@ -15,14 +15,14 @@ import pandas as pd
 
 from ..core import HplError, LabelNormalizer
 from .core import SemiSupervisedData
-from .images import (IMAGENET_MEAN, IMAGENET_STD, ImageFiles, ImageSource, ImageViews, checked_columns,
-                                exact_count, fetch, find_images, image_data, prefix_sets, randaugment_mc_views,
-                                read_table, require_images)
+from .images import (
+    IMAGENET_MEAN, IMAGENET_STD, ImageFiles, ImageSource, ImageViews, exact_count, find_images, image_data, prefix_sets,
+    randaugment_mc_views, require_images)
 from .pixels import PictureSettings
+from .tables import checked_columns, fetch, read_table
 
 # %% auto #0
-__all__ = ['FOLDERS', 'TARS', 'AGES', 'HINT', 'RELEASED_NORMALIZER', 'read_faces', 'released_order', 'released_count',
-           'released_views', 'utkface', 'UTKFace']
+__all__ = ['RELEASED_NORMALIZER', 'released_views', 'utkface', 'UTKFace']
 
 # %% ../../nbs/12_data.utkface.ipynb #cebf6152
 FOLDERS = ("UTKFace", "images", "") # below the root, in order of preference
@@ -31,12 +31,8 @@ AGES = (0., 120.) # a label outside is an error
 HINT = ("Get the aligned and cropped faces of UTKFace (for non-commercial research only) from the data set's page, "
         "https://susanqq.github.io/UTKFace, and unpack them into the folder UTKFace beside utkface.csv.")
 
-# %% ../../nbs/12_data.utkface.ipynb #011a70ca
-def read_faces(
-    root:str|Path, # folder of the data set
-    download:bool=False, # fetch utkface.csv if it is not there
-)->tuple[pd.DataFrame, list[ImageSource|None]]: # the table as it stands, and where each picture is (None: nowhere)
-    "The table and the places of its pictures; labels and splits are not judged yet."
+def read_faces(root:str|Path, download:bool=False)->tuple[pd.DataFrame, list[ImageSource|None]]:
+    "The table, and where each picture is (None: nowhere); labels and splits are not judged yet."
     root = Path(root)
     if download and not (root/"utkface.csv").exists(): fetch("utkface.csv", root)
     if not root.is_dir(): raise HplError(f"there is no folder {root}. {HINT}")
@@ -45,21 +41,15 @@ def read_faces(
     return table, find_images(root, table["FileName"].tolist(), FOLDERS, TARS)
 
 # %% ../../nbs/12_data.utkface.ipynb #5d0de731
-def released_order(
-    rows:np.ndarray, # training rows, in table order
-    split_seed:int=0, # the release's is 0
-)->np.ndarray: # the same rows, shuffled
+def released_order(rows:np.ndarray, split_seed:int=0)->np.ndarray:
     "The release's order of the training rows: labelled sets are its prefixes."
     positions = np.arange(len(rows))
     np.random.RandomState(split_seed).shuffle(positions)
     return rows[positions]
 
 # %% ../../nbs/12_data.utkface.ipynb #16f6e864
-def released_count(
-    rows:int, # of the training set
-    label_ratio:float, # share to be labelled
-)->int: # 500, 1000, 2000 for .05, .1, .2; else rounded down
-    "How many rows are labelled in the release."
+def released_count(rows:int, label_ratio:float)->int:
+    "How many rows are labelled in the release: 500, 1000, 2000 for .05, .1, .2; else rounded down."
     return {.05: 500, .1: 1000, .2: 2000}.get(label_ratio, exact_count(rows, label_ratio))
 
 # %% ../../nbs/12_data.utkface.ipynb #8816e6ef

@@ -17,7 +17,7 @@ from ..core import HplError, not_negative, whole_number
 from ..data.core import SemiSupervisedData
 from .core import Passes, PseudoLabel, PseudoLabelMethod, Released, adam
 from ..models import Head, Regressor
-from ..trainer import OptimizerSettings
+from ..training.state import OptimizerSettings
 
 # %% auto #0
 __all__ = ['bin_weights', 'bin_thresholds', 'CADR', 'CADRMethod']
@@ -124,9 +124,9 @@ class CADRMethod(PseudoLabelMethod):
 # %% ../../nbs/72_methods.cadr.ipynb #e52a5110
 def labelled_losses(method:CADRMethod, passes:Passes)->dict[str, Tensor]:
     "Weighted squared error, and weighted cross-entropy of the bins."
-    classes, target = method.classes, method.classes.target(passes.y)
-    probability = {"labelled": classes.share, "predicted": method.marginal, "uniform": torch.ones_like(classes.share)}[method.settings.prior]
-    weight = bin_weights(probability, classes.share, method.settings.max_weight).gather(0, target)
+    classes, target, settings = method.classes, method.classes.target(passes.y), method.settings
+    probability = {"labelled": classes.share, "predicted": method.marginal, "uniform": torch.ones_like(classes.share)}[settings.prior]
+    weight = bin_weights(probability, classes.share, settings.max_weight).gather(0, target)
     entropy = F.cross_entropy(classes(passes.labelled_features), target, reduction="none")
     return {"labelled": (weight*(passes.labelled_prediction - passes.y)**2).mean(), "classifier": (weight*entropy).mean()}
 

@@ -24,7 +24,8 @@ from ..data.core import SemiSupervisedData, StreamSettings, fully_labelled
 from ..loss import labelled_loss, unlabelled_loss
 from ..models import Regressor
 from ..settings import Settings, as_json, change
-from ..trainer import Clock, OptimizerSettings, TrainSettings, fit
+from ..training.loop import fit
+from ..training.state import Clock, OptimizerSettings, Train
 
 # %% auto #0
 __all__ = ['M', 'Released', 'MethodSettings', 'Method', 'adam', 'Supervised', 'SupervisedMethod', 'FullySupervised',
@@ -67,7 +68,7 @@ class MethodSettings(Settings):
 
 # %% ../../nbs/60_methods.core.ipynb #03496c11
 class Method(nn.Module):
-    "Base class of all methods; implements `hpl_nb.trainer.Trainable`."
+    "Base class of all methods; implements `hpl_nb.training.state.Trainable`."
     needs:ClassVar[Mapping[str, Sequence[str]]] = {"labelled": ("weak",)} # streams and the views of each
     optimizers:dict[str, Optimizer] # made by the trainer through `make_optimizers`
     record:dict[str, Tensor] # per-sample values of the last step, for monitoring
@@ -239,7 +240,7 @@ class PseudoLabelMethod(Method):
 def weights_after(
     make:Callable[[], Method], # builds the method, after the seed is set
     data:SemiSupervisedData, # what to train on
-    settings:TrainSettings, # how
+    settings:Train, # how
     part:str="regressor", # whose weights: name of a submodule; "": of the whole method
     seed:int=0, # of everything
 )->Tensor: # all of them in one vector

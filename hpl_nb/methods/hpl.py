@@ -25,7 +25,7 @@ from hpl_nb.methods.core import (
     sample_record)
 from ..models import Regressor
 from ..settings import Settings, change
-from ..trainer import OptimizerSettings
+from ..training.state import OptimizerSettings
 from ..uncertainty import UncertaintyLearner, disagreement, learner_input, scaled_features
 
 # %% auto #0

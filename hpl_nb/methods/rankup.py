@@ -20,7 +20,7 @@ from ..data.core import SemiSupervisedData
 from ..loss import labelled_loss
 from .core import Method, MethodSettings, adam, average_weights, frozen_copy, linear_ramp, sample_record
 from ..models import Head, Regressor
-from ..trainer import OptimizerSettings
+from ..training.state import OptimizerSettings
 
 # %% auto #0
 __all__ = ['true_order', 'ranking_loss', 'sure_pairs', 'align', 'RankUp', 'RankUpMethod']
@@ -102,7 +102,8 @@ class RankUp(MethodSettings):
         return [self, strict, replace(strict, alignment_weight=.3), replace(strict, decay=None)]
 
     def check(self)->None:
-        for name in ("ranking_weight", "unlabelled_weight", "threshold", "alignment_weight", "ramp"): not_negative(name, getattr(self, name))
+        for name in ("ranking_weight", "unlabelled_weight", "threshold", "alignment_weight", "ramp"):
+            not_negative(name, getattr(self, name))
         if self.align_every is not None: whole_number("align_every", self.align_every)
         if self.decay is not None and not 0 <= self.decay <= 1:
             raise HplError(f"decay is {self.decay}; give a number from 0 to 1, or None to predict with the trained weights.")

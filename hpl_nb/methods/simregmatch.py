@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +17,12 @@ from torch import Tensor, nn
 from ..core import HplError, not_negative, whole_number
 from ..data.core import SemiSupervisedData
 from ..loss import labelled_loss, unlabelled_loss
-from .core import Method, dropout_features, require_dropout, sample_record
+from .core import Method, MethodSettings, dropout_features, require_dropout, sample_record
 from ..models import Regressor
+from ..settings import change
 
 # %% auto #0
-__all__ = ['mean_and_variance', 'similarity_labels', 'LabelledBatch', 'SimRegMatch', 'check_arguments', 'calibrated', 'passing']
+__all__ = ['mean_and_variance', 'similarity_labels', 'SimRegMatch', 'SimRegMatchMethod']
 
 # %% ../../nbs/66_methods.simregmatch.ipynb #9919e20b
 def mean_and_variance(
@@ -41,6 +44,36 @@ def similarity_labels(
         cosine = F.normalize(features, dim=-1) @ F.normalize(labelled_features, dim=-1).T
         return (cosine/temperature).softmax(-1) @ y
 
+# %% ../../nbs/66_methods.simregmatch.ipynb #492f0270
+@dataclass(frozen=True)
+class SimRegMatch(MethodSettings):
+    "Pseudo-labels moved towards the labels of similar samples, without those on which dropout passes disagree."
+    short:ClassVar[str] = "simregmatch"
+    needs_dropout:ClassVar[bool] = True
+    unlabelled_weight:float=.01 # lambda_u
+    passes:int=5 # T, with dropout
+    prediction_share:float=.6 # beta: of the network's prediction in a pseudo-label; the rest is v_sim's
+    temperature:float=.1 # t, of the softmax over cosines; original: 1
+    percentile:float|None=95. # q, 0 to 100: of the u's, the next threshold; original: 0.95; None: it stays
+    first_threshold:float=10. # of u at the first step, squared normalised units
+
+    def build(self, regressor:Regressor)->SimRegMatchMethod: return SimRegMatchMethod(regressor, self)
+    def check(self)->None: check_ranges(self)
+    def candidates(self)->list[SimRegMatch]:
+        "The original's temperature, a larger weight, and a weight of 1 with hardly any calibration."
+        changes = ({}, {"temperature": 1.}, {"unlabelled_weight": .1}, {"unlabelled_weight": 1., "prediction_share": .9})
+        return [change(self, **values) for values in changes]
+
+# %% ../../nbs/66_methods.simregmatch.ipynb #4fdd8fe8
+def check_ranges(settings:SimRegMatch)->None:
+    for name in ("unlabelled_weight", "first_threshold"): not_negative(name, getattr(settings, name))
+    share, t, q, passes = settings.prediction_share, settings.temperature, settings.percentile, whole_number("passes", settings.passes)
+    if not 0 <= share <= 1: raise HplError(f"prediction_share is {share}; give a number from 0 to 1, such as 0.6.")
+    if not t > 0: raise HplError(f"temperature is {t}; give a number above 0, such as 0.1.")
+    if q is None: return
+    if not 0 <= q <= 100: raise HplError(f"percentile is {q}; give a number from 0 to 100, such as 95, or None to keep the threshold.")
+    if passes == 1: raise HplError("passes is 1, and the variance of one pass is 0; give 2 or more, or percentile=None.")
+
 # %% ../../nbs/66_methods.simregmatch.ipynb #367cd095
 class LabelledBatch(nn.Module):
     "Features and labels of the last labelled batch, part of the state whatever its size."
@@ -53,84 +86,53 @@ class LabelledBatch(nn.Module):
     def set_extra_state(self, state:dict[str, Tensor|None])->None: self.features, self.y = state["features"], state["y"]
 
 # %% ../../nbs/66_methods.simregmatch.ipynb #557f617b
-class SimRegMatch(Method):
-    "Pseudo-labels moved towards the labels of similar samples, without those on which dropout passes disagree."
+class SimRegMatchMethod(Method):
+    "Calibrates and filters pseudo-labels of several passes."
     needs = {"labelled": ("weak",), "unlabelled": ("weak", "strong")}
 
-    def __init__(self,
-        regressor:Regressor, # the network to train, with dropout
-        unlabelled_weight:float=.01, # lambda_u
-        passes:int=5, # T, with dropout
-        prediction_share:float=.6, # beta: of the network's prediction in a pseudo-label; the rest is v_sim's
-        temperature:float=.1, # t, of the softmax over cosines; original: 1
-        percentile:float|None=95., # q, 0 to 100: of the u's, the next threshold; original: 0.95; None: it stays
-        first_threshold:float=10., # of u at the first step, squared normalised units
-    ):
-        super().__init__(regressor)
-        self.unlabelled_weight, self.passes, self.prediction_share = unlabelled_weight, passes, prediction_share
-        self.temperature, self.percentile, self.first_threshold = temperature, percentile, first_threshold
-        check_arguments(self)
-        self.register_buffer("threshold", torch.full((regressor.head.out_features,), float(first_threshold)))
+    def __init__(self, regressor:Regressor, settings:SimRegMatch=SimRegMatch()):
+        super().__init__(regressor, settings)
+        self.register_buffer("threshold", torch.full((regressor.head.out_features,), settings.first_threshold))
         self.reference = LabelledBatch()
 
     def training_step(self, batch:Mapping[str, Mapping[str, Tensor]])->dict[str, Tensor]:
         "Labelled loss, and lambda_u times the mean over the pseudo-labels that pass."
         labelled, unlabelled = batch["labelled"], batch["unlabelled"]
-        with torch.no_grad(): weak_features = dropout_features(self.regressor, unlabelled["weak"], self.passes)
+        with torch.no_grad(): weak_features = dropout_features(self.regressor, unlabelled["weak"], self.settings.passes)
         features, prediction = self.regressor.features(labelled["weak"]), self.regressor(unlabelled["strong"])
         self.reference.features, self.reference.y = self.gather(features.detach()), self.gather(labelled["y"])
         pseudo_label, u = calibrated(self, weak_features)
         mask, share = passing(self, u)
         self.record = sample_record(batch, pseudo_label, prediction, mask, u.clamp_min(1e-12).log())
         return {"labelled": labelled_loss(self.regressor.head(features), labelled["y"]),
-                "unlabelled": self.unlabelled_weight*unlabelled_loss(prediction, pseudo_label, mask/share)}
+                "unlabelled": self.settings.unlabelled_weight*unlabelled_loss(prediction, pseudo_label, mask/share)}
 
     def prepare(self, data:SemiSupervisedData)->SemiSupervisedData: return require_dropout(self, self.regressor) or data
 
 # %% ../../nbs/66_methods.simregmatch.ipynb #8a1017b5
 @patch
-def inspect(self:SimRegMatch, weak:Tensor, strong:Tensor)->dict[str, Tensor]:
+def inspect(self:SimRegMatchMethod, weak:Tensor, strong:Tensor)->dict[str, Tensor]:
     "The pseudo-label and the prediction without dropout; whether the variance of passes with dropout is below the threshold."
     pseudo_label, strong_prediction = calibrated(self, self.regressor.features(weak)[None])[0], self.regressor(strong)
     with torch.random.fork_rng([weak.device] if weak.is_cuda else []):
         torch.manual_seed(0) # the same masks each time
-        _, u = calibrated(self, dropout_features(self.regressor, weak, self.passes))
+        _, u = calibrated(self, dropout_features(self.regressor, weak, self.settings.passes))
     return {"pseudo_label": pseudo_label, "strong_prediction": strong_prediction, "weight": (u < self.threshold).to(u.dtype)}
-
-# %% ../../nbs/66_methods.simregmatch.ipynb #8438e40e
-def check_arguments(
-    method:SimRegMatch, # with its settings
-)->None:
-    "Raise `HplError` where a setting is out of range."
-    for name in ("unlabelled_weight", "first_threshold"): not_negative(name, getattr(method, name))
-    share, t, q, passes = method.prediction_share, method.temperature, method.percentile, whole_number("passes", method.passes)
-    if not 0 <= share <= 1: raise HplError(f"prediction_share is {share}; give a number from 0 to 1, such as 0.6.")
-    if not t > 0: raise HplError(f"temperature is {t}; give a number above 0, such as 0.1.")
-    if q is None: return
-    if not 0 <= q <= 100: raise HplError(f"percentile is {q}; give a number from 0 to 100, such as 95, or None to keep the threshold.")
-    if passes == 1: raise HplError("the variance of one pass is 0: give passes=2 or more, or percentile=None to keep the threshold.")
 
 # %% ../../nbs/66_methods.simregmatch.ipynb #47c090f5
 @torch.no_grad()
-def calibrated(
-    method:SimRegMatch, # its settings, network and last labelled batch
-    features:Tensor, # of passes over the weak view, (T, m, d)
-)->tuple[Tensor, Tensor]: # pseudo-labels and u, (m, K) each
-    "Mean and variance of the predictions, and the mean moved towards the labels of similar samples."
-    (v, u), reference = mean_and_variance(method.regressor.head(features)), method.reference
+def calibrated(method:SimRegMatchMethod, features:Tensor)->tuple[Tensor, Tensor]:
+    "Pseudo-labels and u, (m, K) each, of features (T, m, d): the mean prediction moved towards the labels of similar samples."
+    (v, u), reference, s = mean_and_variance(method.regressor.head(features)), method.reference, method.settings
     if reference.y is None: return v, u
     known, y = reference.features.to(features), reference.y.to(features) # also where the method has moved since
-    similar = similarity_labels(features.mean(0), known, y, method.temperature)
-    return method.prediction_share*v + (1 - method.prediction_share)*similar, u
+    similar = similarity_labels(features.mean(0), known, y, s.temperature)
+    return s.prediction_share*v + (1 - s.prediction_share)*similar, u
 
 # %% ../../nbs/66_methods.simregmatch.ipynb #987b94ea
 @torch.no_grad()
-def passing(
-    method:SimRegMatch, # its threshold, which is moved
-    u:Tensor, # (m, K)
-)->tuple[Tensor, Tensor]: # mask of ones and zeros, (m, K), and the share of ones, a scalar of at least 1e-9
-    "Which pseudo-labels pass the threshold; it then becomes the percentile of this batch."
-    mask = (u < method.threshold).to(u.dtype)
-    if method.percentile is not None:
-        method.threshold.copy_(torch.quantile(method.gather(u), method.percentile/100, dim=0))
+def passing(method:SimRegMatchMethod, u:Tensor)->tuple[Tensor, Tensor]:
+    "Mask (m, K) of what passes the threshold, and its share, at least 1e-9; the threshold becomes the percentile of this batch."
+    mask, percentile = (u < method.threshold).to(u.dtype), method.settings.percentile
+    if percentile is not None: method.threshold.copy_(torch.quantile(method.gather(u), percentile/100, dim=0))
     return mask, method.reduce(mask.mean()).clamp_min(1e-9)

@@ -25,7 +25,7 @@ from ..data.core import SemiSupervisedData
 from .core import Method, MethodSettings, adam, frozen_copy
 from ..models import Head, Regressor
 from ..settings import change
-from ..trainer import OptimizerSettings
+from ..training.state import OptimizerSettings
 
 # %% auto #0
 __all__ = ['SSDKL', 'SSDKLMethod']

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -16,30 +18,24 @@ from torch.optim import Optimizer
 from ..core import HplError, not_negative, whole_number
 from ..data.core import SemiSupervisedData
 from ..loss import labelled_loss
-from .core import Method, adam, joined_rows
+from .core import Method, MethodSettings, adam, joined_rows
 from ..models import Head, Regressor
-from ..trainer import OptimizerSettings
+from ..settings import change
+from ..training.state import OptimizerSettings
 
 # %% auto #0
-__all__ = ['PairHead', 'pair_loss', 'loop_loss', 'evenly_spaced', 'labelled_anchors', 'TNNR', 'pair_and_loop_losses',
-           'anchor_estimates']
+__all__ = ['pair_loss', 'loop_loss', 'TNNR', 'TNNRMethod']
 
 # %% ../../nbs/65_methods.tnnr.ipynb #52ab1b66
 class PairHead(nn.Module):
-    "F of all pairs of two sets of rows: layers on concatenated features."
-    def __init__(self,
-        num_features:int, # d, of one row
-        outputs:int, # K
-        hidden:int=0, # ReLUs between the pair and F; 0: F is linear
-    ):
+    "F of all pairs of two sets of rows: layers on concatenated features; `hidden=0`: F is linear."
+    def __init__(self, num_features:int, outputs:int, hidden:int=0):
         super().__init__()
         self.pair = Head(2*num_features, hidden or outputs)
         self.rest = nn.Sequential(nn.ReLU(), Head(hidden, outputs)) if hidden else nn.Identity()
 
-    def forward(self,
-        a:Tensor, # features (p, d)
-        b:Tensor, # features (q, d)
-    )->Tensor: # F(a, b), (p, q, K)
+    def forward(self, a:Tensor, b:Tensor)->Tensor:
+        "F(a, b), (p, q, K), of features (p, d) and (q, d)."
         with torch.autocast(a.device.type, enabled=False):
             first, second = self.pair.weight.chunk(2, dim=1)
             return self.rest(linear(a, first)[:, None] + linear(b, second, self.pair.bias))
@@ -67,39 +63,44 @@ def loop_loss(
     return square.mean()/9
 
 # %% ../../nbs/65_methods.tnnr.ipynb #b2d50245
-def evenly_spaced(
-    values:np.ndarray, # (n,)
-    count:int, # how many to take; at most n are
-)->np.ndarray: # their positions
+def evenly_spaced(values:np.ndarray, count:int)->np.ndarray:
     "Positions of the middle ones of `count` equal parts of the sorted values."
     count = min(count, len(values))
     return np.argsort(values, kind="stable")[((np.arange(count) + .5)*len(values)/count).astype(int)]
 
 # %% ../../nbs/65_methods.tnnr.ipynb #abd9de1b
-def labelled_anchors(
-    data:SemiSupervisedData, # with n labelled rows
-    count:int|None, # A, at most; None: n
-)->tuple[Tensor, Tensor]: # plain views, and normalised labels (A, K)
-    "Labelled rows evenly spaced in the order of their labels; of several labels the mean counts."
+def labelled_anchors(data:SemiSupervisedData, count:int|None)->tuple[Tensor, Tensor]:
+    "Plain views and normalised labels (A, K) of labelled rows, evenly spaced in the order of their labels' means; None: of all."
     y = data.normalizer.normalize(data.targets[data.labelled])
     chosen = evenly_spaced(y.mean(1), count or len(y))
     return data.plain(data.inputs[data.labelled[chosen]], None), torch.from_numpy(y[chosen]).float()
 
 # %% ../../nbs/65_methods.tnnr.ipynb #7a4a153b
-class TNNR(Method):
+@dataclass(frozen=True)
+class TNNR(MethodSettings):
     "Twin neural network regression: learns differences, closes loops, predicts from labelled anchors."
+    short:ClassVar[str] = "tnnr"
+    unlabelled_weight:float=.1 # Lambda, of the loop loss
+    hidden:int=0 # hidden units of F; 0: linear, as in the deep version
+    anchors:int|None=32 # labelled rows that predictions count from, at most; None: all, as in the original
+
+    def build(self, regressor:Regressor)->TNNRMethod: return TNNRMethod(regressor, self)
+    def candidates(self)->list[TNNR]:
+        "Either F with a small and a large weight."
+        return [change(self, **values) for values in ({}, {"unlabelled_weight": 1.}, {"hidden": 64}, {"hidden": 64, "unlabelled_weight": 1.})]
+
+    def check(self)->None:
+        not_negative("unlabelled_weight", self.unlabelled_weight), whole_number("hidden", self.hidden, 0)
+        if self.anchors is not None: whole_number("anchors", self.anchors)
+
+# %% ../../nbs/65_methods.tnnr.ipynb #f139ad4f
+class TNNRMethod(Method):
+    "Trains the body and F; the regressor's own head is frozen and not used."
     needs = {"labelled": ("weak",), "unlabelled": ("weak",)}
 
-    def __init__(self,
-        regressor:Regressor, # its body is trained; its head is frozen and not used
-        unlabelled_weight:float=.1, # Lambda, of the loop loss
-        hidden:int=0, # hidden units of F; 0: linear, as in the deep version
-        anchors:int|None=32, # labelled rows that predictions count from, at most; None: all, as in the original
-    ):
-        super().__init__(regressor)
-        self.unlabelled_weight, self.hidden, self.anchors = not_negative("unlabelled_weight", unlabelled_weight), hidden, anchors
-        whole_number("hidden", hidden, 0), anchors is None or whole_number("anchors", anchors)
-        self.pair_head = PairHead(regressor.head.in_features, regressor.head.out_features, hidden)
+    def __init__(self, regressor:Regressor, settings:TNNR=TNNR()):
+        super().__init__(regressor, settings)
+        self.pair_head = PairHead(regressor.head.in_features, regressor.head.out_features, settings.hidden)
         regressor.head.requires_grad_(False)
         for name in ("anchor_inputs", "anchor_labels"): self.register_buffer(name, None)
 
@@ -108,7 +109,7 @@ class TNNR(Method):
 
     def prepare(self, data:SemiSupervisedData)->SemiSupervisedData:
         "Keep the anchors."
-        self.anchor_inputs, self.anchor_labels = labelled_anchors(data, self.anchors)
+        self.anchor_inputs, self.anchor_labels = labelled_anchors(data, self.settings.anchors)
         return data
 
     def training_step(self, batch:Mapping[str, Mapping[str, Tensor]])->dict[str, Tensor]:
@@ -122,24 +123,17 @@ class TNNR(Method):
     def inspect(self, weak:Tensor, strong:Tensor)->dict[str, Tensor]:
         return {"pseudo_label": self.predict(weak), "strong_prediction": self.predict(strong)}
 
-# %% ../../nbs/65_methods.tnnr.ipynb #f139ad4f
-def pair_and_loop_losses(
-    method:TNNR, # its pair head and Lambda
-    features:Tensor, # of n labelled and then the unlabelled rows
-    y:Tensor, # labels of the n, (n, K)
-)->dict[str, Tensor]: # "labelled" and "unlabelled"
-    "Both losses from one matrix of differences."
+# %% ../../nbs/65_methods.tnnr.ipynb #a8b1cbe8
+def pair_and_loop_losses(method:TNNRMethod, features:Tensor, y:Tensor)->dict[str, Tensor]:
+    "Both losses from one matrix of differences: features of n labelled and then the unlabelled rows, labels of the n."
     differences, n = method.pair_head(features, features), len(y)
     if n < 2: raise HplError("TNNR learns from pairs, and a batch has one labelled row; raise labelled_batch or lower accumulate.")
     loops = loop_loss(differences, differences[:, n:], differences[n:])
-    return {"labelled": pair_loss(differences[:n, :n], y), "unlabelled": method.unlabelled_weight*loops}
+    return {"labelled": pair_loss(differences[:n, :n], y), "unlabelled": method.settings.unlabelled_weight*loops}
 
-# %% ../../nbs/65_methods.tnnr.ipynb #a8b1cbe8
-def anchor_estimates(
-    method:TNNR, # that has its anchors
-    x:Tensor, # a batch
-)->Tensor: # (b, anchors, K), normalised units
-    "What each anchor says of each row: F(x, a)/2 - F(a, x)/2 + y_a."
+# %% ../../nbs/65_methods.tnnr.ipynb #63136fca
+def anchor_estimates(method:TNNRMethod, x:Tensor)->Tensor:
+    "What each anchor says of each row, F(x, a)/2 - F(a, x)/2 + y_a: (b, anchors, K), normalised units."
     if method.anchor_inputs is None: raise HplError("TNNR counts from labelled rows and has none yet; call fit, or prepare(data).")
     rows, anchors = method.regressor.features(x), method.regressor.features(method.anchor_inputs)
     between = method.pair_head(rows, anchors) - method.pair_head(anchors, rows).transpose(0, 1)

@@ -19,7 +19,7 @@ from ..data.core import SemiSupervisedData
 from ..loss import pseudo_label_nll, pseudo_label_weight
 from .core import Method, MethodSettings, adam, dropout_features, require_dropout, sample_record
 from ..models import Head, Regressor
-from ..trainer import OptimizerSettings
+from ..training.state import OptimizerSettings
 
 # %% auto #0
 __all__ = ['labelled_terms', 'unlabelled_terms', 'UCVME', 'UCVMEMethod']
