@@ -17,13 +17,13 @@ from PIL import Image, ImageDraw
 
 from . import figures, metrics
 from .core import HplError
-from .experiment import Experiment, read_experiment, run_path
+from .experiment import Experiment, read_experiment
 from .figures import show
 from .methods.known import known_methods
-from .report import beside_paper, compact, errors_of, joined_logs, one_of_each, pseudo_labels, results_frame, results_table
-from .runner import is_finished
+from .report import (beside_paper, compact, errors_of, finished_runs, joined_logs, one_of_each, pseudo_labels, results_frame,
+                           results_table)
 from .settings import differences
-from .training.run import Run, load_run
+from .training.run import Run
 
 # %% auto #0
 __all__ = ['listed', 'stored_runs', 'how_made', 'where_wrong', 'does_it_know', 'within_groups', 'did_it_help', 'CloseLook',
@@ -41,11 +41,12 @@ def listed(
 def stored_runs(
     experiments:Sequence[Experiment], # wanted ones
     store:str|Path, # top folder of stored runs
-)->list[Run]: # those that are there
+)->list[Run]: # of the same dataset, label ratio, method and seed, whatever their size and length
     "Read the runs that are there, and train none; without any, `HplError`."
-    folders = [run_path(experiment, store) for experiment in experiments]
-    there = [load_run(folder) for folder in folders if is_finished(folder)]
-    if there: return there
+    there = {(name, *(run.config[key] for key in ("label_ratio", "method", "seed"))): run
+             for name in {experiment.data.short for experiment in experiments} for run in finished_runs(Path(store).rglob(name))}
+    wanted = [(experiment.data.short, experiment.data.label_ratio, experiment.method.title, experiment.seed) for experiment in experiments]
+    if found := [there[key] for key in wanted if key in there]: return found
     names = ", ".join(dict.fromkeys(experiment.method.title for experiment in experiments))
     raise HplError(f"there is no stored run of {names}: set `root` to the folder of the data, and train.")
 
@@ -57,7 +58,7 @@ def how_made(
     lines = {}
     for run in runs:
         where = f" on {run.environment['hardware']}" if run.environment else ""
-        given = f": `{_given(read_experiment(run.config['experiment']))}`"
+        given = f": `{_given(run)}`"
         way = f"{run.metrics['epochs']} epochs, {run.metrics['steps']:,} steps{where}{given if given != ': ``' else ''}"
         lines.setdefault(way, {}).setdefault(run.config["method"], []).append(str(run.config["seed"]))
     who = {way: ", ".join(f"**{name}** (seed {', '.join(seeds)})" for name, seeds in methods.items()) for way, methods in lines.items()}
@@ -65,9 +66,10 @@ def how_made(
     text = "\n".join(f"- {names}: {way}" for way, names in who.items())
     return text + "\n\nThis is **one seed**: nothing here says how far another would be from it."*one
 
-def _given(experiment):
+def _given(run):
     "What differs from the dataset's own settings and the method's preset; files by their names alone."
-    presets = (known for known in known_methods().values() if known.title == experiment.method.title)
+    experiment = read_experiment(run.config["experiment"])
+    presets = (known for known in known_methods().values() if known.title == run.config["method"])
     usual = Experiment(type(experiment.data)(), next(presets, type(experiment.method)()), seed=experiment.seed)
     return ", ".join(f"{name}={new!r}" for name, (_, new) in differences(usual, experiment).items())
 
