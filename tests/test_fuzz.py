@@ -211,7 +211,7 @@ def read_weights(path): return _load_trunk(small_trunk(), path)
 SMALL = Train(epochs=2, iterations_per_epoch=2, streams=StreamSettings(4, 4), optimizer=OptimizerSettings(1e-2, 1e-2))
 
 
-def method(): return Supervised(mlp(3, (4,)))
+def method(): return Supervised().build(mlp(3, (4,)))
 
 
 def array_data():

@@ -237,7 +237,7 @@ READERS = {
     "checkpoint": given(read_checkpoint, "last.pt"), "checkpoints of a run": both_checkpoints,
     "best of a run": lambda template, folder, content: Predictor.from_folder(
         run_copy(template, folder, "checkpoints/best.pt", content), make("Supervised", 0, dense), vectors()),
-    "predictor": given(lambda path: Predictor.load(path, Supervised(mlp(3))), "m.safetensors"),
+    "predictor": given(lambda path: Predictor.load(path, Supervised().build(mlp(3))), "m.safetensors"),
     "estimator": given(SemiSupervisedRegressor.load, "m.safetensors"),
     "weights.pth": given(lambda path: resnet(18, weights=path), "w.pth"),
     "weights.safetensors": given(lambda path: resnet(18, weights=path), "w.safetensors"),
