@@ -19,8 +19,7 @@ import numpy as np
 from .core import HplError, derive_seed
 
 # %% auto #0
-__all__ = ['FILE', 'S', 'unknown_name', 'Settings', 'field_types', 'change', 'setting_names', 'as_json', 'from_json', 'digest',
-           'flat', 'differences']
+__all__ = ['FILE', 'unknown_name', 'Settings', 'change', 'setting_names', 'as_json', 'from_json', 'digest', 'flat', 'differences']
 
 # %% ../nbs/01_settings.ipynb #ad25af51
 def _fits(value:Any, hint:Any)->bool:
@@ -98,13 +97,13 @@ def field_types(
     return {field.name: hints[field.name] for field in fields(kind)}
 
 # %% ../nbs/01_settings.ipynb #051ead5d
-S = TypeVar("S", bound=Settings)
+_S = TypeVar("_S", bound=Settings)
 
 def change(
-    settings:S, # any
+    settings:_S, # any
     /,
     **changes:Any, # new values, of fields or of fields of the parts
-)->S: # of the same kind
+)->_S: # of the same kind
     "A copy with other values; a setting of a part is named as if it were the whole's own."
     own = {field.name for field in fields(settings)}
     for part in [name for name in own if isinstance(getattr(settings, name), Settings)]:

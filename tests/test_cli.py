@@ -116,16 +116,16 @@ def test_help_fits_a_screen(command, monkeypatch, capsys):
     ("hpl_train hpl_paper utkface --root nowhere", "nowhere", "hpl_nb"), ("hpl_train magic", "mean_teacher", 2),
     ("hpl_train pim rotated_digits --dropout 0", "dropout is 0", "hpl_nb"), ("hpl_train mean_teacher --alpha 1 rotated_digits", "--alpha", 2),
     ("hpl_train mean_teacher --dekay 1 rotated_digits", "--decay", 2), ("hpl_train hpl_paper --outer later rotated_digits", "previous", 2),
-    ("hpl_train hpl_paper --outer_every 2.5 rotated_digits", "outer_every", 2), ("hpl_train hpl_paper rotated_digits --dropout 1.5", "below 1", "hpl_nb"),
-    ("hpl_train hpl_paper rotated_digits --lr_body -1", "lr_body is -1", "hpl_nb"), ("hpl_train pim --passes 0 rotated_digits", "passes is 0", "hpl_nb"),
-    ("hpl_train cadr --threshold 95 rotated_digits", "from 0 to 1", "hpl_nb"), ("hpl_train hpl_paper rotated_digits --epochs many", "epochs", 2),
+    ("hpl_train hpl_paper --outer_every 2.5 rotated_digits", "outer_every", 2), ("hpl_train hpl_paper rotated_digits --dropout 1.5", "below 1", 2),
+    ("hpl_train hpl_paper rotated_digits --lr_body -1", "lr_body is -1", 2), ("hpl_train pim --passes 0 rotated_digits", "passes is 0", 2),
+    ("hpl_train cadr --threshold 95 rotated_digits", "from 0 to 1", 2), ("hpl_train hpl_paper rotated_digits --epochs many", "epochs", 2),
     ("hpl_train supervised rotated_digits --label_ratio 0.001", "raise label_ratio", "hpl_nb"),
     ("hpl_figures nowhere", "no finished run below nowhere", "hpl_nb"), ("hpl_compare rotated_digits --epoch 3", "--epochs", 2),
     ("hpl_compare rotated_digits --methods magic", "mean_teacher", "hpl_nb"), ("hpl_compare rotated_digits --seeds 0 x", "seeds", 2),
     ("hpl_compare rotated_digits --label_ratios 5%", "label_ratios", 2), ("hpl_compare rotated_digits --jobs 0", "jobs is 0", "hpl_nb"),
     ("hpl_compare rotated_digits --methods supervised pim --dropout 0", "dropout is 0", "hpl_nb"),
     ("hpl_compare rotated_digits --backend cloud", "processes", 2), ("hpl_queue tpu", "cpu", 2),
-    ("hpl_queue cpu --stsb PAIRS --vectors nowhere", "pass --vectors", "hpl_nb"), ("hpl_bench --rounds 0", "rounds is 0", "hpl_nb"),
+    ("hpl_queue cpu --stsb PAIRS --vectors nowhere", "pass --vectors", "hpl_nb"), ("hpl_bench --rounds 0", "rounds is 0", 2),
     ("hpl_bench --methods Baseline", "PseudoLabel", "hpl_nb"), ("hpl_bench --end_to_end --pixels gpu", "device", 2)])
 def test_bad_arguments_cost_a_sentence(line, says, code, tmp_path, monkeypatch, capsys):
     "Before the first run, and nothing is written; a wrong name is answered with the nearest ones."

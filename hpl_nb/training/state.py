@@ -63,11 +63,11 @@ class Trainable(Protocol):
 @dataclass(frozen=True)
 class OptimizerSettings(Settings):
     "Adam for body and head, and a step schedule for all of a method's optimisers."
-    lr_body:float=1e-4 # B.3
-    lr_head:float=1e-3 # B.3
-    weight_decay_body:float=0. # release: 1e-3 (UTKFace), 1e-5 (IMDB-WIKI, STS-B)
-    weight_decay_head:float=0. # release: 1e-3, 0, 1e-5
-    decay_every:int|None=None # epochs after which all learning rates are multiplied by `decay`; release: 10 on images
+    lr_body:float=1e-4 # learning rate (B.3)
+    lr_head:float=1e-3 # learning rate (B.3)
+    weight_decay_body:float=0. # release: by dataset
+    weight_decay_head:float=0. # release: by dataset
+    decay_every:int|None=None # epochs between decays of all rates
     decay:float=.1 # that factor
 
     def check(self)->None:
@@ -78,7 +78,7 @@ class OptimizerSettings(Settings):
 @dataclass(frozen=True)
 class Train(Settings):
     "How long, how fast, and what is kept."
-    epochs:int=30 # B.3
+    epochs:int=30 # (B.3)
     epoch_of:Literal["unlabelled", "labelled"]="unlabelled" # an epoch is one pass over these rows (D13)
     iterations_per_epoch:int|None=None # overrides `epoch_of`
     streams:StreamSettings=field(default_factory=StreamSettings) # batch sizes and order
