@@ -57,11 +57,12 @@ def unknown_name(
     name:str, # as typed
     known:list[str], # what there is
     owner:str, # whose names they are
+    kind:str="setting", # what is named
 )->HplError: # to be raised
     "The error for a name that does not exist: it suggests the nearest one."
     nearest = get_close_matches(name, known, 1, 0)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    return HplError(f"{owner} has no setting {name!r}; {hint}It has {', '.join(known) or 'none'}.")
+    return HplError(f"{owner} has no {kind} {name!r}; {hint}It has {', '.join(known) or 'none'}.")
 
 # %% ../nbs/01_settings.ipynb #c4b1674d
 FILE = {"file": True} # metadata of a field that names a file: the file's name decides, not its folder
