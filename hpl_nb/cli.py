@@ -46,7 +46,9 @@ def _choice(values:Mapping[str, Any])->Any:
     "A subcommand for each dataclass, or for each value, which gives its defaults."
     def about(value): return re.split("[;:,.(]", value.__doc__)[0]
     if all(isinstance(value, type) for value in values.values()):
-        return Union[tuple(Annotated[value, tyro.conf.subcommand(name, description=about(value), prefix_name=False)] for name, value in values.items())]
+        kinds = [Annotated[value, tyro.conf.subcommand(name, description=about(value), prefix_name=False)]
+                 for name, value in values.items()]
+        return Union[tuple(kinds)] # noqa: UP007
     return tyro.extras.subcommand_type_from_defaults(values, {name: about(value) for name, value in values.items()}, prefix_names=False,
                                                      sort_subcommands=False)
 

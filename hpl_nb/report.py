@@ -209,7 +209,8 @@ def write_results(
     "Print the table; write results, predictions and report."
     folder, results = Path(folder), results_frame(runs)
     predictions = pd.concat([run.predictions for run in runs if len(run.predictions)], ignore_index=True)
-    atomic_write(folder/"results.csv", lambda file: file.write(results.drop(columns=["benchmark", "in_paper"]).to_csv(index=False).encode()))
+    rows = results.drop(columns=["benchmark", "in_paper"]).to_csv(index=False).encode()
+    atomic_write(folder/"results.csv", lambda file: file.write(rows))
     atomic_write(folder/"predictions.parquet", lambda file: predictions.to_parquet(file, index=False))
     report(runs, folder/"report.html", title)
     print(compact(results_table(results)).to_string(index=False))

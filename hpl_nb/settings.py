@@ -130,10 +130,10 @@ def as_json(
     if isinstance(settings, Path): return str(settings)
     if not isinstance(settings, Settings): return settings
     out:dict[str, Any] = {"kind": type(settings).__name__}
-    for field in fields(settings):
-        if compared and not field.compare: continue
-        value = as_json(getattr(settings, field.name), compared)
-        out[field.name] = Path(value).name if compared and "file" in field.metadata and value else value
+    for part in fields(settings):
+        if compared and not part.compare: continue
+        value = as_json(getattr(settings, part.name), compared)
+        out[part.name] = Path(value).name if compared and "file" in part.metadata and value else value
     return out
 
 # %% ../nbs/01_settings.ipynb #5c9f3e11

@@ -95,6 +95,6 @@ def merge_runs(
     return new
 
 def _different(run, other):
-    pairs = [(f"{part} {name}", ours.get(name), theirs.get(name)) for part, ours, theirs in (
-        ("config", run_summary(run)["config"], other.config), ("metrics", run.metrics, other.metrics)) for name in ours if name != "seconds"]
+    parts = ("config", run_summary(run)["config"], other.config), ("metrics", run.metrics, other.metrics)
+    pairs = [(f"{part} {name}", ours.get(name), theirs.get(name)) for part, ours, theirs in parts for name in ours if name != "seconds"]
     return ", ".join(f"{name} is {a} and {b}" for name, a, b in pairs if a != b)

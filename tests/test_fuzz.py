@@ -53,6 +53,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hpl_nb.pipeline import read_protocol, store_run
 from PIL import Image
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
@@ -72,7 +73,6 @@ from hpl_nb.data.utkface import utkface
 from hpl_nb.estimator import SemiSupervisedRegressor
 from hpl_nb.methods.core import Supervised
 from hpl_nb.models import _load_trunk, mlp
-from hpl_nb.pipeline import read_protocol, store_run
 from hpl_nb.predictor import Predictor, checksum
 from hpl_nb.training.checkpoint import read_place
 from hpl_nb.training.loop import fit

@@ -23,7 +23,8 @@ from .columns import FRAME_WORDS, Words, fit_encoder, require_columns
 from .core import (
     SPLITS, BatchView, SemiSupervisedData, StreamSettings, View, announce, content_keys, row_error, row_numbers, row_owners, split_rows)
 from hpl_nb.data.images import (
-    ImageFiles, ImageSource, ImageViews, exact_count, find_images, image_data, is_below, randaugment_mc_views, repeated_rows, require_images,
+    ImageFiles, ImageSource, ImageViews, exact_count, find_images, image_data, is_below, randaugment_mc_views, repeated_rows,
+    require_images,
     unlisted_images)
 from .tables import first_kind, label_problems, read_table, split_problems
 from ..settings import Settings
