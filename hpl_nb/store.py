@@ -22,12 +22,12 @@ from .training.run import Run, load_run
 __all__ = ['store_run', 'run_folders', 'merge_runs']
 
 # %% ../nbs/76b_store.ipynb #ddb3e521
-def run_summary(run:Run)->dict[str, Any]:
+def run_summary(run:Run, source:str|Path="")->dict[str, Any]: # source: where it is, for errors
     "All of a run but its predictions, as plain values."
     config = dict(run.config)
     if "experiment" in config:
         try: config["experiment"] = without_folders(read_experiment(config["experiment"]))
-        except HplError as error: raise HplError(f"a run of your own classes cannot be stored ({error}); keep its folder.") from error
+        except HplError as error: raise HplError(f"{source} cannot be stored ({error}); keep a run of your own classes in its folder.") from error
     log = {name: [_rounded(value) for value in values] for name, values in run.log.to_dict("list").items()}
     return {"config": config, "environment": run.environment, "metrics": run.metrics, "log": log}
 
@@ -66,7 +66,7 @@ def store_run(
     if predictions and len(run.predictions):
         table = thin_predictions(run)
         atomic_write(target.with_suffix(".parquet"), lambda file: table.to_parquet(file, index=False, compression="zstd"))
-    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(part)}" for name, part in run_summary(run).items())
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(part)}" for name, part in run_summary(run, source).items())
     return atomic_write(target, lambda file: file.write(f"{{\n{lines}\n}}\n".encode()))
 
 # %% ../nbs/76b_store.ipynb #82f93e20
@@ -88,13 +88,14 @@ def merge_runs(
     new = []
     for folder in run_folders([source]):
         run, place = load_run(folder), Path(store)/folder.relative_to(source)
-        if not RunFolder(place).stored.exists(): new.append(store_run(folder, place, run.config["seed"] in seeds))
-        elif different := _different(run, load_run(place)):
+        if not RunFolder(place).stored.exists(): new.append(store_run(folder, place, run.config.get("seed") in seeds))
+        elif different := _different(run_summary(run, folder), load_run(place)):
             raise HplError(f"{folder} and {RunFolder(place).stored} are two results of one run: {different}. "
                            "Delete the one that you do not want.")
     return new
 
-def _different(run, other):
-    parts = ("config", run_summary(run)["config"], other.config), ("metrics", run.metrics, other.metrics)
-    pairs = [(f"{part} {name}", ours.get(name), theirs.get(name)) for part, ours, theirs in parts for name in ours if name != "seconds"]
+def _different(ours, other):
+    parts = ("config", other.config), ("metrics", other.metrics)
+    pairs = [(f"{part} {name}", ours[part].get(name), theirs.get(name))
+             for part, theirs in parts for name in ours[part] if name != "seconds"]
     return ", ".join(f"{name} is {a} and {b}" for name, a, b in pairs if a != b)
