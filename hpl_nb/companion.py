@@ -31,11 +31,12 @@ __all__ = ['listed', 'stored_runs', 'how_made', 'where_wrong', 'does_it_know', '
 
 # %% ../nbs/81_companion.ipynb #ec7b086c
 def listed(
-    text:str|int, # separated by commas
+    text:str|int, # of a parameter
     kind:Callable[[str], Any]=str, # of each, such as int or `method_named`
+    sep:str=",", # what separates them
 )->list[Any]: # in order
     "The items of a notebook's parameter."
-    try: return [kind(item.strip()) for item in str(text).split(",") if item.strip()]
+    try: return [kind(item.strip()) for item in str(text).split(sep) if item.strip()]
     except ValueError as error: raise HplError(f"{text!r} is no list of numbers; separate numbers by commas, such as 0,1,2.") from error
 
 def stored_runs(
@@ -205,7 +206,8 @@ class CloseLook(_Training):
 
     def boxes(self, width=None):
         figure = figures.pseudo_label_boxplots(self.mine, width=width or self.width, unit=self.unit, methods=self.order)
-        return self._shown(figure, f"Pseudo-labels of {self.ours} by true {self.label}, a box for each group, under a histogram of the labels.")
+        alt = f"Pseudo-labels of {self.ours} by true {self.label}, a box for each group, under a histogram of the labels."
+        return self._shown(figure, alt)
 
     def errors(self, metric="mse", **axis):
         figure = figures.group_error_lines(self.groups, metric, self.unit, self.order).update_yaxes(**axis)
