@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
 from IPython.display import Markdown
 from scipy.stats import t as student
 
@@ -20,6 +19,7 @@ from . import figures, metrics
 from .companion import listed, within_groups
 from .data.stsb import STSB
 from .experiment import Experiment, benchmark_of, text_schedule
+from .figures import show
 from .methods.known import method_named
 from .report import joined_logs, one_of_each, pseudo_labels, results_frame
 from .runner import run_all
@@ -160,6 +160,17 @@ def _against(table): return metrics.paired_test(table.assign(method=table["varia
 def _texts(table, column, digits=2):
     return [metrics.format_mean_sd(*pair, digits=digits) for pair in zip(table[f"{column}_mean"], table[f"{column}_sd"])]
 
+def read_variants(path, variants)->tuple[pd.DataFrame, dict[str, str]]:
+    "Their rows of a table that `measured` made, and the words of each."
+    table, what = pd.read_csv(path), {variant.key: variant.what for variant in variants}
+    table = table[table["variant"].isin(what)].reset_index(drop=True)
+    return table, {key: words for key, words in what.items() if key in {*table["variant"]}}
+
+def counted(table)->Markdown:
+    seeds = sorted(table["seed"].unique())
+    return Markdown(f"{table['variant'].nunique()} variants, {len(seeds)} seeds each ({', '.join(map(str, seeds))}), "
+                    f"{table['dataset'].iloc[0]}.")
+
 def table_four(table, paper)->pd.DataFrame:
     "The three parts of the method, beside the paper's numbers on IMDB-WIKI."
     wide = paper.query("dataset == 'imdb_wiki' and table in ['Table 2', 'Table 4']").pivot_table(
@@ -169,28 +180,31 @@ def table_four(table, paper)->pd.DataFrame:
     theirs = wide.loc[["PseudoLabel", "JointUncertainty", "HPL"]].set_axis(names).iloc[:, :2]
     return pd.DataFrame({"ours": ours}, index=names).join(theirs)
 
-def seeds_chart(rows, column, title, across, at=0., spread=0.)->go.Figure:
+# %% ../nbs/81b_ablation.ipynb #ab1a7013
+def seeds_chart(rows, column, title, across, alt, at=0., spread=0., **axis):
     "Every seed, mean and standard deviation, beside a value to compare with."
     chart = figures.results_chart(metrics.summarise(rows, by=["method"], columns=[column]), rows, column)
-    return figures.reference(chart, at, spread).update_layout(title_text=title).update_xaxes(title=across)
+    return show(figures.reference(chart, at, spread).update_layout(title_text=title).update_xaxes(title=across, **axis), alt)
 
-def differences_chart(table, order)->go.Figure:
-    wide = table.pivot(index="seed", columns="variant", values="mae")
+def differences_chart(table, what):
+    wide, order = table.pivot(index="seed", columns="variant", values="mae"), [key for key in what if key not in ("paper", "BL + UL")]
     shown = wide[order].sub(wide["paper"], axis=0).melt(ignore_index=False, var_name="method", value_name="difference").reset_index()
     return seeds_chart(shown, "difference", "Test MAE minus that of the paper's preset",
-                       "difference (label units); left of the line: better")
+                       "difference (label units); left of the line: better",
+                       "Difference of each variant's test error from the paper's preset: seeds, mean and standard deviation.")
 
-def knowledge_chart(table)->go.Figure:
+def knowledge_chart(table):
     known = table.dropna(subset="spearman_error").drop(columns="method").rename(columns={"variant": "method"})
-    chart = seeds_chart(known, "spearman_error", "Does the variance know the error?", "rank correlation of z with the true error")
-    return chart.update_xaxes(range=[-.5, 1])
+    return seeds_chart(known, "spearman_error", "Does the variance know the error?", "rank correlation of z with the true error",
+                       "Rank correlation of the log-variance with the true error, of each variant.", range=[-.5, 1])
 
 # %% ../nbs/81b_ablation.ipynb #70449832
 def all_numbers(table, what)->pd.DataFrame:
     "One row per variant; `what` has the words of each key, in order."
     keys, test, means = [*what], _against(table), table.groupby("variant")[["spearman_error", "weight"]].mean()
     shown = test.assign(difference=_texts(test, "difference"), better=test["wins"].astype(str) + " of " + test["n"].astype(str),
-                        p=test["p_holm"].map("{:.2f}".format).str.replace("nan", "same")).reindex(keys)[["difference", "better", "p"]].fillna("")
+                        p=test["p_holm"].map("{:.2f}".format).str.replace("nan", "same"))
+    shown = shown[["difference", "better", "p"]].reindex(keys).fillna("")
     return pd.DataFrame({
         "what changes": what, "MAE": _texts(_spread(table).loc[keys], "mae"), "difference": shown["difference"],
         "better at": shown["better"], "p (Holm)": shown["p"], "Spearman": means.loc[keys, "spearman_error"].round(2),
@@ -221,11 +235,12 @@ def read_attempts(path)->tuple[pd.DataFrame, pd.DataFrame, list[str]]:
     searched, tested = (rows[rows["stage"] == stage].drop(columns="method") for stage in ("search", "test"))
     return searched, tested, list(dict.fromkeys(tested["variant"]))
 
-def attempts_chart(searched, keys)->go.Figure:
+def attempts_chart(searched, keys):
     "Validation errors in the order of `keys`, beside mean and spread of the paper's preset."
     rows = searched.assign(method=pd.Categorical(searched["variant"], keys)).sort_values("method", kind="stable").astype({"method": str})
     middle, sd = searched.loc[searched["variant"] == "paper", "val_mae"].agg(["mean", "std"])
-    return seeds_chart(rows, "val_mae", "What was tried, on the seeds of the search", "validation MAE (label units)", middle, sd)
+    return seeds_chart(rows, "val_mae", "What was tried, on the seeds of the search", "validation MAE (label units)",
+                       "Validation error of each attempt on the seeds of the search, with the band of the paper's preset.", middle, sd)
 
 def attempts_table(searched, tested, what, digits=2)->pd.DataFrame:
     "One row for each attempt: the seeds of the search, and the test error of those that were chosen."
@@ -280,13 +295,23 @@ class Learners:
         self.runs = [run for run in runs if run.config["settings"].get("kind") == "HPL"]
         self.names, self.about = [*dict.fromkeys(run.config["method"] for run in self.runs)], learnt(self.runs)
 
-    def first(self, dataset): return one_of_each([run for run in self.runs if run.config["dataset"].lower() == dataset])
-    def variances(self, dataset): return figures.log_variance_curves(joined_logs(self.first(dataset)), self.names)
-    def knowledge(self, dataset): return figures.learning_curves(joined_logs(self.first(dataset)), "spearman_error", methods=self.names)
+    def first(self, dataset):
+        return one_of_each([run for run in self.runs if run.config["dataset"].lower() == dataset.replace("-", "").lower()])
+
+    def variances(self, dataset):
+        return show(figures.log_variance_curves(joined_logs(self.first(dataset)), self.names),
+                    f"{dataset}: mean and spread of the log-variance over training, and the mean weight.")
+
+    def knowledge(self, dataset):
+        return show(figures.learning_curves(joined_logs(self.first(dataset)), "spearman_error", methods=self.names),
+                    f"{dataset}: rank correlation of the log-variance with the true error over the epochs.")
+
     def calibration(self, dataset):
         diagram = figures.reliability_diagram(metrics.reliability(pseudo_labels(self.first(dataset))), methods=self.names)
-        return diagram.update_layout(title_text=self.first(dataset)[0].config["dataset"])
+        return show(diagram.update_layout(title_text=self.first(dataset)[0].config["dataset"]),
+                    f"{dataset}: mean squared error of the pseudo-labels in bins of the learned variance.")
 
+# %% ../nbs/81b_ablation.ipynb #ab1a7012
 def learnt(runs)->pd.DataFrame:
     "Means over the seeds by dataset and method."
     def row(run):

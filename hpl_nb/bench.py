@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
 from multiprocessing import get_context
@@ -138,7 +138,7 @@ def peak_memory()->float: # MB
 def bench_modes(names:Sequence[str])->list[str]:
     "What is measured: PseudoLabel and the methods that are named, or all."
     for name in names:
-        if name not in benched(): raise unknown_name(name, [*benched()], "methods")
+        if name not in benched(): raise unknown_name(name, [*benched()], "hpl_bench", "method")
     return list(dict.fromkeys(["PseudoLabel", *names])) if names else [*benched()]
 
 def bench_table(rows:pd.DataFrame)->pd.DataFrame:
@@ -196,8 +196,8 @@ def our_loop(bench:Bench, method:MethodSettings, root:str|Path, cache:str)->Loop
     "A method as `hpl_train` trains it."
     faces = UTKFace(str(root), label_ratio=.25, size=bench.size, labelled_count="exact", pixels=bench.pixels, cache=str(cache))
     steps = 10**6 # more than are ever taken
-    train = change(benchmark_of(faces).train, epochs=1, iterations_per_epoch=steps, labelled_batch=bench.batch, unlabelled_batch=bench.batch,
-                   precision=bench.precision)
+    train = change(benchmark_of(faces).train, epochs=1, iterations_per_epoch=steps, labelled_batch=bench.batch,
+                   unlabelled_batch=bench.batch, precision=bench.precision)
     experiment = Experiment(faces, method, ResNet(bench.depth, dropout=.05, compile=bench.compile), train)
     data = experiment.load()
     training = open_training(experiment.build(data), data, train)
@@ -298,8 +298,10 @@ def release_loop(bench:Bench, root:str|Path, device:torch.device)->Loop:
 def measure_loops(bench:Bench)->pd.DataFrame: # loop, round, seconds of five iterations, seconds waited
     "Measure ours, with both presets, in turns with a loop that is written like the release's; each loader of it has `workers` processes."
     with tempfile.TemporaryDirectory() as folder:
-        root, device = bench.root or made_up_faces(Path(folder), 40*bench.batch), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        loops = {name: our_loop(bench, method, root, folder) for name, method in (("HPL paper", HPL.paper()), ("HPL release", HPL.release()))}
+        root = bench.root or made_up_faces(Path(folder), 40*bench.batch)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        methods = {"HPL paper": HPL.paper(), "HPL release": HPL.release()}
+        loops = {name: our_loop(bench, method, root, folder) for name, method in methods.items()}
         loops["HPL paper, one batch"] = our_loop(bench, HPL.paper(), root, folder)
         loops["HPL paper, one batch"].feed = itertools.repeat(next(loops["HPL paper, one batch"].feed))
         loops["like the release's"] = release_loop(bench, root, device)
@@ -334,7 +336,7 @@ def _costs_in_words(table:pd.DataFrame)->str:
 def _speed_in_words(table:pd.DataFrame)->str:
     formats = {"ms": "{:.1f}", "images_per_second": "{:.0f}", "loader_share": "{:.1%}", "speedup": "{:.2f}"}
     text = table.to_string(index=False, formatters={name: text.format for name, text in formats.items()})
-    return f"{text}\nimages: labelled and unlabelled ones. loader_share: of the iteration. speedup: over the loop like the release's, in turns."
+    return f"{text}\nimages: labelled and unlabelled ones. loader_share: of the iteration. speedup: over the loop like the release's."
 
 # %% ../nbs/82_bench.ipynb #d436c581
 def measure(
@@ -345,5 +347,6 @@ def measure(
         table = end_to_end_table(alone(bench.threads, measure_loops, bench), bench.batch)
         return table, _speed_in_words(table)
     sizes = bench.depth, bench.size, bench.batch, bench.rounds
-    table = bench_table(pd.DataFrame([alone(bench.threads, bench_method, mode, *sizes) for mode in tqdm(bench_modes(bench.methods), "methods")]))
+    rows = [alone(bench.threads, bench_method, mode, *sizes) for mode in tqdm(bench_modes(bench.methods), "methods")]
+    table = bench_table(pd.DataFrame(rows))
     return table, _costs_in_words(table)

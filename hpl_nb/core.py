@@ -27,9 +27,7 @@ from torch import Tensor
 
 # %% auto #0
 __all__ = ['PREDICTION_COLUMNS', 'HplError', 'not_negative', 'whole_number', 'one_of', 'derive_seed', 'seed_everything',
-           'random_states', 'set_random_states', 'LabelNormalizer', 'atomic_write', 'not_written', 'sync_folder',
-           'content_digest', 'require_file', 'reason', 'reading', 'check_header', 'check_pickles', 'check_archive',
-           'RunFolder', 'json_bytes', 'damaged']
+           'LabelNormalizer', 'atomic_write', 'content_digest', 'reading', 'RunFolder']
 
 # %% ../nbs/00_core.ipynb #d3d92fe2
 class HplError(ValueError):

@@ -45,10 +45,12 @@ DATASETS = (
     Benchmark(RotatedDigits(), SmallCNN(width=16),
               Train(epochs=20, iterations_per_epoch=75, optimizer=_adam(3e-3, 3e-3, decay_every=15))),
     Benchmark(UTKFace(), ResNet(dropout=.05),
-              Train(streams=StreamSettings(labelled_copies=2), optimizer=_adam(weight_decay_body=1e-3, weight_decay_head=1e-3, decay_every=10)),
+              Train(streams=StreamSettings(labelled_copies=2),
+                    optimizer=_adam(weight_decay_body=1e-3, weight_decay_head=1e-3, decay_every=10)),
               Released(unlabelled_weight=5.)),
     Benchmark(IMDBWiki(), ResNet(dropout=.05),
-              Train(epoch_of="labelled", streams=StreamSettings(48, 48, labelled_copies=2), optimizer=_adam(weight_decay_body=1e-5, decay_every=10)),
+              Train(epoch_of="labelled", streams=StreamSettings(48, 48, labelled_copies=2),
+                    optimizer=_adam(weight_decay_body=1e-5, decay_every=10)),
               Released(unlabelled_weight=5., outer_regularizer=0.)),
     Benchmark(STSB(), BiLSTM(dropout=.2), Train(epochs=200, optimizer=_adam(weight_decay_body=1e-5, weight_decay_head=1e-5)),
               Released(unlabelled_weight=.5, outer_regularizer=1., learner_weight_decay=1e-5)))
@@ -87,7 +89,7 @@ class Experiment(Settings):
         model = known.model if self.model is None else self.model
         if model.dropout is None: model = replace(model, dropout=.05 if self.method.needs_dropout else 0.)
         if self.method.needs_dropout and not model.dropout:
-            raise HplError(f"{self.method.title} compares several passes with dropout, and the network's dropout is 0; give a share such as 0.05.")
+            raise HplError(f"{self.method.title} compares passes with dropout, and the network's dropout is 0; give a share such as 0.05.")
         train = self.train or (known.train if known else Train())
         method = self.method.suited_to(known.released if known else Released())
         for name, value in (("model", model), ("train", train), ("method", method)): object.__setattr__(self, name, value)
@@ -134,4 +136,5 @@ def run_path(
 )->Path: # the run's folder
     "Where the run of an experiment lives below `out`."
     name = re.sub(r"[^\w.]+", "-", f"{experiment.method.short} {experiment.method.label}").strip("-")
-    return Path(out)/experiment.data.short/f"{experiment.data.label_ratio:g}"/f"{name}-{digest(replace(experiment, seed=0))}"/str(experiment.seed)
+    everything_else, data = digest(replace(experiment, seed=0)), experiment.data
+    return Path(out)/data.short/f"{data.label_ratio:g}"/f"{name}-{everything_else}"/str(experiment.seed)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,7 +56,8 @@ def each_of(
 
 # %% ../nbs/79b_protocols.ipynb #fc2b6369
 _FEW = ("supervised", "pseudo_label", "joint_uncertainty", "hpl_paper", "hpl_release")
-_COMPARED = ("mean_teacher", "temporal_ensembling", "tnnr", "simregmatch", "ucvme", "clss", "rankup", "rankup_arc", "pim", "ups_reg", "cadr")
+_COMPARED = ("mean_teacher", "temporal_ensembling", "tnnr", "simregmatch", "ucvme", "clss", "rankup", "rankup_arc", "pim", "ups_reg",
+             "cadr")
 
 def _methods(*names:str)->list[MethodSettings]: return [known_methods()[name] for name in names]
 
@@ -112,7 +112,8 @@ def what_is_missing(
     for what, experiments in protocol:
         missing:dict[str, list[str]] = {}
         for each in experiments:
-            if not is_finished(run_path(each, store)): missing.setdefault(f"{each.method.title} {each.data.label_ratio:.0%}", []).append(str(each.seed))
+            if is_finished(run_path(each, store)): continue
+            missing.setdefault(f"{each.method.title} {each.data.label_ratio:.0%}", []).append(str(each.seed))
         rows.append({"dataset": experiments[0].data.short, "what": what, "runs": len(experiments),
                      "done": len(experiments) - sum(map(len, missing.values())),
                      "missing": "; ".join(f"{name}: {','.join(seeds)}" for name, seeds in missing.items())})

@@ -19,8 +19,7 @@ import numpy as np
 from .core import HplError, derive_seed
 
 # %% auto #0
-__all__ = ['FILE', 'S', 'unknown_name', 'Settings', 'field_types', 'change', 'setting_names', 'as_json', 'from_json', 'digest',
-           'flat', 'differences']
+__all__ = ['FILE', 'unknown_name', 'Settings', 'change', 'setting_names', 'as_json', 'from_json', 'digest', 'flat', 'differences']
 
 # %% ../nbs/01_settings.ipynb #ad25af51
 def _fits(value:Any, hint:Any)->bool:
@@ -58,11 +57,12 @@ def unknown_name(
     name:str, # as typed
     known:list[str], # what there is
     owner:str, # whose names they are
+    kind:str="setting", # what is named
 )->HplError: # to be raised
     "The error for a name that does not exist: it suggests the nearest one."
     nearest = get_close_matches(name, known, 1, 0)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    return HplError(f"{owner} has no setting {name!r:.60}; {hint}It has {', '.join(known) or 'none'}.")
+    return HplError(f"{owner} has no {kind} {name!r:.60}; {hint}It has {', '.join(known) or 'none'}.")
 
 # %% ../nbs/01_settings.ipynb #c4b1674d
 FILE = {"file": True} # metadata of a field that names a file: the file's name decides, not its folder
@@ -98,13 +98,13 @@ def field_types(
     return {field.name: hints[field.name] for field in fields(kind)}
 
 # %% ../nbs/01_settings.ipynb #051ead5d
-S = TypeVar("S", bound=Settings)
+_S = TypeVar("_S", bound=Settings)
 
 def change(
-    settings:S, # any
+    settings:_S, # any
     /,
     **changes:Any, # new values, of fields or of fields of the parts
-)->S: # of the same kind
+)->_S: # of the same kind
     "A copy with other values; a setting of a part is named as if it were the whole's own."
     own = {field.name for field in fields(settings)}
     for part in [name for name in own if isinstance(getattr(settings, name), Settings)]:
@@ -131,10 +131,10 @@ def as_json(
     if isinstance(settings, Path): return str(settings)
     if not isinstance(settings, Settings): return settings
     out:dict[str, Any] = {"kind": type(settings).__name__}
-    for field in fields(settings):
-        if compared and not field.compare: continue
-        value = as_json(getattr(settings, field.name), compared)
-        out[field.name] = Path(value).name if compared and "file" in field.metadata and value else value
+    for part in fields(settings):
+        if compared and not part.compare: continue
+        value = as_json(getattr(settings, part.name), compared)
+        out[part.name] = Path(value).name if compared and "file" in part.metadata and value else value
     return out
 
 # %% ../nbs/01_settings.ipynb #5c9f3e11

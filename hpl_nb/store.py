@@ -102,6 +102,7 @@ def merge_runs(
     return new
 
 def _different(ours, other):
-    pairs = [(f"{part} {name}", ours[part].get(name), theirs.get(name)) for part, theirs in (("config", other.config), ("metrics", other.metrics))
-             for name in ours[part] if name != "seconds"]
+    parts = ("config", other.config), ("metrics", other.metrics)
+    pairs = [(f"{part} {name}", ours[part].get(name), theirs.get(name))
+             for part, theirs in parts for name in ours[part] if name != "seconds"]
     return ", ".join(f"{name} is {a} and {b}" for name, a, b in pairs if a != b)

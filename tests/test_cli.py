@@ -16,7 +16,8 @@ from hpl_nb.methods.hpl import HPL
 from hpl_nb.methods.known import known_methods
 from hpl_nb.training.run import load_run
 
-COMMANDS = {name: getattr(cli, name) for name in ("hpl_demo", "hpl_train", "hpl_compare", "hpl_queue", "hpl_store", "hpl_figures", "hpl_bench")}
+COMMANDS = {name: getattr(cli, name) for name in (
+    "hpl_demo", "hpl_train", "hpl_compare", "hpl_queue", "hpl_store", "hpl_figures", "hpl_bench")}
 METHODS = {"Supervised", "PseudoLabel", "JointUncertainty", "HPL (paper)", "HPL (release)", "FullySupervised"}
 
 
@@ -66,8 +67,8 @@ def test_compare_runs_every_method(tmp_path, capsys):
 
 
 def test_compare_keeps_and_goes_on(tmp_path, capsys):
-    line = (f"hpl_compare rotated_digits --methods supervised hpl_paper --seeds 0 1 --out {tmp_path}/runs --store {tmp_path}/store --jobs 1 "
-            "--epochs 1 --iterations_per_epoch 2")
+    line = (f"hpl_compare rotated_digits --methods supervised hpl_paper --seeds 0 1 --out {tmp_path}/runs --store {tmp_path}/store "
+            "--jobs 1 --epochs 1 --iterations_per_epoch 2")
     typed(f"{line} --minutes 0")
     assert "0 of 4 runs are finished; the same command goes on" in capsys.readouterr().out
     typed(line)
@@ -91,7 +92,8 @@ def test_train_stops_resumes_and_draws(tmp_path, capsys):
 
 def test_flags_are_settings(monkeypatch):
     "A flag changes one setting, the rest is the dataset's own; the schedule of the text keeps what is typed."
-    given = parsed("hpl_train hpl_release --outer_every 2 utkface --root F --label_ratio 0.1 --epochs 3 --lr_head 0.1 --seed 4", monkeypatch)
+    given = parsed("hpl_train hpl_release --outer_every 2 utkface --root F --label_ratio 0.1 --epochs 3 --lr_head 0.1 --seed 4",
+                   monkeypatch)
     experiment = given.on.flags.experiment(given.on, given.method)
     assert experiment == cli.replace(Experiment(DATASETS[1].data, HPL.release(outer_every=2), seed=4), data=cli.replace(
         DATASETS[1].data, root="F", label_ratio=.1), train=cli.change(DATASETS[1].train, epochs=3, lr_head=.1))
@@ -101,8 +103,9 @@ def test_flags_are_settings(monkeypatch):
     assert (rates.decay_every, rates.weight_decay_body, rates.weight_decay_head) == (None, 0, .5)
 
 
-@pytest.mark.parametrize("command", ["hpl_demo", "hpl_train", *(f"hpl_train {name}" for name in known_methods()), "hpl_compare", "hpl_queue",
-                                     *(f"{start} {known.data.short}" for known in DATASETS for start in ("hpl_train hpl_paper", "hpl_compare")),
+@pytest.mark.parametrize("command", ["hpl_demo", "hpl_train", *(f"hpl_train {name}" for name in known_methods()), "hpl_compare",
+                                     *(f"hpl_train hpl_paper {known.data.short}" for known in DATASETS), "hpl_queue",
+                                     *(f"hpl_compare {known.data.short}" for known in DATASETS),
                                      "hpl_store", "hpl_figures", "hpl_bench"])
 def test_help_fits_a_screen(command, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "140")
@@ -113,10 +116,13 @@ def test_help_fits_a_screen(command, monkeypatch, capsys):
 
 @pytest.mark.parametrize("line, says, code", [
     ("hpl_train hpl_paper utkface", "root is missing", "hpl_nb"), ("hpl_train hpl_paper agedb", "rotated_digits", 2),
-    ("hpl_train hpl_paper utkface --root nowhere", "nowhere", "hpl_nb"), ("hpl_train magic", "mean_teacher", 2),
-    ("hpl_train pim rotated_digits --dropout 0", "dropout is 0", "hpl_nb"), ("hpl_train mean_teacher --alpha 1 rotated_digits", "--alpha", 2),
+    ("hpl_train hpl_paper utkface --root nowhere", "nowhere", "hpl_nb"), ("hpl_train mean_techer", "did you mean 'mean_teacher'", "hpl_nb"),
+    ("hpl_compare utkfac", "did you mean 'utkface'", "hpl_nb"),
+    ("hpl_train pim rotated_digits --dropout 0", "dropout is 0", "hpl_nb"),
+    ("hpl_train mean_teacher --alpha 1 rotated_digits", "--alpha", 2),
     ("hpl_train mean_teacher --dekay 1 rotated_digits", "--decay", 2), ("hpl_train hpl_paper --outer later rotated_digits", "previous", 2),
-    ("hpl_train hpl_paper --outer_every 2.5 rotated_digits", "outer_every", 2), ("hpl_train hpl_paper rotated_digits --dropout 1.5", "below 1", 2),
+    ("hpl_train hpl_paper --outer_every 2.5 rotated_digits", "outer_every", 2),
+    ("hpl_train hpl_paper rotated_digits --dropout 1.5", "below 1", 2),
     ("hpl_train hpl_paper rotated_digits --lr_body -1", "lr_body is -1", 2), ("hpl_train pim --passes 0 rotated_digits", "passes is 0", 2),
     ("hpl_train cadr --threshold 95 rotated_digits", "from 0 to 1", 2), ("hpl_train hpl_paper rotated_digits --epochs many", "epochs", 2),
     ("hpl_train supervised rotated_digits --label_ratio 0.001", "raise label_ratio", "hpl_nb"),

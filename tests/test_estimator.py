@@ -22,7 +22,7 @@ from small_runs import on_cpu  # noqa: F401
 from hpl_nb.core import HplError
 from hpl_nb.data.core import StreamSettings
 from hpl_nb.estimator import SemiSupervisedRegressor, build_method, default_network, table
-from hpl_nb.methods.core import PseudoLabel, Supervised
+from hpl_nb.methods.core import Supervised
 from hpl_nb.methods.hpl import HPL, JointUncertainty
 from hpl_nb.methods.known import known_methods
 from hpl_nb.methods.mean_teacher import MeanTeacher
@@ -368,7 +368,8 @@ def test_parameters_may_change_after_fit(tmp_path):
 def test_schedule():
     "Epochs of its own win; batches are no larger than rows allow, and what belongs to one method alone stays."
     x, y, _ = rows()
-    train = Train(epochs=4, iterations_per_epoch=2, patience=1, streams=StreamSettings(8, 9, outer_batch=5), optimizer=OptimizerSettings(.01))
+    streams = StreamSettings(8, 9, outer_batch=5)
+    train = Train(epochs=4, iterations_per_epoch=2, patience=1, streams=streams, optimizer=OptimizerSettings(.01))
     model = SemiSupervisedRegressor("supervised", train=train, random_state=0)
     log = model.fit(x, y).run_.config["train"]
     assert (log["epochs"], log["iterations_per_epoch"], log["patience"], log["optimizer"]["lr_body"]) == (4, 2, 1, .01)

@@ -50,7 +50,8 @@ def test_paths_are_different():
     (lambda: Train(epochs=True), "epochs is True"), (lambda: HPL.paper(outer="later"), "'fresh' or 'previous'"),
     (lambda: HPL.paper(outer_every=2.5), "outer_every is 2.5; give a whole number"), (lambda: SmallCNN(dropout=1.5), "below 1"),
     (lambda: UTKFace(label_ratio=5), "give a share between 0 and 1"), (lambda: PIM(passes=2.5), "passes is 2.5; give a whole number"),
-    (lambda: MeanTeacher(decay="high"), "decay is 'high'; give a number"), (lambda: UTKFace(pixels="gpu"), "'memory' or 'disk' or 'device'"),
+    (lambda: MeanTeacher(decay="high"), "decay is 'high'; give a number"),
+    (lambda: UTKFace(pixels="gpu"), "'memory' or 'disk' or 'device'"),
     (lambda: HPL.paper(outer="previous", outer_batch=64), "outer_batch is the size of a fresh outer batch"),
     (lambda: Experiment(RotatedDigits(), PIM(), SmallCNN(dropout=0.)), "dropout is 0"),
     (lambda: Experiment(RotatedDigits(), seed="0"), "seed is '0'"), (lambda: Experiment("utkface"), "data is 'utkface'; give DataSettings"),
@@ -96,7 +97,8 @@ def test_with_values_is_the_inverse_of_differences():
     base = Experiment(RotatedDigits(), HPL.paper())
     other = replace(change(base, outer_every=5, lr_body=.01), seed=7)
     changes = {name: value for name, (_, value) in differences(base, other).items()}
-    assert changes == {"method.look_ahead.outer_every": 5, "train.optimizer.lr_body": .01, "seed": 7} and with_values(base, changes) == other
+    assert changes == {"method.look_ahead.outer_every": 5, "train.optimizer.lr_body": .01, "seed": 7}
+    assert with_values(base, changes) == other
 
 
 def test_setting_names_are_unique():

@@ -55,6 +55,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hpl_nb.pipeline import read_protocol, store_run
 from PIL import Image
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors

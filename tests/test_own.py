@@ -23,10 +23,10 @@ from hpl_nb.training.state import Train
 
 EIGHT_LINES = '''
 import numpy as np
-from hpl_nb.estimator import SemiSupervisedRegressor
+from hpl_nb import HPL, SemiSupervisedRegressor
 x = np.random.default_rng(0).normal(size=(1000, 5))  # your features: an array, a data frame, pictures, or picture files
 y = np.where(np.arange(1000) < 200, x[:, 0] + np.sin(2*x[:, 1]), np.nan)  # your labels, NaN where there is none
-model = SemiSupervisedRegressor(method="hpl", random_state=0).fit(x, y)
+model = SemiSupervisedRegressor(method=HPL.paper(), random_state=0).fit(x, y)
 print(model.pseudo_labels_.head())  # pseudo-label, variance and weight of rows without a label
 print(model.predict_interval(x[:3], coverage=.9))
 model.save("model.safetensors")

@@ -47,7 +47,8 @@ class TestStore:
 
     def test_names_no_folder_of_this_machine(self, out):
         run = load_run(run_path(EXPERIMENTS[0], out))
-        faces = Experiment(replace(DATASETS[1].data, root="/home/x/secret", cache="/tmp/y"), Supervised(), replace(DATASETS[1].model, weights="/home/x/w.pth"))
+        data, model = replace(DATASETS[1].data, root="/home/x/secret", cache="/tmp/y"), replace(DATASETS[1].model, weights="/home/x/w.pth")
+        faces = Experiment(data, Supervised(), model)
         run.config["experiment"] = runner.as_json(faces)
         text = json.dumps(run_summary(run))
         assert "secret" not in text and "/home" not in text and '"w.pth"' in text
@@ -91,7 +92,8 @@ class TestTraining:
     def test_what_is_stored_is_skipped(self, out, tmp_path):
         assert len(run_all(EXPERIMENTS, out, 1, store=tmp_path/"store", progress=False)) == 4
         assert len(list((tmp_path/"store").rglob("*.json"))) == 4
-        assert len(run_all(EXPERIMENTS, tmp_path/"other", 1, store=tmp_path/"store", progress=False)) == 4 and not (tmp_path/"other").exists()
+        assert len(run_all(EXPERIMENTS, tmp_path/"other", 1, store=tmp_path/"store", progress=False)) == 4
+        assert not (tmp_path/"other").exists()
 
     def test_a_folder_belongs_to_one_experiment(self, out, tmp_path):
         "Said before data are read, with the settings that differ; stored or not. Where data are does not count."
@@ -157,7 +159,9 @@ class TestProtocol:
         table = what_is_missing(cpu_protocol(), root/"data"/"results"/"cpu")
         stored = list((root/"data"/"results"/"cpu").rglob("*.json"))
         assert table["done"].sum() == len(stored) >= 44
-        for path in stored: assert path.with_suffix("") == run_path(runner.read_experiment(load_run(path.with_suffix("")).config["experiment"]), path.parents[3])
+        for path in stored:
+            experiment = runner.read_experiment(load_run(path.with_suffix("")).config["experiment"])
+            assert path.with_suffix("") == run_path(experiment, path.parents[3])
 
     def test_what_is_missing(self, out):
         table = what_is_missing([("digits", tuple(replace(each, seed=each.seed + 1) for each in EXPERIMENTS))], out)
@@ -167,8 +171,8 @@ class TestProtocol:
 class TestTables:
     def results(self):
         rows = [("HPL (paper)", seed, 5.6 + .01*seed) for seed in range(4)] + [("PseudoLabel", seed, 6. - .02*seed) for seed in range(4)]
-        rows = [dict(protocol="gpu", dataset="UTKFace", benchmark="utkface", label_ratio=.05, method=m, in_paper=m.partition(" ")[0], seed=s, mae=e, mse=e**2)
-                for m, s, e in rows]
+        rows = [dict(protocol="gpu", dataset="UTKFace", benchmark="utkface", label_ratio=.05, method=m, in_paper=m.partition(" ")[0],
+                     seed=s, mae=e, mse=e**2) for m, s, e in rows]
         return pd.DataFrame([*rows, rows[0] | {"protocol": "cpu"}])
 
     def test_beside_the_paper(self):
@@ -186,12 +190,14 @@ class TestTables:
         results = report.errors_of({"cpu": []}, "stsb")
         assert results.empty and report.beside_paper(results, "mse").empty
 
-    @pytest.mark.parametrize("benchmark, paper", [("utkface", "5.639 ± 0.035 MAE"), ("imdb_wiki", "9.177 ± 0.061 MAE"), ("stsb", "1.540 ± 0.006 MSE")])
+    @pytest.mark.parametrize("benchmark, paper", [("utkface", "5.639 ± 0.035 MAE"), ("imdb_wiki", "9.177 ± 0.061 MAE"),
+                                                  ("stsb", "1.540 ± 0.006 MSE")])
     def test_the_paper_beside_ours(self, benchmark, paper):
         "HPL's presets are the paper's HPL; RankUp without its second half is not the paper's RankUp."
         methods = {"HPL (paper)": "HPL", "Supervised": "Supervised", "RankUp": "RankUp", "RankUp (arc)": ""}
-        results = pd.DataFrame([{"dataset": benchmark, "benchmark": benchmark, "label_ratio": .05, "method": name, "in_paper": row, "seed": seed,
-                                 "mae": 6. + .2*seed, "mse": 1., "r2": .5, "pseudo_label_mae": 5., "log_variance": 0., "seconds": 1.}
+        results = pd.DataFrame([{"dataset": benchmark, "benchmark": benchmark, "label_ratio": .05, "method": name, "in_paper": row,
+                                 "seed": seed, "mae": 6. + .2*seed, "mse": 1., "r2": .5, "pseudo_label_mae": 5., "log_variance": 0.,
+                                 "seconds": 1.}
                                 for name, row in methods.items() for seed in (0, 1)])
         table = report.results_table(results).set_index("method")
         assert isinstance(table.loc["RankUp", "paper"], str) and pd.isna(table.loc["RankUp (arc)", "paper"])

@@ -323,7 +323,8 @@ class TestPromise2PreprocessorsOfKnownTypes:
 
     def test_unknown_types_are_named_and_not_built(self, tmp_path):
         x = pd.DataFrame(np.random.default_rng(0).normal(size=(40, 2)), columns=["a", "b"])
-        model = SemiSupervisedRegressor("supervised", preprocessor=StandardScaler(), epochs=1, train=Train(iterations_per_epoch=2), random_state=0)
+        model = SemiSupervisedRegressor("supervised", preprocessor=StandardScaler(), epochs=1, train=Train(iterations_per_epoch=2),
+                                        random_state=0)
         model.fit(x, np.where(np.arange(40) < 30, x["a"], np.nan))
         assert np.array_equal(SemiSupervisedRegressor.load(model.save(tmp_path/"good")).predict(x), model.predict(x))
         for transformer, name in ((FunctionTransformer(os.system), "system"), (FunctionTransformer(eval), "eval"),

@@ -22,7 +22,7 @@ __all__ = ['Report', 'summary', 'check']
 if TYPE_CHECKING:
     import pandas as pd
 
-    from hpl_nb.data.core import Problem, SemiSupervisedData
+    from hpl_nb.data.core import SemiSupervisedData
 
 # %% ../../nbs/16_data.check.ipynb #fbcc3f17
 @dataclass(repr=False)

@@ -25,14 +25,16 @@ __all__ = ['FrameEncoder', 'default_preprocessor']
 # %% ../../nbs/14b_data.columns.ipynb #f78d1a53
 class Words(NamedTuple):
     "Advice in errors, in the words of the function that was called."
-    labels:str="smaller val_share and test_share"
-    missing:str="pass impute='median'"
-    categories:str="leave it out with columns=[...], make it numeric, or raise max_categories"
+    labels:str # where too few rows train
+    missing:str # where features are missing
+    categories:str # where a column of text has too many values
 
+FRAME_WORDS = Words("smaller val_share and test_share", "pass impute='median'",
+                    "leave it out with columns=[...], make it numeric, or raise max_categories")
 ESTIMATOR_WORDS = Words("a smaller validation_fraction", "use make_pipeline(SimpleImputer(), ...) or preprocessor=",
                          "drop it, make it numeric, or pass preprocessor=")
 
-def refuse_missing(frame:pd.DataFrame, name:str, words:Words=Words())->None:
+def refuse_missing(frame:pd.DataFrame, name:str, words:Words=FRAME_WORDS)->None:
     "Refuse missing features, naming the columns and counting the rows."
     missing = frame.isna()
     counts = missing.sum()
@@ -91,7 +93,7 @@ def number_column(frame:pd.DataFrame, column:str, name:str)->np.ndarray:
 # %% ../../nbs/14b_data.columns.ipynb #78b5aa6d
 def is_number(column:pd.Series)->bool: return pd.api.types.is_numeric_dtype(column) and column.dtype.kind != "c"
 
-def column_categories(column:pd.Series, rows:np.ndarray, most:int, name:str, words:Words=Words())->list[str]:
+def column_categories(column:pd.Series, rows:np.ndarray, most:int, name:str, words:Words=FRAME_WORDS)->list[str]:
     "Values of a column of text in the training rows."
     source = f"{name}, column {column.name!r}"
     if column.dtype.kind in "mMc": raise HplError(f"{source}: it is {column.dtype}; turn it into numbers first.")

@@ -21,7 +21,7 @@ from .pixels import PictureSettings
 from .tables import checked_columns, read_table
 
 # %% auto #0
-__all__ = ['RELEASED_NORMALIZER', 'released_views', 'imdb_wiki', 'IMDBWiki']
+__all__ = ['imdb_wiki', 'IMDBWiki']
 
 # %% ../../nbs/13_data.imdb_wiki.ipynb #297da8dc
 AGES = (0., 200.) # a label outside is an error

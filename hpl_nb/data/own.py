@@ -19,11 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import HplError, derive_seed
-from .columns import Words, fit_encoder, require_columns
+from .columns import FRAME_WORDS, Words, fit_encoder, require_columns
 from .core import (
     SPLITS, BatchView, SemiSupervisedData, StreamSettings, View, announce, content_keys, row_error, row_numbers, row_owners, split_rows)
 from hpl_nb.data.images import (
-    ImageFiles, ImageSource, ImageViews, exact_count, find_images, image_data, is_below, randaugment_mc_views, repeated_rows, require_images,
+    ImageFiles, ImageSource, ImageViews, exact_count, find_images, image_data, is_below, randaugment_mc_views, repeated_rows,
+    require_images,
     unlisted_images)
 from .tables import first_kind, label_problems, read_table, split_problems
 from ..settings import Settings
@@ -103,7 +104,7 @@ def _listed_names(lists:Mapping[str, Sequence[int]|np.ndarray], rows:int, name:s
 # %% ../../nbs/15_data.own.ipynb #f7991afc
 def as_split(split:Any)->Split: return split if isinstance(split, Split) else Split(split)
 
-def make_sets(labels:np.ndarray, split:Split, name:str, words:Words=Words())->dict[str, np.ndarray]:
+def make_sets(labels:np.ndarray, split:Split, name:str, words:Words=FRAME_WORDS)->dict[str, np.ndarray]:
     "Rows of the four sets; at least one training row has a label."
     known = np.isfinite(labels).all(axis=1)
     names = split_names(known, split, name)

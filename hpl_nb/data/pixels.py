@@ -29,7 +29,7 @@ from .images import FlipCrop, ImageFiles, ImageView, RandAugmentMC, content_hash
 from .tables import FolderSettings
 
 # %% auto #0
-__all__ = ['DiskCache', 'disk_cache', 'Pixels', 'DeviceView', 'on_disk', 'on_device', 'PictureSettings']
+__all__ = ['DeviceView', 'on_disk', 'on_device', 'PictureSettings']
 
 # %% ../../nbs/11c_data.pixels.ipynb #59296b3b
 def cache_name(files:ImageFiles, skipped:Collection[int]=(), progress:bool=False)->str:

@@ -28,7 +28,7 @@ from .core import PerSample, SemiSupervisedData
 from .tables import FolderSettings, fetch, listed
 
 # %% auto #0
-__all__ = ['Vocabulary', 'load_vectors', 'coverage', 'SentencePairs', 'stsb', 'STSB']
+__all__ = ['Vocabulary', 'load_vectors', 'stsb', 'STSB']
 
 # %% ../../nbs/14_data.stsb.ipynb #8fa72fef
 PAIR_COLUMNS = ["sentence1", "sentence2", "score", "split"]

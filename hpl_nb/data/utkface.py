@@ -22,7 +22,7 @@ from .pixels import PictureSettings
 from .tables import checked_columns, fetch, read_table
 
 # %% auto #0
-__all__ = ['RELEASED_NORMALIZER', 'released_views', 'utkface', 'UTKFace']
+__all__ = ['RELEASED_NORMALIZER', 'utkface', 'UTKFace']
 
 # %% ../../nbs/12_data.utkface.ipynb #cebf6152
 FOLDERS = ("UTKFace", "images", "") # below the root, in order of preference

@@ -28,7 +28,7 @@ from ..training.loop import fit
 from ..training.state import Clock, OptimizerSettings, Train
 
 # %% auto #0
-__all__ = ['M', 'Released', 'MethodSettings', 'Method', 'adam', 'Supervised', 'SupervisedMethod', 'FullySupervised',
+__all__ = ['Released', 'MethodSettings', 'Method', 'adam', 'Supervised', 'SupervisedMethod', 'FullySupervised',
            'FullySupervisedMethod', 'Passes', 'forward_batches', 'sample_record', 'PseudoLabel', 'PseudoLabelMethod',
            'weights_after', 'gaussian_ramp', 'linear_ramp', 'average_weights', 'frozen_copy', 'joined_rows',
            'dropout_on', 'dropout_features', 'require_dropout', 'DropoutPseudoLabel', 'DropoutPseudoLabelMethod']
@@ -42,7 +42,7 @@ class Released(Settings):
     learner_weight_decay:float=0. # of phi
 
 # %% ../../nbs/60_methods.core.ipynb #3f4cbdaf
-M = TypeVar("M", bound="MethodSettings")
+_M = TypeVar("_M", bound="MethodSettings")
 
 @dataclass(frozen=True)
 class MethodSettings(Settings):
@@ -55,14 +55,14 @@ class MethodSettings(Settings):
     def title(self)->str: return f"{type(self).__name__} ({self.label})" if self.label else type(self).__name__
 
     def build(self, regressor:Regressor)->Method: raise NotImplementedError(f"{type(self).__name__} has no build(regressor)")
-    def suited_to(self:M, released:Released)->M: return self
+    def suited_to(self:_M, released:Released)->_M: return self
 
     @classmethod
-    def presets(cls:type[M])->dict[str, M]:
+    def presets(cls:type[_M])->dict[str, _M]:
         "Its variants by their names in commands and folders."
         return {cls.short: cls()}
 
-    def candidates(self:M)->list[M]:
+    def candidates(self:_M)->list[_M]:
         "What the search on rotated digits tries: four weights of the unlabelled loss."
         return [self.suited_to(Released(unlabelled_weight=weight)) for weight in (.3, .6, 1., 2.)]
 
@@ -89,13 +89,8 @@ class Method(nn.Module):
         raise NotImplementedError
 
     @property
-    def title(self)->str:
-        "Its name in tables."
-        return self.settings.title if self.settings else type(self).__name__
-
-    def config(self)->dict[str, Any]:
-        "Everything that decides its numbers, for config.json."
-        return as_json(self.settings) if self.settings else {}
+    def title(self)->str: return self.settings.title if self.settings else type(self).__name__ # in tables
+    def config(self)->dict[str, Any]: return as_json(self.settings) if self.settings else {} # for config.json
 
     def prepare(self, data:SemiSupervisedData)->SemiSupervisedData: return data
     def stream_settings(self, settings:StreamSettings)->StreamSettings: return settings
@@ -199,7 +194,7 @@ class PseudoLabel(MethodSettings):
 
     def build(self, regressor:Regressor)->PseudoLabelMethod: return PseudoLabelMethod(regressor, self)
 
-    def suited_to(self:M, released:Released)->M:
+    def suited_to(self:_M, released:Released)->_M:
         return self if self.unlabelled_weight is not None else change(self, unlabelled_weight=released.unlabelled_weight)
 
     def check(self)->None:

@@ -77,7 +77,8 @@ class JointUncertaintyMethod(LearnerMethod):
     def make_optimizers(self, settings:OptimizerSettings)->dict[str, Optimizer]:
         "phi is one more group of the regressor's optimiser: both follow the same loss."
         optimizers = super().make_optimizers(settings)
-        optimizers["regressor"].add_param_group({"params": [*self.learner.parameters()], "lr": self.settings.learner_lr, "weight_decay": 0.})
+        group = {"params": [*self.learner.parameters()], "lr": self.settings.learner_lr, "weight_decay": 0.}
+        optimizers["regressor"].add_param_group(group)
         return optimizers
 
     def training_step(self, batch:Mapping[str, Mapping[str, Tensor]])->dict[str, Tensor]:
@@ -147,7 +148,7 @@ class Teacher(Settings):
     def check(self)->None:
         decay = self.teacher_decay
         if decay is not None and not 0 <= decay <= 1:
-            raise HplError(f"teacher_decay is {decay}; give 0 (the student itself) to 1 (its mean since the start), or None for no teacher.")
+            raise HplError(f"teacher_decay is {decay}; give 0 (the student itself) to 1 (its mean since the start), or None.")
         if decay is None and self.evaluate == "teacher": raise HplError("evaluate is 'teacher', and there is none; set teacher_decay.")
 
 # %% ../../nbs/61_methods.hpl.ipynb #c1546fe5

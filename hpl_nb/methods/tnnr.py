@@ -87,7 +87,8 @@ class TNNR(MethodSettings):
     def build(self, regressor:Regressor)->TNNRMethod: return TNNRMethod(regressor, self)
     def candidates(self)->list[TNNR]:
         "Either F with a small and a large weight."
-        return [change(self, **values) for values in ({}, {"unlabelled_weight": 1.}, {"hidden": 64}, {"hidden": 64, "unlabelled_weight": 1.})]
+        tries = {}, {"unlabelled_weight": 1.}, {"hidden": 64}, {"hidden": 64, "unlabelled_weight": 1.}
+        return [change(self, **values) for values in tries]
 
     def check(self)->None:
         not_negative("unlabelled_weight", self.unlabelled_weight), whole_number("hidden", self.hidden, 0)

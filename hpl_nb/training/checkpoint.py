@@ -24,7 +24,7 @@ from .run import other_run
 from .state import Progress, Trainable, any_process
 
 # %% auto #0
-__all__ = ['Checkpoint']
+__all__ = []
 
 # %% ../../nbs/50e_training.checkpoint.ipynb #95f75e2c
 @dataclass

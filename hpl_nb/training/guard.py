@@ -21,7 +21,7 @@ from .predict import evaluating
 from .state import Progress, Trainable
 
 # %% auto #0
-__all__ = ['Guard']
+__all__ = []
 
 # %% ../../nbs/50d_training.guard.ipynb #1d32cb14
 @dataclass

@@ -34,7 +34,7 @@ from .run import (
 from .state import Progress, Train, Trainable, any_process, epoch_length
 
 # %% auto #0
-__all__ = ['fit', 'Training', 'Log', 'open_training']
+__all__ = ['fit', 'Training', 'open_training']
 
 # %% ../../nbs/51_training.loop.ipynb #4dfea6d9
 def fit(
