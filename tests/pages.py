@@ -158,7 +158,7 @@ def definitions(file):
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", node)]
         for name in (part for target in targets for part in getattr(target, "elts", [target])):
             found[getattr(name, "id", getattr(name, "name", None))] = node.lineno, ast.get_source_segment(text, node)
-        if isinstance(node, ast.Assign) and "__all__" in found and not exported: exported = ast.literal_eval(node.value)
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__": exported = ast.literal_eval(node.value)
     return {name: found[name] for name in exported}
 
 
