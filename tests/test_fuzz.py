@@ -294,7 +294,8 @@ def to_convert(root):
     place.mkdir(parents=True)
     for name in ("format", "experiment"): del content["config"][name]
     content["config"] |= {"method": "HPL (paper)", "settings": {"preset": "paper", "outer_every": 5}}
-    content["options"] = {"dataset": "stsb", "root": "", "label_ratio": .05, "hidden": 128, "vectors": "glove.npz", "dropout": .2, "settings": ""}
+    content["options"] = {"dataset": "stsb", "root": "", "label_ratio": .05, "hidden": 128, "vectors": "glove.npz", "dropout": .2,
+                          "settings": ""}
     (root/"stored"/"0.parquet").rename(place/"0.parquet")
     (root/"stored"/"0.json").unlink()
     return RunFolder(place).write_json("0.json", content)
@@ -304,10 +305,13 @@ def top_of(path): return path.parents[3]
 def convert(path): return convert_runs([top_of(path)])
 
 
-def merged(path):
-    "Runs that were made elsewhere, into a folder of stored runs."
-    try: return merge_runs(path.parent, path.parents[1]/"gathered")
-    finally: shutil.rmtree(path.parents[1]/"gathered", ignore_errors=True)
+def to_gather(root):
+    path = stored(".json")(root)
+    (root/"gathered").mkdir()
+    return path
+
+
+def gathered(path): return path.parents[1]/"gathered"
 
 
 def held(root):
@@ -524,12 +528,14 @@ READERS = {
     "stored run: parquet": Reader(stored(".parquet"), read_stored, traps=PARQUET, speaks_of=stored_as, most_accepted=1),
     "checkpoint": Reader(trained("checkpoints/last.pt"), read_place, broken.forge_zip, traps=checkpoint_traps()),
     "lock": Reader(held, second_process, most_accepted=0, speaks_of=root_of, writes=root_of),
-    "run: experiment": Reader(trained("config.json"), lambda path: check_folder(EXPERIMENT, path.parent), broken.forge_json, speaks_of=root_of),
+    "run: experiment": Reader(trained("config.json"), lambda path: check_folder(EXPERIMENT, path.parent), broken.forge_json,
+                              speaks_of=root_of),
     "stored run: experiment": Reader(stored(".json"), lambda path: check_folder(EXPERIMENT, stored_as(path)), broken.forge_json,
                                      speaks_of=stored_as),
     "experiment": Reader(experiment_file, lambda path: read_experiment(RunFolder(path.parent).read_json(path.name)), broken.forge_json,
                          speaks_of=lambda path: ""), # it is given the content alone
-    "run to gather": Reader(stored(".json"), merged, broken.forge_json, speaks_of=stored_as, writes=lambda path: path.parents[1]/"gathered"),
+    "run to gather": Reader(to_gather, lambda path: merge_runs(path.parent, gathered(path)), broken.forge_json, speaks_of=stored_as,
+                            writes=gathered),
     "run to convert": Reader(to_convert, convert, broken.forge_json, writes=top_of),
 }
 
@@ -636,14 +642,18 @@ def work(name, count, top, results, start):
     made = reader.make(template/"data")
     path, good = top/"data"/made.relative_to(template/"data"), made.read_bytes()
     shutil.copytree(template/"data", top/"data")
+    def restore():
+        shutil.rmtree(top/"data")
+        for other in (canary, top/"outside.png"): remove(other)
+        shutil.copytree(template/"data", top/"data")
     limit_memory()
     signal.signal(signal.SIGALRM, interrupt)
     sys.addaudithook(watch)
     with open(results, "a", buffering=1) as out:
-        first = None
         try: reader.read(path)
-        except HplError as error: first = error
-        if first and reader.most_accepted: raise first
+        except HplError:
+            if reader.most_accepted: raise
+        if reader.writes: restore()
         for number, (label, place) in enumerate(inputs(reader, good, count, name)):
             if number < start: continue
             out.write(f"{json.dumps([label, 'the process ended'])}\n")
@@ -652,9 +662,7 @@ def work(name, count, top, results, start):
             end = verdict(reader, path, watch, top)
             out.write(f"{json.dumps([label, end])}\n")
             if reader.writes or not label.startswith("input") or end not in ("accepted", "refused"):
-                shutil.rmtree(top/"data")
-                for other in (canary, top/"outside.png"): remove(other)
-                shutil.copytree(template/"data", top/"data")
+                restore()
         out.write('["", "done"]\n')
 
 
