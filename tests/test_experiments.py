@@ -172,3 +172,12 @@ def test_real_faces(play, shared, tmp_path):
     outputs = play("utkface", root=str(shared/"data/utkface"), methods="pseudo_label,hpl_paper", size=32, out=str(tmp_path/"runs"),
                    **dict(SHORT, epochs=1))
     assert figures(outputs) == DATA_FIGURES - 1 and str(shared) not in words(outputs)
+
+
+@pytest.mark.parametrize("name", [*NOTEBOOKS, "compared_methods"])
+def test_code_does_not_drown_the_page(root, name):
+    "At most 60 lines of code in view; helpers are in modules."
+    cells = json.loads((root/"nbs/experiments"/f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    shown = [source for source in code if not source.startswith(("#| hide", "#| include: false"))]
+    assert sum(bool(line.strip()) for source in shown for line in source.splitlines()) <= 60
