@@ -46,7 +46,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +58,7 @@ from PIL import Image
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from safetensors.torch import save_file
+from small_runs import forked
 from torch import nn
 
 from hpl_nb.convert import convert_runs
@@ -666,14 +666,7 @@ def work(name, count, top, results, start):
 
 @pytest.fixture(scope="module")
 def context():
-    "Processes are forked from one that has imported everything, and has no threads."
-    context, before = get_context("forkserver"), dict(os.environ)
-    context.set_forkserver_preload([__name__])
-    here = Path(__file__).parent
-    os.environ |= {"PYTHONPATH": f"{here}:{here.parent}", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-    yield context
-    os.environ.clear()
-    os.environ.update(before)
+    with forked(__name__) as context: yield context
 
 
 def run(context, name, count, tmp_path):
