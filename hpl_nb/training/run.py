@@ -26,9 +26,9 @@ from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
 from .. import __version__
-from hpl_nb.core import (
+from ..core import (
     PREDICTION_COLUMNS, HplError, RunFolder, atomic_write, check_header, content_digest, damaged, derive_seed, json_bytes, not_written,
-    reading)
+    reading, require_file)
 from ..data.core import SemiSupervisedData
 from ..settings import differences
 from .state import Progress, Train, Trainable
@@ -156,6 +156,7 @@ def run_lock(folder:RunFolder)->Iterator[None]:
     lock = FileLock(path, timeout=0, thread_local=False, fallback_to_soft=False)
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
+        if os.path.lexists(path): require_file(path) # a pipe would never end
         acquire(lock, path)
     except Timeout as error: raise in_use(folder) from error
     except OSError as error: raise not_written(path, error) from error
