@@ -173,7 +173,7 @@ def counted(table)->Markdown:
 
 def table_four(table, paper)->pd.DataFrame:
     "The three parts of the method, beside the paper's numbers on IMDB-WIKI."
-    wide = paper.query("dataset == 'imdb_wiki' and table in ['Table 2', 'Table 4']").pivot_table(
+    wide = paper[(paper["dataset"] == "imdb_wiki") & paper["table"].isin(["Table 2", "Table 4"])].pivot_table(
         index="method", columns="label_ratio", values="error_mean").rename(columns="paper, IMDB-WIKI, {:.0%}".format)
     spread, names = _spread(table).reindex(["BL", "BL + UL", "paper"]), ["BL", "BL + UL", "BL + UL + BLO"]
     ours = [text if known else "missing" for text, known in zip(_texts(spread, "mae"), spread["mae_mean"].notna())]

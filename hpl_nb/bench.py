@@ -138,7 +138,7 @@ def peak_memory()->float: # MB
 def bench_modes(names:Sequence[str])->list[str]:
     "What is measured: PseudoLabel and the methods that are named, or all."
     for name in names:
-        if name not in benched(): raise unknown_name(name, [*benched()], "methods")
+        if name not in benched(): raise unknown_name(name, [*benched()], "hpl_bench", "method")
     return list(dict.fromkeys(["PseudoLabel", *names])) if names else [*benched()]
 
 def bench_table(rows:pd.DataFrame)->pd.DataFrame:

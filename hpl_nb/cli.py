@@ -25,7 +25,7 @@ from .protocols import Files, cpu_protocol, gpu_protocol, what_is_missing
 from .report import finished_runs, report, write_results
 from .runner import Backend, ray_cluster, run_all, train_experiment
 from .search import search, tuned
-from .settings import Settings, change, differences
+from .settings import Settings, change, differences, unknown_name
 from .store import merge_runs
 from .training.run import Run
 from .training.state import Train
@@ -36,9 +36,13 @@ __all__ = ['describe_run', 'hpl_train', 'hpl_compare', 'hpl_queue', 'hpl_store',
 # %% ../nbs/90_cli.ipynb #5910435e
 _FLAT = tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff
 
-def _command(kind:Any, name:str, arguments:Sequence[str]|None, about:str|None=None)->None:
+def _command(kind:Any, name:str, arguments:Sequence[str]|None, about:str|None=None, first:Sequence[str]=())->None:
     "Parse a command line and carry it out; an `HplError` is printed without a traceback, Ctrl-C says how to go on."
-    try: tyro.cli(kind, prog=name, args=arguments, description=about, use_underscores=True, config=_FLAT).run()
+    words = sys.argv[1:] if arguments is None else [*arguments]
+    try:
+        if first and words and not words[0].startswith("-") and words[0] not in first: raise unknown_name(words[0], [*first], name,
+                                                                                                          "command")
+        tyro.cli(kind, prog=name, args=words, description=about, use_underscores=True, config=_FLAT).run()
     except HplError as error: sys.exit(f"hpl_nb: {error}")
     except KeyboardInterrupt: sys.exit("Interrupted. What was checkpointed is kept; the same command goes on from there.")
 
@@ -120,7 +124,8 @@ def hpl_train(
         datasets = _on_each_dataset(_TrainFlags())
         return make_dataclass(method.short, [("on", datasets), ("method", type(method), field(default=method))], frozen=True,
                               namespace={"__doc__": type(method).__doc__, "run": lambda self: self.on.run(self.method)})
-    _command(_choice({name: command(method) for name, method in known_methods().items()}), "hpl_train", arguments, hpl_train.__doc__)
+    _command(_choice({name: command(method) for name, method in known_methods().items()}), "hpl_train", arguments, hpl_train.__doc__,
+             [*known_methods()])
 
 # %% ../nbs/90_cli.ipynb #335205a5
 @dataclass(frozen=True)
@@ -161,7 +166,7 @@ def hpl_compare(
     arguments:Sequence[str]|None=None, # as typed; None: of this process
 )->None:
     "Methods x label ratios x seeds as a table beside the paper's numbers; what is done is skipped."
-    _command(_on_each_dataset(_CompareFlags()), "hpl_compare", arguments, hpl_compare.__doc__)
+    _command(_on_each_dataset(_CompareFlags()), "hpl_compare", arguments, hpl_compare.__doc__, [known.data.short for known in DATASETS])
 
 # %% ../nbs/90_cli.ipynb #2b310ba7
 @dataclass(frozen=True)

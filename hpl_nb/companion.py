@@ -31,11 +31,12 @@ __all__ = ['listed', 'stored_runs', 'how_made', 'where_wrong', 'does_it_know', '
 
 # %% ../nbs/81_companion.ipynb #ec7b086c
 def listed(
-    text:str|int, # separated by commas
+    text:str|int, # of a parameter
     kind:Callable[[str], Any]=str, # of each, such as int or `method_named`
+    sep:str=",", # what separates them
 )->list[Any]: # in order
     "The items of a notebook's parameter."
-    try: return [kind(item.strip()) for item in str(text).split(",") if item.strip()]
+    try: return [kind(item.strip()) for item in str(text).split(sep) if item.strip()]
     except ValueError as error: raise HplError(f"{text!r} is no list of numbers; separate numbers by commas, such as 0,1,2.") from error
 
 def stored_runs(
@@ -137,8 +138,8 @@ def did_it_help(
 # %% ../nbs/81_companion.ipynb #bc738b6b
 class _Tables:
     "What is drawn, and the tables of numbers."
-    def __init__(self, runs, width, label, error):
-        self.runs, self.width, self.label, self.error, self.first = runs, width, label, error, one_of_each(runs)
+    def __init__(self, runs, width, label, error, name):
+        self.runs, self.width, self.label, self.error, self.name, self.first = runs, width, label, error, name, one_of_each(runs)
         self.results, self.unit, self.order = results_frame(runs), runs[0].config["unit"], [run.config["method"] for run in self.first]
         best = next((run for run in self.first if run.config["settings"].get("kind") == "HPL"), self.first[-1])
         self.ours, self.shown, rows = best.config["method"], pseudo_labels(self.first), pseudo_labels(runs)
@@ -149,6 +150,10 @@ class _Tables:
         if self.groups["run"].nunique() > self.groups["method"].nunique():
             by = self.groups.groupby(["method", "group"], sort=False, as_index=False)
             self.groups = by[["count", "mse", "mae", "bias", "sd"]].mean()
+
+    def _shown(self, figure, alt):
+        if not self.name: return show(figure, alt)
+        return show(figure.update_layout(title_text=f"{self.name}: {figure.layout.title.text}"), f"{self.name}: {alt}")
 
     def table(self): return compact(results_table(self.results)).drop(columns="seconds")
 
@@ -163,21 +168,21 @@ class _Tables:
 # %% ../nbs/81_companion.ipynb #ef98041e
 class _Training(_Tables):
     def calibration(self):
-        return show(figures.reliability_diagram(metrics.reliability(self.learned), self.unit, self.order),
+        return self._shown(figures.reliability_diagram(metrics.reliability(self.learned), self.unit, self.order),
                     "Mean squared error of the pseudo-labels in bins of the learned variance, with the diagonal of perfect calibration.")
 
     def variances(self, **weight_axis):
         figure = figures.log_variance_curves(self.logs, self.order).update_yaxes(**weight_axis, row=2, col=1)
-        return show(figure, "Mean log-variance with its spread, and mean weight, over the epochs.")
+        return self._shown(figure, "Mean log-variance with its spread, and mean weight, over the epochs.")
 
     def curves(self):
         figure = figures.learning_curves(self.logs, f"val_{self.error}", self.unit, self.order)
-        return show(figure, "Validation error of each method over the epochs.")
+        return self._shown(figure, "Validation error of each method over the epochs.")
 
     def movie(self):
         if self.moving["epoch"].nunique() < 2: return Markdown("One epoch was kept: there is nothing to play.")
         alt = f"Pseudo-labels and variances of {self.ours} at the epochs that were kept."
-        return show(figures.pseudo_label_movie(self.moving, self.unit), alt)
+        return self._shown(figures.pseudo_label_movie(self.moving, self.unit), alt)
 
     def answers(self):
         unit = self.unit if self.error == "mae" else f"{self.unit}²"
@@ -192,28 +197,30 @@ class CloseLook(_Training):
         width:float, # of a group of labels, label units
         label:str, # what a label is, such as age
         error:str="mae", # or mse: what results on the dataset are measured in
-    ): super().__init__(runs, width, label, error)
+        name:str="", # in front of titles, where a page shows several datasets
+    ): super().__init__(runs, width, label, error, name)
 
     def chart(self):
         figure = figures.results_chart(metrics.summarise(self.results), self.results, self.error, self.unit, self.order)
-        return show(figure, "Test error of each method: one mark per seed, and mean with standard deviation.")
+        return self._shown(figure, "Test error of each method: one mark per seed, and mean with standard deviation.")
 
     def boxes(self, width=None):
         figure = figures.pseudo_label_boxplots(self.mine, width=width or self.width, unit=self.unit, methods=self.order)
-        return show(figure, f"Pseudo-labels of {self.ours} by true {self.label}, a box for each group, under a histogram of the labels.")
+        alt = f"Pseudo-labels of {self.ours} by true {self.label}, a box for each group, under a histogram of the labels."
+        return self._shown(figure, alt)
 
     def errors(self, metric="mse", **axis):
         figure = figures.group_error_lines(self.groups, metric, self.unit, self.order).update_yaxes(**axis)
         what = {"mse": "Mean squared error", "sd": "Spread"}[metric]
-        return show(figure, f"{what} of the pseudo-labels of each method by true {self.label}.")
+        return self._shown(figure, f"{what} of the pseudo-labels of each method by true {self.label}.")
 
     def scatter(self, at):
         figure = figures.variance_scatter(self.mine, at=at, width=self.width, unit=self.unit, methods=self.order)
-        return show(figure, f"Learned variance against the absolute error of the pseudo-label, at {self.label} {at}.")
+        return self._shown(figure, f"Learned variance against the absolute error of the pseudo-label, at {self.label} {at}.")
 
     def grid(self, ats, most=400):
         figure = figures.variance_grid(self.mine, ats, self.width, self.unit, self.order, most)
-        return show(figure, "The same at several labels, a panel each.")
+        return self._shown(figure, "The same at several labels, a panel each.")
 
 # %% ../nbs/81_companion.ipynb #2cadd378
 def paper_table(
@@ -242,6 +249,22 @@ def paper_rows(
     names = {"mean": "ours", "std": "sd", "error_mean": "paper", "error_sd": "paper sd", "difference": "ours - paper",
              "difference_mean": "ours - HPL (paper)", "p_value": "p", "p_holm": "p (Holm)"}
     return beside_paper(errors_of(protocols, dataset), error).rename(columns=names).round(3).astype(object).fillna("-")
+
+# %% ../nbs/81_companion.ipynb #c0a1a001
+def read_results(path)->pd.DataFrame:
+    "A stored table of results on rotated digits, the smallest mean error first."
+    results = pd.read_csv(path).assign(benchmark="", in_paper="")
+    means = results.groupby("method")["mae"].mean()
+    return results.sort_values("method", key=lambda names: names.map(means), kind="stable", ignore_index=True)
+
+def ways_of(protocols)->pd.DataFrame:
+    "How many runs were trained how, and how long they took."
+    ways = pd.DataFrame([{"protocol": name, "dataset": run.config["dataset"], "epochs": run.metrics["epochs"],
+                          "iterations": run.metrics["steps"], "hardware": run.environment["hardware"],
+                          "torch": run.environment["torch"], "minutes": run.metrics["seconds"]/60}
+                         for name, group in protocols.items() for run in group])
+    by = ways.groupby([name for name in ways if name != "minutes"], sort=False)["minutes"]
+    return by.agg(["size", "mean", "max"]).round(0).reset_index()
 
 # %% ../nbs/81_companion.ipynb #5d320d8d
 def drawn_faces(

@@ -55,15 +55,23 @@ def convert_runs(
     return [new for path in paths if (new := _convert(path))]
 
 # %% ../nbs/80_convert.ipynb #c2c2aba5
+def _new_place(experiment:Experiment, path:Path)->Path:
+    "The run's file of this version, beside the old one's folder; nothing is written anywhere else or over another run."
+    new = run_path(experiment, Path(*path.parts[:-4])).with_name(path.name)
+    if new.parents[1] != path.parents[1]:
+        raise HplError(f"{path} is not where such a run is stored; move it to {Path(*new.parts[-4:-2], 'METHOD', path.name)} in any folder.")
+    if new.exists(): raise HplError(f"{path} and {new} are two results of one run; delete the one that you do not want.")
+    return new
+
 def _convert(path:Path)->Path|None:
     "Rewrite one stored run at its new place; None: it is of this version."
     with reading(path, partial(damaged, path)):
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["config"].get("format") == 2: return None
         experiment = _experiment(content["config"], content.pop("options"))
+        new = _new_place(experiment, path)
     content["config"] |= {"settings": as_json(experiment.method), "train": as_json(experiment.train), "format": 2,
                           "experiment": without_folders(experiment)}
-    new = run_path(experiment, path.parents[3]).with_name(path.name)
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(part)}" for name, part in content.items())
     atomic_write(new, lambda file: file.write(f"{{\n{lines}\n}}\n".encode()))
     if (table := path.with_suffix(".parquet")).exists(): table.replace(new.with_suffix(".parquet"))

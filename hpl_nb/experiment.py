@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .core import HplError, seed_everything
+from .core import HplError, reason, seed_everything
 from .data.core import DataSettings, SemiSupervisedData, StreamSettings
 from .data.imdb_wiki import IMDBWiki
 from .data.rotated_digits import RotatedDigits
@@ -106,8 +106,13 @@ def read_experiment(
     content:Mapping[str, Any], # of `as_json`
     *kinds:type[Settings], # your own classes that may be named in it
 )->Experiment:
-    "An experiment from JSON; an unknown kind or setting raises `HplError`."
-    return from_json(dict(content), Experiment, *(type(known.data) for known in DATASETS), *MODELS, *METHODS, *kinds)
+    "An experiment from JSON; an unknown kind or setting, or content of another kind, raises `HplError`."
+    known = *(type(known.data) for known in DATASETS), *MODELS, *METHODS, *kinds
+    try: found = from_json(dict(content), Experiment, *known)
+    except HplError: raise
+    except Exception as error: raise HplError(f"no experiment can be read ({reason(error)}). Give what as_json made of one.") from error
+    if not isinstance(found, Experiment): raise HplError(f"kind is {type(found).__name__!r}; give an Experiment.")
+    return found
 
 # %% ../nbs/76_experiment.ipynb #5eb59223
 def with_values(

@@ -152,13 +152,14 @@ def report(
     "Tables and figures of many runs."
     results, unit = results_frame(runs), runs[0].config["unit"]
     first, names = one_of_each(runs), list(dict.fromkeys(results["method"]))
+    main = [run.config["method"] for run in first if run.config["settings"].get("kind") == "HPL"]
     unlabelled = dict(iter(pseudo_labels(first).groupby("method", sort=False)))
     chart = figures.results_chart(metrics.summarise(results), results, "mae", unit, names)
     sections = [("Results", "Test metrics of the epoch that validation selected, mean ± standard deviation over seeds; "
                  "pseudo_label_mae is the error of the pseudo-labels on the unlabelled rows, log_variance the mean z in training.",
                  compact(results_table(results))),
                 ("Test error", "Each seed, and mean ± standard deviation.", chart),
-                *_pseudo_label_sections(unlabelled, unit, names), *_variance_sections(unlabelled, unit, names),
+                *_pseudo_label_sections(unlabelled, unit, names, main), *_variance_sections(unlabelled, unit, names),
                 *_curve_sections(first, unit, names)]
     return figures.save_report(Path(path), title, sections)
 
@@ -168,10 +169,10 @@ def _width(rows):
     aim = (rows["y_true"].max() - rows["y_true"].min())/12
     return min((m*10**e for e in range(-3, 6) for m in (1, 2, 5)), key=lambda w: abs(np.log(w/aim)))
 
-def _pseudo_label_sections(unlabelled, unit, names):
+def _pseudo_label_sections(unlabelled, unit, names, main):
     "Fig. 1 of HPL, or of the first method with pseudo-labels, and Fig. 3 of all."
     if not unlabelled: return []
-    name = next((name for name in names if name in unlabelled and name.startswith("HPL")), next(iter(unlabelled)))
+    name = next((name for name in main if name in unlabelled), next(iter(unlabelled)))
     rows, everything = unlabelled[name], pd.concat(unlabelled.values(), ignore_index=True)
     width = _width(rows)
     boxes = figures.pseudo_label_boxplots(rows, width=width, unit=unit, methods=names)

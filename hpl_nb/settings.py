@@ -57,11 +57,12 @@ def unknown_name(
     name:str, # as typed
     known:list[str], # what there is
     owner:str, # whose names they are
+    kind:str="setting", # what is named
 )->HplError: # to be raised
     "The error for a name that does not exist: it suggests the nearest one."
     nearest = get_close_matches(name, known, 1, 0)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    return HplError(f"{owner} has no setting {name!r}; {hint}It has {', '.join(known) or 'none'}.")
+    return HplError(f"{owner} has no {kind} {name!r:.60}; {hint}It has {', '.join(known) or 'none'}.")
 
 # %% ../nbs/01_settings.ipynb #c4b1674d
 FILE = {"file": True} # metadata of a field that names a file: the file's name decides, not its folder
@@ -83,7 +84,7 @@ class Settings(metaclass=_Named):
             object.__setattr__(self, name, value := _as_hinted(getattr(self, name), hint))
             if not _fits(value, hint):
                 verb = "choose" if get_origin(hint) is Literal else "give"
-                raise HplError(f"{name} is {value!r}; {verb} {_wanted(hint)}.")
+                raise HplError(f"{name} is {value!r:.200}; {verb} {_wanted(hint)}.")
         self.check()
 
     def check(self)->None: "Raise `HplError` where a value is out of range or two contradict each other."
@@ -145,7 +146,7 @@ def from_json(
     if isinstance(content, list): return tuple(from_json(item, *kinds) for item in content)
     if not isinstance(content, dict): return content
     known, name = {kind.__name__: kind for kind in kinds}, content.get("kind")
-    if name not in known: raise HplError(f"kind is {name!r}; this version knows {', '.join(known)}.")
+    if name not in known: raise HplError(f"kind is {name!r:.60}; this version knows {', '.join(known)}.")
     hints = field_types(known[name])
     return known[name](**{key: from_json(value, *kinds, *_kinds_in(hints.get(key))) for key, value in content.items() if key != "kind"})
 

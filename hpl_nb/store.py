@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from .core import HplError, RunFolder, atomic_write
+from .core import HplError, RunFolder, atomic_write, reading
 from .experiment import Experiment, read_experiment
 from .settings import as_json
 from .training.run import Run, load_run
@@ -22,12 +23,16 @@ from .training.run import Run, load_run
 __all__ = ['store_run', 'run_folders', 'merge_runs']
 
 # %% ../nbs/76b_store.ipynb #ddb3e521
+def _storing(source:str|Path)->AbstractContextManager[None]:
+    "Whatever keeps a run from being stored is an error that names it."
+    folder, advice = RunFolder(source), "Keep a run of your own classes in its folder; restore a copy of a damaged one."
+    path = folder.stored if folder.stored.exists() else folder.metrics
+    return reading(path, lambda reason: HplError(f"{source} cannot be stored ({reason}). {advice}"))
+
 def run_summary(run:Run)->dict[str, Any]:
     "All of a run but its predictions, as plain values."
     config = dict(run.config)
-    if "experiment" in config:
-        try: config["experiment"] = without_folders(read_experiment(config["experiment"]))
-        except HplError as error: raise HplError(f"a run of your own classes cannot be stored ({error}); keep its folder.") from error
+    if "experiment" in config: config["experiment"] = without_folders(read_experiment(config["experiment"]))
     log = {name: [_rounded(value) for value in values] for name, values in run.log.to_dict("list").items()}
     return {"config": config, "environment": run.environment, "metrics": run.metrics, "log": log}
 
@@ -63,10 +68,11 @@ def store_run(
 )->Path: # of the JSON file
     "Keep a run in one small file, or two; `load_run(folder)` reads it."
     run, target = load_run(source), RunFolder(folder).stored
-    if predictions and len(run.predictions):
-        table = thin_predictions(run)
+    with _storing(source):
+        table = thin_predictions(run) if predictions and len(run.predictions) else None
+        lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(part)}" for name, part in run_summary(run).items())
+    if table is not None:
         atomic_write(target.with_suffix(".parquet"), lambda file: table.to_parquet(file, index=False, compression="zstd"))
-    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(part)}" for name, part in run_summary(run).items())
     return atomic_write(target, lambda file: file.write(f"{{\n{lines}\n}}\n".encode()))
 
 # %% ../nbs/76b_store.ipynb #82f93e20
@@ -88,13 +94,15 @@ def merge_runs(
     new = []
     for folder in run_folders([source]):
         run, place = load_run(folder), Path(store)/folder.relative_to(source)
-        if not RunFolder(place).stored.exists(): new.append(store_run(folder, place, run.config["seed"] in seeds))
-        elif different := _different(run, load_run(place)):
+        with _storing(folder): summary = run_summary(run)
+        if not RunFolder(place).stored.exists(): new.append(store_run(folder, place, summary["config"].get("seed") in seeds))
+        elif different := _different(summary, load_run(place)):
             raise HplError(f"{folder} and {RunFolder(place).stored} are two results of one run: {different}. "
                            "Delete the one that you do not want.")
     return new
 
-def _different(run, other):
-    parts = ("config", run_summary(run)["config"], other.config), ("metrics", run.metrics, other.metrics)
-    pairs = [(f"{part} {name}", ours.get(name), theirs.get(name)) for part, ours, theirs in parts for name in ours if name != "seconds"]
+def _different(ours, other):
+    parts = ("config", other.config), ("metrics", other.metrics)
+    pairs = [(f"{part} {name}", ours[part].get(name), theirs.get(name))
+             for part, theirs in parts for name in ours[part] if name != "seconds"]
     return ", ".join(f"{name} is {a} and {b}" for name, a, b in pairs if a != b)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SESSION = {"Session"} # annotations that mean the whole training session
+SESSION = {"Session", "Training"} # annotations that mean the whole training session
 
 
 def modules(root):

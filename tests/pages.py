@@ -153,13 +153,13 @@ def modules_of(notebook, root=ROOT):
 def definitions(file):
     "{exported name: its first line in the module, and its source there}"
     text = file.read_text(encoding="utf-8")
-    found, exported = {}, []
+    found, exported = {}, None
     for node in ast.parse(text).body:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", node)]
         for name in (part for target in targets for part in getattr(target, "elts", [target])):
             found[getattr(name, "id", getattr(name, "name", None))] = node.lineno, ast.get_source_segment(text, node)
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__": exported = ast.literal_eval(node.value)
-    return {name: found[name] for name in exported}
+        if "__all__" in found and exported is None: exported = ast.literal_eval(node.value)
+    return {name: found[name] for name in exported or []}
 
 
 def with_sources(notebook, root):

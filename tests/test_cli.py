@@ -116,7 +116,8 @@ def test_help_fits_a_screen(command, monkeypatch, capsys):
 
 @pytest.mark.parametrize("line, says, code", [
     ("hpl_train hpl_paper utkface", "root is missing", "hpl_nb"), ("hpl_train hpl_paper agedb", "rotated_digits", 2),
-    ("hpl_train hpl_paper utkface --root nowhere", "nowhere", "hpl_nb"), ("hpl_train magic", "mean_teacher", 2),
+    ("hpl_train hpl_paper utkface --root nowhere", "nowhere", "hpl_nb"), ("hpl_train mean_techer", "did you mean 'mean_teacher'", "hpl_nb"),
+    ("hpl_compare utkfac", "did you mean 'utkface'", "hpl_nb"),
     ("hpl_train pim rotated_digits --dropout 0", "dropout is 0", "hpl_nb"),
     ("hpl_train mean_teacher --alpha 1 rotated_digits", "--alpha", 2),
     ("hpl_train mean_teacher --dekay 1 rotated_digits", "--decay", 2), ("hpl_train hpl_paper --outer later rotated_digits", "previous", 2),

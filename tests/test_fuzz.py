@@ -23,8 +23,10 @@ Every place where the package opens a file that is not its own, and the reader b
     training.run.run_lock (who holds the folder)                lock
     training.run.load_run, check_results, stored_run            run: all files; stored run: json, parquet
     training.checkpoint.read_checkpoint, read_place             checkpoint
-    pipeline.read_protocol                                      protocol
-    pipeline.merge_runs, cli.options_of                         through load_run and read_json
+    runner.check_folder, store.run_summary (experiments)        run: experiment; stored run: experiment
+    experiment.read_experiment                                  experiment
+    convert.convert_runs                                        run to convert
+    store.merge_runs                                            through load_run
 
 Tables and registries in hpl_nb/resources are the package's own and are not read from elsewhere.
 """
@@ -60,6 +62,7 @@ from safetensors.torch import save as save_safetensors
 from safetensors.torch import save_file
 from torch import nn
 
+from hpl_nb.convert import convert_runs
 from hpl_nb.core import HplError, RunFolder
 from hpl_nb.data import check
 from hpl_nb.data.core import StreamSettings
@@ -67,13 +70,18 @@ from hpl_nb.data.images import ImageFiles, ImageSource, decode_image, exact_coun
 from hpl_nb.data.imdb_wiki import imdb_wiki
 from hpl_nb.data.own import from_arrays, from_images
 from hpl_nb.data.pixels import disk_cache
-from hpl_nb.data.stsb import load_vectors, read_wordnet, stsb
+from hpl_nb.data.stsb import STSB, load_vectors, read_wordnet, stsb
 from hpl_nb.data.tables import fetch, read_table
 from hpl_nb.data.utkface import utkface
 from hpl_nb.estimator import SemiSupervisedRegressor
+from hpl_nb.experiment import Experiment, read_experiment
 from hpl_nb.methods.core import Supervised
+from hpl_nb.methods.hpl import HPL
 from hpl_nb.models import _load_trunk, mlp
 from hpl_nb.predictor import Predictor, checksum
+from hpl_nb.runner import check_folder
+from hpl_nb.settings import as_json
+from hpl_nb.store import merge_runs, store_run
 from hpl_nb.training.checkpoint import read_place
 from hpl_nb.training.loop import fit
 from hpl_nb.training.run import load_run, run_lock
@@ -95,6 +103,7 @@ class Reader:
     quick: int = 200 # inputs in the default run; the slow one takes all
     traps: dict[str, Callable] = field(default_factory=dict) # beside those that every reader meets: (path, canary) -> None
     speaks_of: Callable[[Path], Path] = lambda path: path # what a refusal must name
+    writes: Callable[[Path], Path]|None = None # the folder that it may change
     claims: bool = False # may memory be reserved that a file only claims to need (and is never touched)?
     most_accepted: float = .9 # share of the damaged inputs that may pass: more, and nothing was tested
 
@@ -211,6 +220,9 @@ def read_weights(path): return _load_trunk(small_trunk(), path)
 SMALL = Train(epochs=2, iterations_per_epoch=2, streams=StreamSettings(4, 4), optimizer=OptimizerSettings(1e-2, 1e-2))
 
 
+EXPERIMENT = Experiment(STSB(label_ratio=.05), HPL.paper())
+
+
 def method(): return Supervised().build(mlp(3, (4,)))
 
 
@@ -252,8 +264,7 @@ def signed(content, draw):
 
 def trained(name, checksums=False):
     def make(root):
-        fit(method(), array_data(), replace(SMALL, record_every=1), folder=root/"run", progress=False)
-        RunFolder(root/"run").write_json("options.json", {"seed": 0})
+        fit(method(), array_data(), replace(SMALL, record_every=1), folder=root/"run", progress=False, experiment=as_json(EXPERIMENT))
         if not checksums: (root/"run"/"checksums.json").unlink() # as in runs of version 0.1, where only the readers can notice
         return root/"run"/name
     return make
@@ -269,6 +280,37 @@ def stored(suffix):
 
 def stored_as(path): return path.with_suffix("")
 def read_stored(path): return load_run(stored_as(path))
+
+
+def experiment_file(root):
+    root.mkdir()
+    return RunFolder(root).write_json("experiment.json", as_json(EXPERIMENT))
+
+
+def to_convert(root):
+    "As version 0.1 stored a run at first: flat options, and a table beside it."
+    stored(".json")(root)
+    content, place = json.loads((root/"stored"/"0.json").read_text()), root/"stored"/"stsb"/"0.05"/"hpl-paper"
+    place.mkdir(parents=True)
+    for name in ("format", "experiment"): del content["config"][name]
+    content["config"] |= {"method": "HPL (paper)", "settings": {"preset": "paper", "outer_every": 5}}
+    content["options"] = {"dataset": "stsb", "root": "", "label_ratio": .05, "hidden": 128, "vectors": "glove.npz", "dropout": .2, "settings": ""}
+    (root/"stored"/"0.parquet").rename(place/"0.parquet")
+    (root/"stored"/"0.json").unlink()
+    return RunFolder(place).write_json("0.json", content)
+
+
+def top_of(path): return path.parents[3]
+def convert(path): return convert_runs([top_of(path)])
+
+
+def to_gather(root):
+    path = stored(".json")(root)
+    (root/"gathered").mkdir()
+    return path
+
+
+def gathered(path): return path.parents[1]/"gathered"
 
 
 def held(root):
@@ -297,12 +339,6 @@ def read_cache(path):
     "The pictures as they are, whatever stood in the cache."
     files = picture_files(path.parent.parent)
     assert all(np.array_equal(a, b) for a, [b] in zip(disk_cache(files, path.parent).pixels, map(files.__getitem__, range(3))))
-
-
-def protocol(root):
-    root.mkdir()
-    (root/"mine.csv").write_text('protocol,dataset,methods,label_ratios,seeds,options,what\nx,stsb,"hpl:paper,supervised",0.05,"0,1",epochs=2,STS-B\n')
-    return root/"mine.csv"
 
 
 def fetched(root):
@@ -466,7 +502,7 @@ READERS = {
                                  traps=huge_pictures())
        for kind, how in {"png": {}, "jpg": {}, "bmp": {}, "gif": {"mode": "P"}, "tif": {}, "tiff": {"mode": "L", "compression": "tiff_lzw"},
                          "webp": {}, "ppm": {}, "jp2": {}}.items()},
-    "decoded pictures": Reader(cached, read_cache, most_accepted=1),
+    "decoded pictures": Reader(cached, read_cache, most_accepted=1, writes=root_of),
     "fetched table": Reader(fetched, lambda path: fetch(path.name, path.parent, progress=False), most_accepted=0),
     "stsb": Reader(pairs, lambda path: stsb(path.parent, 1).plain(torch.zeros(1, 2, 2, 4)), speaks_of=root_of),
     "word vectors: npz": Reader(vectors("npz"), partial(load_vectors, words=WORDS), broken.forge_zip, traps=traps_of_vectors()),
@@ -485,13 +521,19 @@ READERS = {
        for name, forge, quick, traps in (
            ("config.json", broken.forge_json, 100, {}), ("metrics.json", broken.forge_json, 100, {}),
            ("environment.json", broken.forge_json, 100, {}),
-           ("options.json", broken.forge_json, 100, {}), ("checksums.json", broken.forge_json, 100, run_traps("checksums.json")),
+           ("checksums.json", broken.forge_json, 100, run_traps("checksums.json")),
            ("log.csv", None, 100, {}), ("predictions.parquet", None, 100, PARQUET))},
     "stored run: json": Reader(stored(".json"), read_stored, broken.forge_json, speaks_of=stored_as),
     "stored run: parquet": Reader(stored(".parquet"), read_stored, traps=PARQUET, speaks_of=stored_as, most_accepted=1),
     "checkpoint": Reader(trained("checkpoints/last.pt"), read_place, broken.forge_zip, traps=checkpoint_traps()),
-    "lock": Reader(held, second_process, most_accepted=0, speaks_of=root_of),
-    "protocol": Reader(protocol, lambda path: read_protocol(str(path))),
+    "lock": Reader(held, second_process, most_accepted=0, speaks_of=root_of, writes=root_of),
+    "run: experiment": Reader(trained("config.json"), lambda path: check_folder(EXPERIMENT, path.parent), broken.forge_json, speaks_of=root_of),
+    "stored run: experiment": Reader(stored(".json"), lambda path: check_folder(EXPERIMENT, stored_as(path)), broken.forge_json,
+                                     speaks_of=stored_as),
+    "experiment": Reader(experiment_file, lambda path: read_experiment(RunFolder(path.parent).read_json(path.name)), broken.forge_json,
+                         speaks_of=lambda path: ""), # it is given the content alone
+    "run to gather": Reader(to_gather, lambda path: merge_runs(path.parent, gathered(path)), broken.forge_json, speaks_of=stored_as, writes=gathered),
+    "run to convert": Reader(to_convert, convert, broken.forge_json, writes=top_of),
 }
 
 
@@ -545,7 +587,7 @@ def remove(path):
 
 def verdict(reader, path, watch, top):
     "accepted, refused, or what is wrong with what the reader did."
-    before, writable = tree(top), str(path.parent) if reader.read in (read_cache, second_process) else "\0"
+    before, writable = tree(top), str(reader.writes(path)) if reader.writes else "\0"
     watch.seen, watch.inside, watch.on = [], writable, True
     signal.alarm(SECONDS)
     try:
@@ -597,14 +639,18 @@ def work(name, count, top, results, start):
     made = reader.make(template/"data")
     path, good = top/"data"/made.relative_to(template/"data"), made.read_bytes()
     shutil.copytree(template/"data", top/"data")
+    def restore():
+        shutil.rmtree(top/"data")
+        for other in (canary, top/"outside.png"): remove(other)
+        shutil.copytree(template/"data", top/"data")
     limit_memory()
     signal.signal(signal.SIGALRM, interrupt)
     sys.addaudithook(watch)
     with open(results, "a", buffering=1) as out:
-        first = None
         try: reader.read(path)
-        except HplError as error: first = error
-        if first and reader.most_accepted: raise first
+        except HplError:
+            if reader.most_accepted: raise
+        if reader.writes: restore()
         for number, (label, place) in enumerate(inputs(reader, good, count, name)):
             if number < start: continue
             out.write(f"{json.dumps([label, 'the process ended'])}\n")
@@ -612,10 +658,8 @@ def work(name, count, top, results, start):
             place(path, canary)
             end = verdict(reader, path, watch, top)
             out.write(f"{json.dumps([label, end])}\n")
-            if not label.startswith("input") or end not in ("accepted", "refused"):
-                shutil.rmtree(top/"data")
-                for other in (canary, top/"outside.png"): remove(other)
-                shutil.copytree(template/"data", top/"data")
+            if reader.writes or not label.startswith("input") or end not in ("accepted", "refused"):
+                restore()
         out.write('["", "done"]\n')
 
 

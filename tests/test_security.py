@@ -44,20 +44,28 @@ from test_faults import tree
 from test_package import MODULES, ROOT, settings
 
 import hpl_nb.data
-from hpl_nb import cli, figures, pipeline
-from hpl_nb.core import HplError, RunFolder
+from hpl_nb import cli, figures, runner
+from hpl_nb.convert import convert_runs
+from hpl_nb.core import HplError
 from hpl_nb.data import tables
 from hpl_nb.data.images import FORMATS, MOST_PIXELS, ImageFiles, ImageSource, decode_image, find_images, tar_index
 from hpl_nb.data.own import from_images
 from hpl_nb.data.pixels import DiskCache, is_intact, on_disk
 from hpl_nb.data.stsb import load_vectors
 from hpl_nb.data.tables import fetch
+from hpl_nb.data.utkface import UTKFace
 from hpl_nb.estimator import SemiSupervisedRegressor
+from hpl_nb.experiment import Experiment, read_experiment
 from hpl_nb.explorer import Explorer
 from hpl_nb.live import LiveView
 from hpl_nb.methods.core import Supervised
-from hpl_nb.models import mlp, resnet
+from hpl_nb.methods.hpl import HPL
+from hpl_nb.models import BiLSTM, ResNet, mlp, resnet
 from hpl_nb.predictor import Predictor
+from hpl_nb.report import pseudo_labels, report
+from hpl_nb.settings import as_json
+from hpl_nb.settings import differences as settings_differ
+from hpl_nb.store import store_run
 from hpl_nb.training.checkpoint import read_checkpoint
 from hpl_nb.training.loop import fit
 from hpl_nb.training.run import load_run
@@ -188,7 +196,7 @@ def template(tmp_path_factory):
     top = tmp_path_factory.mktemp("template")
     method = make("Supervised", 0, dense)
     fit(method, vectors(), QUICK, folder=top/"run", progress=False)
-    pipeline.store_run(top/"run", top/"stored"/"0")
+    store_run(top/"run", top/"stored"/"0")
     return top
 
 
@@ -249,7 +257,8 @@ READERS = {
     **{f"{name} of a run": lambda template, folder, content, name=name: load_run(run_copy(template, folder, name, content))
        for name in ("config.json", "metrics.json", "log.csv", "predictions.parquet", "environment.json", "checksums.json")},
     **{f"{name} of a stored run": lambda template, folder, content, name=name: load_run(stored_copy(template, folder, name, content))
-       for name in ("0.json", "0.parquet")}}
+       for name in ("0.json", "0.parquet")},
+    "run to convert": lambda template, folder, content: convert_runs([stored_copy(template, folder, "0.json", content).parent])}
 
 
 class TestPromise1NoFileIsUnpickled:
@@ -339,11 +348,16 @@ class TestPromise3NoTextIsRun:
         assert not [call for call in source()[0] if "shell" in call.keywords]
         assert not imported("subprocess", "pty", "pexpect", "code", "runpy")
 
-    @pytest.mark.parametrize("text", ["decay=__import__('os').mkdir('canary')", "decay=$(mkdir canary)", "decay=`mkdir canary`"])
+    @pytest.mark.parametrize("text", ["__import__('os').mkdir('canary')", "$(mkdir canary)", "`mkdir canary`"])
     def test_settings_are_values(self, text, tmp_path, monkeypatch):
+        "Numbers, places and names, as typed and as in a file."
         monkeypatch.chdir(tmp_path)
-        with pytest.raises(SystemExit, match="hpl_nb: "): cli.hpl_train(method="mean_teacher", settings=text, out="run", epochs=1)
-        with pytest.raises(SystemExit, match="hpl_nb: "): pipeline.hpl_compare(methods=text, options=text, out="runs")
+        with pytest.raises(SystemExit, match="2"): cli.hpl_train(["mean_teacher", "--decay", text, "rotated_digits", "--out", "run"])
+        with pytest.raises(SystemExit, match="hpl_nb: "): cli.hpl_train(["supervised", "utkface", "--root", text, "--out", "run"])
+        with pytest.raises(SystemExit, match="hpl_nb: "): cli.hpl_compare(["rotated_digits", "--methods", text, "--out", "runs"])
+        content = as_json(Experiment(UTKFace()))
+        for broken in (content | {"kind": text}, content | {"seed": text}, content | {text: 1}):
+            with pytest.raises(HplError): read_experiment(broken)
         assert not [*tmp_path.iterdir()]
 
     def test_no_program_is_started(self, everything):
@@ -445,12 +459,12 @@ class TestPromise6NamesAreText:
         assert not Page(f"<p>{EVIL}</p>").is_clean() and Page(f"<p>{html.escape(EVIL)}</p>").is_clean()
 
     def test_report(self, evil_run, tmp_path):
-        page = Page(cli.report([evil_run[1]], tmp_path/"report.html", EVIL).read_text())
+        page = Page(report([evil_run[1]], tmp_path/"report.html", EVIL).read_text())
         assert page.is_clean() and len(page.scripts) > 4 and "evil-tag" in "".join(page.scripts) # as escaped text
 
     def test_figure_and_explorer(self, evil_run):
         data, run = evil_run
-        figure = figures.pseudo_label_boxplots(cli.pseudo_labels([run]), unit=EVIL)
+        figure = figures.pseudo_label_boxplots(pseudo_labels([run]), unit=EVIL)
         assert Page(figures.show(figure)._repr_mimebundle_()["text/html"]).is_clean()
         explorer = Explorer(run.predictions, data)
         explorer.choose(explorer.rows()["index"].head(3))
@@ -496,9 +510,9 @@ def do_everything(top):
     frame = pd.DataFrame({"a": np.arange(40.), "b": list("xy")*20})
     model = SemiSupervisedRegressor("hpl_paper", epochs=1, train=Train(iterations_per_epoch=2), random_state=0, folder=top/"estimator")
     SemiSupervisedRegressor.load(model.fit(frame, np.where(frame["a"] < 30, frame["a"], np.nan)).save(top/"model")).predict(frame)
-    cli.hpl_demo(out=str(top/"demo"), methods="supervised,hpl:paper", seeds="0", jobs=1, iterations=2)
-    cli.hpl_figures([str(top/"demo")], out=str(top/"figures.html"))
-    pipeline.hpl_store([str(top/"demo")], store=str(top/"store"))
+    cli.hpl_demo(["--out", f"{top}/demo", *"--methods supervised hpl_paper --seeds 0 --jobs 1 --iterations 2".split()])
+    cli.hpl_figures([f"{top}/demo", "--out", f"{top}/figures.html"])
+    cli.hpl_store([f"{top}/demo", "--store", f"{top}/store"])
     explorer = Explorer(load_run(top/"HPL paper").predictions, data)
     explorer._repr_mimebundle_(), explorer.close()
     do_pictures(top/"pictures")
@@ -553,14 +567,14 @@ class TestPromise7NoNetworkUnlessAsked:
 
     def test_who_could(self):
         "Only what is asked for by name: `fetch`, torchvision's weights, and Ray."
-        assert imported("pooch") == {("hpl_nb.data.tables", "fetch")} and imported("ray") == {("hpl_nb.pipeline", "ray_cluster")}
+        assert imported("pooch") == {("hpl_nb.data.tables", "fetch")} and imported("ray") == {("hpl_nb.runner", "ray_cluster")}
         assert {call.function for call in called("get_state_dict")} == {"_torchvision_trunk"}
         assert not imported("requests", "urllib", "http", "socket", "ftplib", "huggingface_hub", "wandb", "aiohttp", "httpx")
         assert {call.function for call in called("fetch")} == {"find_table", "read_faces"} # behind download=True
 
     def test_ray_keeps_quiet(self):
         "The variable is set before Ray is imported."
-        text = Path(pipeline.__file__).read_text(encoding="utf-8")
+        text = Path(runner.__file__).read_text(encoding="utf-8")
         assert 0 < text.index('os.environ["RAY_USAGE_STATS_ENABLED"] = "0"') < text.index("import ray")
 
 
@@ -597,7 +611,7 @@ class TestPromise8WhatIsFetchedIsChecked:
 
 class TestPromise9ReportsLoadNothing:
     def test_page(self, evil_run, tmp_path):
-        page = Page(cli.report([evil_run[1]], tmp_path/"report.html", "Runs").read_text())
+        page = Page(report([evil_run[1]], tmp_path/"report.html", "Runs").read_text())
         policies = [attributes["content"] for tag, attributes in page.tags if attributes.get("http-equiv") == "Content-Security-Policy"]
         assert len(policies) == 1 and policies[0].startswith("default-src 'none'; ") and "http" not in policies[0]
         names = ("src", "href", "data", "srcset", "action")
@@ -606,7 +620,7 @@ class TestPromise9ReportsLoadNothing:
 
     def test_figures_in_notebooks(self, evil_run):
         "The one address in a figure is plotly.js, and the page says which content it has to have."
-        text = figures.show(figures.pseudo_label_boxplots(cli.pseudo_labels([evil_run[1]])))._repr_mimebundle_()["text/html"]
+        text = figures.show(figures.pseudo_label_boxplots(pseudo_labels([evil_run[1]])))._repr_mimebundle_()["text/html"]
         address, digest = re.search(r'src: "(https://[^"]+)", integrity: "sha256-([^"]+)"', text).groups()
         assert address.startswith("https://cdn.plot.ly/plotly-") and {*re.findall(r"\bhttps?://[^\"\s<]+", text)} == {address}
         assert base64.b64decode(digest) == hashlib.sha256(get_plotlyjs().encode()).digest()
@@ -631,22 +645,21 @@ class TestPromise10WritesBelowTheFolder:
 
     def test_cache_of_pixels(self, everything):
         assert len([*(everything.folders["out"]/"pictures"/"cache").glob("pixels-16-*.npy")]) == 1
-        options = cli.Options(dataset="utkface", root="ROOT", pixels="disk")
-        assert options.cache == "" and "default ROOT/cache" in Path(cli.__file__).read_text(encoding="utf-8")
+        assert UTKFace(root="ROOT", pixels="disk").cache == ""
 
 
 class TestPromise11StoredRunsNameNobody:
-    def test_paths_are_cut(self, tmp_path, monkeypatch):
-        "A run with all options that name places, in a folder named after a person, on a machine with a name."
+    @pytest.mark.parametrize("model", [ResNet(weights="/home/secret-user/weights.pth"), BiLSTM(vectors="/home/secret-user/vectors.npz")])
+    def test_paths_are_cut(self, model, tmp_path, monkeypatch):
+        "A run whose settings name places, in a folder named after a person, on a machine with a name."
         monkeypatch.setattr("platform.node", lambda: "secret-host")
         monkeypatch.setenv("USER", "secret-user")
         folder = tmp_path/"secret-user"/"run"
-        fit(make("HPL paper", 0, dense), vectors(), QUICK, folder=folder, progress=False)
-        secret = {name: f"/home/secret-user/{name}/file" for name in ("root", "cache", "weights", "vectors")}
-        RunFolder(folder).write_json("options.json", vars(cli.Options()) | secret)
-        stored = pipeline.store_run(folder, tmp_path/"store"/"0")
+        experiment = Experiment(UTKFace("/home/secret-user/faces", cache="/home/secret-user/cache"), HPL.paper(), model)
+        fit(make("HPL paper", 0, dense), vectors(), QUICK, folder=folder, progress=False, experiment=as_json(experiment))
+        stored = store_run(folder, tmp_path/"store"/"0")
         names = {"secret-user", "secret-host", socket.gethostname(), str(Path.home()), str(tmp_path), "/home/"}
         content = stored.read_bytes() + pd.read_parquet(stored.with_suffix(".parquet")).to_csv().encode()
-        assert json.loads(stored.read_text())["options"]["weights"] == "file"
+        assert not settings_differ(read_experiment(json.loads(stored.read_text())["config"]["experiment"]), experiment)
         assert not [name for name in names if name.encode() in content]
-        assert "secret-user" in (folder/"options.json").read_text() # the run folder itself keeps them
+        assert "secret-user" in (folder/"config.json").read_text() # the run folder itself keeps them

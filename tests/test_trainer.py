@@ -191,7 +191,7 @@ class TestDamage:
         assert config.pop("format") == 2
         RunFolder(tmp_path).write_json("config.json", config)
         (tmp_path/"checksums.json").unlink(missing_ok=True)
-        before, says = tree(tmp_path), f"config.json was written by an earlier version; `hpl_store --convert {tmp_path}` rewrites it."
+        before, says = tree(tmp_path), "config.json was written by an earlier version; choose another folder, or delete that one."
         for read in [lambda: train(folder=tmp_path), *([] if stop_after else [lambda: load_run(tmp_path)])]:
             with pytest.raises(HplError, match=re.escape(says)): read()
         assert tree(tmp_path) == before

@@ -68,7 +68,8 @@ CONFIG_FORMAT = 2 # of config.json: since 2 it may hold the experiment as JSON
 def check_format(config:Mapping[str, Any], path:Path)->None:
     "Refuse the config of an earlier version."
     if config.get("format") != CONFIG_FORMAT:
-        raise HplError(f"{path} was written by an earlier version; `hpl_store --convert {path.parent}` rewrites it.")
+        advice = f"`hpl_store --convert {path.parent}` rewrites it" if path.stem.isdigit() else "choose another folder, or delete that one"
+        raise HplError(f"{path} was written by an earlier version; {advice}.")
 
 def check_results(folder:RunFolder)->None:
     "Refuse a finished run's files where they differ from what was written."
