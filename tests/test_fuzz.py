@@ -294,7 +294,8 @@ def to_convert(root):
     place.mkdir(parents=True)
     for name in ("format", "experiment"): del content["config"][name]
     content["config"] |= {"method": "HPL (paper)", "settings": {"preset": "paper", "outer_every": 5}}
-    content["options"] = {"dataset": "stsb", "root": "", "label_ratio": .05, "hidden": 128, "vectors": "glove.npz", "dropout": .2, "settings": ""}
+    content["options"] = {"dataset": "stsb", "root": "", "label_ratio": .05, "hidden": 128, "vectors": "glove.npz", "dropout": .2,
+                          "settings": ""}
     (root/"stored"/"0.parquet").rename(place/"0.parquet")
     (root/"stored"/"0.json").unlink()
     return RunFolder(place).write_json("0.json", content)
@@ -527,12 +528,14 @@ READERS = {
     "stored run: parquet": Reader(stored(".parquet"), read_stored, traps=PARQUET, speaks_of=stored_as, most_accepted=1),
     "checkpoint": Reader(trained("checkpoints/last.pt"), read_place, broken.forge_zip, traps=checkpoint_traps()),
     "lock": Reader(held, second_process, most_accepted=0, speaks_of=root_of, writes=root_of),
-    "run: experiment": Reader(trained("config.json"), lambda path: check_folder(EXPERIMENT, path.parent), broken.forge_json, speaks_of=root_of),
+    "run: experiment": Reader(trained("config.json"), lambda path: check_folder(EXPERIMENT, path.parent), broken.forge_json,
+                              speaks_of=root_of),
     "stored run: experiment": Reader(stored(".json"), lambda path: check_folder(EXPERIMENT, stored_as(path)), broken.forge_json,
                                      speaks_of=stored_as),
     "experiment": Reader(experiment_file, lambda path: read_experiment(RunFolder(path.parent).read_json(path.name)), broken.forge_json,
                          speaks_of=lambda path: ""), # it is given the content alone
-    "run to gather": Reader(to_gather, lambda path: merge_runs(path.parent, gathered(path)), broken.forge_json, speaks_of=stored_as, writes=gathered),
+    "run to gather": Reader(to_gather, lambda path: merge_runs(path.parent, gathered(path)), broken.forge_json, speaks_of=stored_as,
+                            writes=gathered),
     "run to convert": Reader(to_convert, convert, broken.forge_json, writes=top_of),
 }
 
