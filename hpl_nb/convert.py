@@ -60,13 +60,15 @@ def _new_place(experiment:Experiment, path:Path)->Path:
     "The run's file of this version, beside the old one's folder; nothing is written anywhere else or over another run."
     new = run_path(experiment, Path(*path.parts[:-4])).with_name(path.name)
     if new.parents[1] != path.parents[1]:
-        raise HplError(f"{path} is not where such a run is stored; move it to {Path(*new.parts[-4:-2], 'METHOD', path.name)} in any folder.")
+        place = Path(*new.parts[-4:-2], "METHOD", path.name)
+        raise HplError(f"{path} is not where such a run is stored; move it to {place} in any folder.")
     if new.exists(): raise HplError(f"{path} and {new} are two results of one run; delete the one that you do not want.")
     return new
 
 def _config(experiment:Experiment)->dict[str, Any]:
     "What this version's config.json says in another way."
-    return {"settings": as_json(experiment.method), "train": as_json(experiment.train), "format": 2, "experiment": without_folders(experiment)}
+    return {"settings": as_json(experiment.method), "train": as_json(experiment.train), "format": 2,
+            "experiment": without_folders(experiment)}
 
 # %% ../nbs/80_convert.ipynb #5606eecc
 def _convert(path:Path)->Path|None:
@@ -90,7 +92,8 @@ def _convert_folder(path:Path)->Path|None:
     folder = RunFolder(path)
     config, options, digests = (folder.read_json(f"{name}.json") for name in ("config", "options", "checksums"))
     if config is None or config.get("format") == 2: return None
-    if not folder.metrics.exists(): raise HplError(f"the run in {path} is not finished, and this version cannot resume it; train it in another folder.")
+    if not folder.metrics.exists():
+        raise HplError(f"the run in {path} is not finished, and this version cannot resume it; train it in another folder.")
     with reading(path/"options.json", partial(damaged, path/"options.json")): config |= _config(_experiment(config, options))
     if digests: folder.write_json("checksums.json", digests | {"config.json": content_digest(json_bytes(config))})
     folder.write_json("config.json", config)
