@@ -241,14 +241,14 @@ def test_a_live_run_can_be_stopped_and_resumed(lab, browser, way):
     cells = ["""from hpl_nb.core import seed_everything
 from hpl_nb.data.rotated_digits import rotated_digits
 from hpl_nb.live import fit_live
-from hpl_nb.methods.hpl import HPL, HPLSettings
+from hpl_nb.methods.hpl import HPL
 from hpl_nb.models import small_cnn
 from hpl_nb.training.loop import fit
 from hpl_nb.training.state import OptimizerSettings, Train""", f"""data = rotated_digits()
 settings = Train(epochs=1000, iterations_per_epoch=25, optimizer=OptimizerSettings(lr_body=3e-3, lr_head=3e-3))
 def hpl():
     seed_everything(0)
-    return HPL(small_cnn(width=8), HPLSettings(learner_lr=1e-3))
+    return HPL.paper(learner_lr=1e-3).build(small_cnn(width=8))
 run = await fit_live(hpl(), data, settings, folder="run-{way}")""", "print('ended:', run.finished, len(run.log))",
              f"""seen = []
 again = fit(hpl(), data, settings, folder="run-{way}", progress=False, watch=lambda session: seen.append(session.progress.step) or True)
