@@ -21,7 +21,7 @@ from .experiment import Experiment, with_values
 from .methods.core import MethodSettings, PseudoLabel
 from .methods.known import known_methods
 from .runner import run_all
-from .settings import change, differences, setting_names
+from .settings import change, differences
 
 # %% auto #0
 __all__ = ['STRENGTHS', 'demo_experiment', 'candidates', 'search', 'stored_search', 'tuned']
@@ -36,7 +36,6 @@ def demo_experiment(
     decay:float=1e-3, # weight decay of body and head
 )->Experiment:
     "A method on rotated digits, as the search tries it."
-    if "learner_lr" in setting_names(method): method = change(method, learner_lr=1e-3)
     experiment = Experiment(RotatedDigits(strength=strength), method)
     return replace(experiment, train=change(experiment.train, lr_body=rate, lr_head=rate, weight_decay_body=decay, weight_decay_head=decay))
 

@@ -251,7 +251,7 @@ def hpl():
     return HPL.paper(learner_lr=1e-3).build(small_cnn(width=8))
 run = await fit_live(hpl(), data, settings, folder="run-{way}")""", "print('ended:', run.finished, len(run.log))",
              f"""seen = []
-again = fit(hpl(), data, settings, folder="run-{way}", progress=False, watch=lambda session: seen.append(session.progress.step) or True)
+again = fit(hpl(), data, settings, folder="run-{way}", progress=False, watch=lambda progress: seen.append(progress.step) or True)
 print("resumed:", again.finished, seen[0] > 25*len(run.log), len(again.log) >= len(run.log))"""]
     with notebook(browser, written(lab, f"live-{way}", cells)) as (page, errors):
         wait_for(lambda: len(values(page, 2, "y")) >= 8 and len(values(page, 0, "y")) >= 8)
