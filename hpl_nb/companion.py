@@ -204,21 +204,21 @@ class CloseLook(_Training):
         figure = figures.results_chart(metrics.summarise(self.results), self.results, self.error, self.unit, self.order)
         return self._shown(figure, "Test error of each method: one mark per seed, and mean with standard deviation.")
 
-    def boxes(self, width=None):
+    def boxes(self, width:float|None=None):
         figure = figures.pseudo_label_boxplots(self.mine, width=width or self.width, unit=self.unit, methods=self.order)
         alt = f"Pseudo-labels of {self.ours} by true {self.label}, a box for each group, under a histogram of the labels."
         return self._shown(figure, alt)
 
-    def errors(self, metric="mse", **axis):
+    def errors(self, metric:str="mse", **axis):
         figure = figures.group_error_lines(self.groups, metric, self.unit, self.order).update_yaxes(**axis)
         what = {"mse": "Mean squared error", "sd": "Spread"}[metric]
         return self._shown(figure, f"{what} of the pseudo-labels of each method by true {self.label}.")
 
-    def scatter(self, at):
+    def scatter(self, at:float):
         figure = figures.variance_scatter(self.mine, at=at, width=self.width, unit=self.unit, methods=self.order)
         return self._shown(figure, f"Learned variance against the absolute error of the pseudo-label, at {self.label} {at}.")
 
-    def grid(self, ats, most=400):
+    def grid(self, ats:Sequence[float], most:int=400):
         figure = figures.variance_grid(self.mine, ats, self.width, self.unit, self.order, most)
         return self._shown(figure, "The same at several labels, a panel each.")
 

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .core import HplError, atomic_write, damaged, reading
+from .core import HplError, RunFolder, atomic_write, content_digest, damaged, json_bytes, reading
 from .experiment import DATASETS, Experiment, run_path
 from .methods.core import MethodSettings
 from .methods.known import METHODS
@@ -52,17 +52,25 @@ def convert_runs(
 )->list[Path]: # what was written
     "Rewrite all stored runs below; those of this version stay as they are."
     paths = sorted(path for folder in folders for path in Path(folder).rglob("*.json") if path.stem.isdigit())
-    return [new for path in paths if (new := _convert(path))]
+    old = sorted(path.parent for folder in folders for path in Path(folder).rglob("options.json"))
+    return [*(new for path in paths if (new := _convert(path))), *(new for folder in old if (new := _convert_folder(folder)))]
 
 # %% ../nbs/80_convert.ipynb #c2c2aba5
 def _new_place(experiment:Experiment, path:Path)->Path:
     "The run's file of this version, beside the old one's folder; nothing is written anywhere else or over another run."
     new = run_path(experiment, Path(*path.parts[:-4])).with_name(path.name)
     if new.parents[1] != path.parents[1]:
-        raise HplError(f"{path} is not where such a run is stored; move it to {Path(*new.parts[-4:-2], 'METHOD', path.name)} in any folder.")
+        place = Path(*new.parts[-4:-2], "METHOD", path.name)
+        raise HplError(f"{path} is not where such a run is stored; move it to {place} in any folder.")
     if new.exists(): raise HplError(f"{path} and {new} are two results of one run; delete the one that you do not want.")
     return new
 
+def _config(experiment:Experiment)->dict[str, Any]:
+    "What this version's config.json says in another way."
+    return {"settings": as_json(experiment.method), "train": as_json(experiment.train), "format": 2,
+            "experiment": without_folders(experiment)}
+
+# %% ../nbs/80_convert.ipynb #5606eecc
 def _convert(path:Path)->Path|None:
     "Rewrite one stored run at its new place; None: it is of this version."
     with reading(path, partial(damaged, path)):
@@ -70,11 +78,24 @@ def _convert(path:Path)->Path|None:
         if content["config"].get("format") == 2: return None
         experiment = _experiment(content["config"], content.pop("options"))
         new = _new_place(experiment, path)
-    content["config"] |= {"settings": as_json(experiment.method), "train": as_json(experiment.train), "format": 2,
-                          "experiment": without_folders(experiment)}
+    content["config"] |= _config(experiment)
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(part)}" for name, part in content.items())
     atomic_write(new, lambda file: file.write(f"{{\n{lines}\n}}\n".encode()))
     if (table := path.with_suffix(".parquet")).exists(): table.replace(new.with_suffix(".parquet"))
     path.unlink()
     if not any(path.parent.iterdir()): path.parent.rmdir()
     return new
+
+# %% ../nbs/80_convert.ipynb #3dcc437c
+def _convert_folder(path:Path)->Path|None:
+    "Rewrite the configuration of a finished run in its folder; None: it is of this version."
+    folder = RunFolder(path)
+    config, options, digests = (folder.read_json(f"{name}.json") for name in ("config", "options", "checksums"))
+    if config is None or config.get("format") == 2: return None
+    if not folder.metrics.exists():
+        raise HplError(f"the run in {path} is not finished, and this version cannot resume it; train it in another folder.")
+    with reading(path/"options.json", partial(damaged, path/"options.json")): config |= _config(_experiment(config, options))
+    if digests: folder.write_json("checksums.json", digests | {"config.json": content_digest(json_bytes(config))})
+    folder.write_json("config.json", config)
+    (path/"options.json").unlink()
+    return path

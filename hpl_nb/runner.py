@@ -59,7 +59,8 @@ def check_folder(
     content = load_run(folder.path).config if folder.stored.exists() else folder.read_json("config.json") or {}
     if "experiment" not in content: return
     try: different = differences(read_experiment(content["experiment"], *own), experiment)
-    except HplError as error: raise HplError(f"{folder.path} holds another run: {error} Choose another folder, or delete that one.") from error
+    except HplError as error:
+        raise HplError(f"{folder.path} holds another run: {error} Choose another folder, or delete that one.") from error
     if not different: return
     words = ", ".join(f"{name}={there!r:.60} there, {here!r:.60} here" for name, (there, here) in different.items())
     raise HplError(f"{folder.path} holds a run with other settings: {words}. Choose another folder, or delete that one.")

@@ -1,7 +1,10 @@
 "Every method on a small network and a little data, and comparison to the bit: what the tests of trainer and methods share."
 import os
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache, partial
+from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -51,6 +54,17 @@ def on_cpu():
     else: os.environ["ACCELERATE_USE_CPU"] = before
 
 
+@contextmanager
+def forked(module):
+    "A context whose processes are forked from one that has imported a test module and has no threads; they have no GPU."
+    context, before, here = get_context("forkserver"), dict(os.environ), Path(__file__).parent
+    context.set_forkserver_preload([module])
+    os.environ |= {"PYTHONPATH": f"{here}:{here.parent}", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    yield context
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @lru_cache
 def digits():
     "Rotated digits with few rows: 69 labelled, 96 unlabelled, 40 for validation and 40 for the test."
@@ -80,6 +94,11 @@ def make(name, seed=0, regressor=noisy_cnn):
     "A fresh method, by default on a network with batch norm and dropout."
     seed_everything(seed)
     return METHODS[name].build(regressor())
+
+
+def tree(folder):
+    "Every file below a folder, with its content."
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def differences(a, b, path=""):

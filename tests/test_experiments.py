@@ -69,7 +69,7 @@ def pairs(tmp_path):
 
 def test_rotated_digits_repeat_themselves(play, tmp_path):
     "The first time the runs are trained, the second time they are read; nobody can tell which."
-    small = dict(SHORT, epochs=3, methods="pseudo_label,joint_uncertainty,hpl:paper", jobs=1, out=str(tmp_path/"runs"))
+    small = dict(SHORT, epochs=3, methods="pseudo_label,joint_uncertainty,hpl_paper", jobs=1, out=str(tmp_path/"runs"))
     trained, read = (play("rotated_digits", **small) for _ in range(2))
     assert trained == read and figures(trained) == DATA_FIGURES + 1
     assert all(question in words(trained) for question in ("Where are the pseudo-labels wrong", "know it?", "Did the bi-level step help"))
@@ -77,15 +77,15 @@ def test_rotated_digits_repeat_themselves(play, tmp_path):
 
 
 def test_utkface_trains(play, faces, tmp_path):
-    outputs = play("utkface", root=str(faces), methods="pseudo_label,hpl:paper", label_ratio=.25, size=32, out=str(tmp_path/"runs"),
+    outputs = play("utkface", root=str(faces), methods="pseudo_label,hpl_paper", label_ratio=.25, size=32, out=str(tmp_path/"runs"),
                    **SHORT)
-    assert figures(outputs) == DATA_FIGURES and "Stored runs" not in words(outputs) and "--size 32" in words(outputs)
+    assert figures(outputs) == DATA_FIGURES and "Stored runs" not in words(outputs) and "data.size=32" in words(outputs)
     assert str(faces) not in words(outputs)
 
 
 def test_stsb_trains(play, pairs, tmp_path):
-    outputs = play("stsb", root=str(pairs), methods="pseudo_label,hpl:paper", label_ratio=.25, hidden=4, out=str(tmp_path/"runs"), **SHORT)
-    assert figures(outputs) == DATA_FIGURES and "--hidden 4" in words(outputs)
+    outputs = play("stsb", root=str(pairs), methods="pseudo_label,hpl_paper", label_ratio=.25, hidden=4, out=str(tmp_path/"runs"), **SHORT)
+    assert figures(outputs) == DATA_FIGURES and "model.hidden=4" in words(outputs)
 
 
 def test_imdb_wiki_makes_up_its_pictures(play):
@@ -94,13 +94,13 @@ def test_imdb_wiki_makes_up_its_pictures(play):
 
 
 def test_missing_runs_are_named(play, tmp_path):
-    with pytest.raises(papermill.PapermillExecutionError, match="no stored run of tnnr: set `root`"):
+    with pytest.raises(papermill.PapermillExecutionError, match="no stored run of TNNR: set `root`"):
         play("stsb", methods="tnnr", stored=str(tmp_path))
 
 
 def test_ablation_trains_and_reads(play, tmp_path):
     only, results = "BL,BL + UL,paper,D1,D6 log", str(tmp_path/"ablation.csv")
-    small = dict(seeds="0,1", only=only, options="epochs=2 iterations=3", results=results, tried="paper,normalised,teacher",
+    small = dict(seeds="0,1", only=only, epochs=2, iterations=3, results=results, tried="paper,normalised,teacher",
                  search_seeds="100,101", improved=str(tmp_path/"improved.csv"), references="")
     trained = play("ablation", train=True, jobs=1, out=str(tmp_path/"runs"), **small)
     table = pd.read_csv(tmp_path/"ablation.csv").pivot(index="seed", columns="variant", values="mae")
@@ -161,7 +161,7 @@ def test_parameters_are_explained(root, name):
 
 def test_real_pairs(play, shared, tmp_path):
     vectors = str(shared/"data/glove/glove6B50d_stsb.npz")
-    outputs = play("stsb", root=str(shared/"data/stsb"), vectors=vectors, methods="pseudo_label,hpl:paper", hidden=4,
+    outputs = play("stsb", root=str(shared/"data/stsb"), vectors=vectors, methods="pseudo_label,hpl_paper", hidden=4,
                    out=str(tmp_path/"runs"), **dict(SHORT, epochs=1))
     assert figures(outputs) == DATA_FIGURES - 1 and "One epoch was kept" in words(outputs)
     assert "glove6B50d_stsb.npz" in words(outputs) and str(shared) not in words(outputs)
@@ -169,6 +169,15 @@ def test_real_pairs(play, shared, tmp_path):
 
 @pytest.mark.slow
 def test_real_faces(play, shared, tmp_path):
-    outputs = play("utkface", root=str(shared/"data/utkface"), methods="pseudo_label,hpl:paper", size=32, out=str(tmp_path/"runs"),
+    outputs = play("utkface", root=str(shared/"data/utkface"), methods="pseudo_label,hpl_paper", size=32, out=str(tmp_path/"runs"),
                    **dict(SHORT, epochs=1))
     assert figures(outputs) == DATA_FIGURES - 1 and str(shared) not in words(outputs)
+
+
+@pytest.mark.parametrize("name", [*NOTEBOOKS, "compared_methods"])
+def test_code_does_not_drown_the_page(root, name):
+    "At most 60 lines of code in view; helpers are in modules."
+    cells = json.loads((root/"nbs/experiments"/f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    shown = [source for source in code if not source.startswith(("#| hide", "#| include: false"))]
+    assert sum(bool(line.strip()) for source in shown for line in source.splitlines()) <= 60

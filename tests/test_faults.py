@@ -16,13 +16,13 @@ import time
 import warnings
 from dataclasses import replace
 from functools import lru_cache, partial
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from small_runs import METHODS, differences, make, on_cpu, vectors  # noqa: F401
+from small_runs import METHODS, differences, forked, make, on_cpu, tree, vectors  # noqa: F401
 
 import hpl_nb.core
 from hpl_nb.core import HplError, RunFolder, random_states, set_random_states
@@ -73,9 +73,6 @@ def same(end, name="HPL paper"): return not differences({**end, **_no_index(end)
 def _no_index(end): return {"predictions": end["predictions"].reset_index(drop=True)}
 
 
-def tree(folder): return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 def finite(folder):
     "Are all weights in a run's checkpoints numbers?"
     paths = [path for path in (folder.checkpoint, folder.previous, folder.best) if path.exists()]
@@ -87,20 +84,15 @@ def finite(folder):
 
 @pytest.fixture(scope="module")
 def start():
-    "Starts a function of this module in a process of its own, on one thread and no GPU."
-    context = get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    before, here, started = dict(os.environ), Path(__file__).parent, []
-    os.environ |= {"PYTHONPATH": f"{here}:{here.parent}", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-    def start(function, *args):
-        process = context.Process(target=function, args=args)
-        process.start()
-        started.append(process)
-        return process
-    yield start
-    for process in started: process.kill()
-    os.environ.clear()
-    os.environ.update(before)
+    "Starts a function of this module in a process of its own."
+    with forked(__name__) as context:
+        started = []
+        def start(function, *args):
+            started.append(process := context.Process(target=function, args=args))
+            process.start()
+            return process
+        yield start
+        for process in started: process.kill()
 
 
 def stall(folder, ready, at=7, workers=0):
@@ -229,10 +221,8 @@ def zeros(content, draw):
 def templates(tmp_path_factory):
     "A run that has stopped in its second epoch, and one that has ended; each test gets copies."
     top = tmp_path_factory.mktemp("templates")
-    before, os.environ["ACCELERATE_USE_CPU"] = os.environ.get("ACCELERATE_USE_CPU"), "true"
     train(folder=top/"stopped", stop_after=8)
     train(folder=top/"ended")
-    if before is None: del os.environ["ACCELERATE_USE_CPU"]
     return top
 
 

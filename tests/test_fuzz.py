@@ -46,7 +46,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +54,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hpl_nb.pipeline import read_protocol, store_run
 from PIL import Image
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from safetensors.torch import save_file
+from small_runs import forked
 from torch import nn
 
 from hpl_nb.convert import convert_runs
@@ -294,8 +293,7 @@ def to_convert(root):
     place.mkdir(parents=True)
     for name in ("format", "experiment"): del content["config"][name]
     content["config"] |= {"method": "HPL (paper)", "settings": {"preset": "paper", "outer_every": 5}}
-    content["options"] = {"dataset": "stsb", "root": "", "label_ratio": .05, "hidden": 128, "vectors": "glove.npz", "dropout": .2,
-                          "settings": ""}
+    content["options"] = {"dataset": "stsb", "root": "", "label_ratio": .05, "hidden": 128, "vectors": "glove.npz", "dropout": .2}
     (root/"stored"/"0.parquet").rename(place/"0.parquet")
     (root/"stored"/"0.json").unlink()
     return RunFolder(place).write_json("0.json", content)
@@ -534,8 +532,8 @@ READERS = {
                                      speaks_of=stored_as),
     "experiment": Reader(experiment_file, lambda path: read_experiment(RunFolder(path.parent).read_json(path.name)), broken.forge_json,
                          speaks_of=lambda path: ""), # it is given the content alone
-    "run to gather": Reader(to_gather, lambda path: merge_runs(path.parent, gathered(path)), broken.forge_json, speaks_of=stored_as,
-                            writes=gathered),
+    "run to gather": Reader(to_gather, lambda path: merge_runs(path.parent, gathered(path)), broken.forge_json,
+                            speaks_of=stored_as, writes=gathered),
     "run to convert": Reader(to_convert, convert, broken.forge_json, writes=top_of),
 }
 
@@ -668,14 +666,7 @@ def work(name, count, top, results, start):
 
 @pytest.fixture(scope="module")
 def context():
-    "Processes are forked from one that has imported everything, and has no threads."
-    context, before = get_context("forkserver"), dict(os.environ)
-    context.set_forkserver_preload([__name__])
-    here = Path(__file__).parent
-    os.environ |= {"PYTHONPATH": f"{here}:{here.parent}", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-    yield context
-    os.environ.clear()
-    os.environ.update(before)
+    with forked(__name__) as context: yield context
 
 
 def run(context, name, count, tmp_path):

@@ -3,12 +3,11 @@ import io
 import os
 import random
 import signal
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 import torch
-from small_runs import METHODS, SETTINGS, differences, digits, make
+from small_runs import METHODS, SETTINGS, differences, digits, forked, make
 
 from hpl_nb.training.loop import fit
 
@@ -65,19 +64,13 @@ def without_seconds(value):
 
 @pytest.fixture(scope="module")
 def start():
-    "A function that starts `train` in a fork of a process that has imported everything, on one thread and no GPU."
-    context = get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    before = dict(os.environ)
-    here = Path(__file__).parent
-    os.environ |= {"PYTHONPATH": f"{here}:{here.parent}", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    def start(*args):
-        process = context.Process(target=train, args=args)
-        process.start()
-        return process
-    yield start
-    os.environ.clear()
-    os.environ.update(before)
+    "A function that starts `train` in a process of its own."
+    with forked(__name__) as context:
+        def start(*args):
+            process = context.Process(target=train, args=args)
+            process.start()
+            return process
+        yield start
 
 
 def finished(start, folder, name, every, at=0):

@@ -1,5 +1,6 @@
 "Many runs: one file per run, gathered from anywhere; deadlines, Ray, protocols, conversion, and the tables beside the paper's."
 import json
+import shutil
 import time
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ from small_runs import differences, on_cpu  # noqa: F401
 
 from hpl_nb import report, runner
 from hpl_nb.convert import convert_runs
-from hpl_nb.core import HplError
+from hpl_nb.core import HplError, RunFolder, content_digest
 from hpl_nb.data.rotated_digits import RotatedDigits
 from hpl_nb.data.stsb import STSB
 from hpl_nb.experiment import DATASETS, Experiment, run_path
@@ -210,3 +211,24 @@ class TestTables:
         run = load_run(run_path(EXPERIMENTS[1], out))
         run.config["settings"]["label"] = "paper, outer_every=5"
         assert report.results_frame([run])["in_paper"].tolist() == [""]
+
+
+def test_a_run_folder_of_the_first_form_is_converted(out, tmp_path):
+    "A finished one reads as before, its checksums too; an unfinished one is refused with what to do."
+    run = load_run(run_path(EXPERIMENTS[1], out))
+    shutil.copytree(run_path(EXPERIMENTS[1], out), tmp_path/"run")
+    config = {name: value for name, value in run.config.items() if name not in ("format", "experiment")}
+    flat = {"unlabelled_weight": 1., "outer_every": 1, "learner_lr": 1e-4, "half_weight": False, "preset": "paper"}
+    folder = RunFolder(tmp_path/"run")
+    folder.write_json("config.json", config | {"settings": flat})
+    folder.write_json("checksums.json", folder.read_json("checksums.json") | {"config.json": content_digest(folder.path/"config.json")})
+    (tmp_path/"run"/"options.json").write_text(json.dumps({"dataset": "rotated_digits", "label_ratio": .055, "strength": 1.,
+                                                           "dropout": 0.}))
+    with pytest.raises(HplError, match="earlier version; `hpl_store --convert"): load_run(tmp_path/"run")
+    metrics = (tmp_path/"run"/"metrics.json").rename(tmp_path/"metrics.json")
+    with pytest.raises(HplError, match="is not finished, and this version cannot resume it"): convert_runs([tmp_path])
+    metrics.rename(tmp_path/"run"/"metrics.json")
+    assert convert_runs([tmp_path]) == [tmp_path/"run"] and convert_runs([tmp_path]) == []
+    again = load_run(tmp_path/"run")
+    assert runner.read_experiment(again.config["experiment"]) == EXPERIMENTS[1] and not differences(again.predictions, run.predictions)
+    runner.check_folder(EXPERIMENTS[1], tmp_path/"run")

@@ -39,8 +39,7 @@ from PIL import Image
 from plotly.offline import get_plotlyjs
 from sklearn.base import BaseEstimator
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
-from small_runs import METHODS, SETTINGS, digits, make, on_cpu, vectors  # noqa: F401
-from test_faults import tree
+from small_runs import METHODS, SETTINGS, digits, make, on_cpu, tree, vectors  # noqa: F401
 from test_package import MODULES, ROOT, settings
 
 import hpl_nb.data

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 from accelerate.tracking import GeneralTracker
-from small_runs import METHODS, differences, make, on_cpu, vectors  # noqa: F401
+from small_runs import METHODS, differences, make, on_cpu, tree, vectors  # noqa: F401
 from torch import nn
 
 from hpl_nb.core import HplError, RunFolder, atomic_write
@@ -36,11 +36,6 @@ def train(name="HPL paper", data=None, settings=SMALL, seed=0, regressor=dense, 
     "A run and the method that it trained."
     method = make(name, seed, regressor)
     return fit(method, data or vectors(), settings, seed=seed, progress=False, **arguments), method
-
-
-def tree(folder):
-    "Every file below a folder, with its content."
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
 
 
 def interrupted(folder, **arguments):
@@ -191,7 +186,7 @@ class TestDamage:
         assert config.pop("format") == 2
         RunFolder(tmp_path).write_json("config.json", config)
         (tmp_path/"checksums.json").unlink(missing_ok=True)
-        before, says = tree(tmp_path), "config.json was written by an earlier version; choose another folder, or delete that one."
+        before, says = tree(tmp_path), "config.json was written by an earlier version; `hpl_store --convert"
         for read in [lambda: train(folder=tmp_path), *([] if stop_after else [lambda: load_run(tmp_path)])]:
             with pytest.raises(HplError, match=re.escape(says)): read()
         assert tree(tmp_path) == before

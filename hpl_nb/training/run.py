@@ -26,9 +26,9 @@ from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
 from .. import __version__
-from hpl_nb.core import (
+from ..core import (
     PREDICTION_COLUMNS, HplError, RunFolder, atomic_write, check_header, content_digest, damaged, derive_seed, json_bytes, not_written,
-    reading)
+    reading, require_file)
 from ..data.core import SemiSupervisedData
 from ..settings import differences
 from .state import Progress, Train, Trainable
@@ -67,9 +67,8 @@ CONFIG_FORMAT = 2 # of config.json: since 2 it may hold the experiment as JSON
 
 def check_format(config:Mapping[str, Any], path:Path)->None:
     "Refuse the config of an earlier version."
-    if config.get("format") != CONFIG_FORMAT:
-        advice = f"`hpl_store --convert {path.parent}` rewrites it" if path.stem.isdigit() else "choose another folder, or delete that one"
-        raise HplError(f"{path} was written by an earlier version; {advice}.")
+    if config.get("format") == CONFIG_FORMAT: return
+    raise HplError(f"{path} was written by an earlier version; `hpl_store --convert {path.parent}` rewrites it if the run is finished.")
 
 def check_results(folder:RunFolder)->None:
     "Refuse a finished run's files where they differ from what was written."
@@ -157,6 +156,7 @@ def run_lock(folder:RunFolder)->Iterator[None]:
     lock = FileLock(path, timeout=0, thread_local=False, fallback_to_soft=False)
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
+        if os.path.lexists(path): require_file(path) # a pipe would never end
         acquire(lock, path)
     except Timeout as error: raise in_use(folder) from error
     except OSError as error: raise not_written(path, error) from error
