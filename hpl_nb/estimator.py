@@ -121,7 +121,7 @@ def forget_table(model:SemiSupervisedRegressor)->None:
     for name in ("n_features_in_", "feature_names_in_"): vars(model).pop(name, None)
 
 def training_data(model:SemiSupervisedRegressor, X:Any, labels:np.ndarray, seed:int)->SemiSupervisedData:
-    "The data set that a method is trained on."
+    "The dataset that a method is trained on."
     forget_table(model)
     from_files = are_files(X)
     if (from_files or are_pixels(X)) and model.preprocessor is not None:

@@ -269,7 +269,7 @@ def check_data(data:SemiSupervisedData, progress:bool=True)->Report:
 
 # %% ../../nbs/16_data.check.ipynb #672e055d
 def check(
-    root:str|Path|SemiSupervisedData, # folder of the data set, or data that are loaded already
+    root:str|Path|SemiSupervisedData, # folder of the dataset, or data that are loaded already
     table:str|None=None, # name of the table, for one's own pictures; None: found
     file_column:str|None=None, # its column of file names; None: found by its usual names
     label_column:str|None=None, # its column of labels

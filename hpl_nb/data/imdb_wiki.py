@@ -58,7 +58,7 @@ RELEASED_NORMALIZER = LabelNormalizer((35.8602,), (12.2532,)) # of ages in years
 
 # %% ../../nbs/13_data.imdb_wiki.ipynb #125cdc15
 def imdb_wiki(
-    root:str|Path, # folder of the data set
+    root:str|Path, # folder of the dataset
     label_ratio:float=.05, # share of the training rows that is labelled
     size:int=224, # side in pixels: pictures are resized once, on decoding
     views:ImageViews|None=None, # None: `released_views(size)`; or `published_views(size)`

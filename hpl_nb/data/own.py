@@ -270,7 +270,7 @@ def from_arrays(
     unit:str="", # of the targets, for axes
     sample_names:Sequence[str]|None=None, # n names, for figures and messages
 )->SemiSupervisedData:
-    "A data set from arrays."
+    "A dataset from arrays."
     x = input_tensor(inputs, name)
     labels = label_array(targets, len(x), name)
     sets = make_sets(labels, as_split(split), name)
@@ -319,7 +319,7 @@ def from_frame(
     name:str="own data", # for tables, figures and messages
     unit:str="", # of the targets, for axes
 )->SemiSupervisedData: # notes["encoder"] holds the fields of its `FrameEncoder`
-    "A data set from a data frame."
+    "A dataset from a data frame."
     labels, split, used = frame_labels(frame, target, split, name)
     sets = make_sets(labels, split, name)
     features = feature_columns(frame, columns, used, name)
@@ -369,7 +369,7 @@ def from_images(
     cache_in_memory:bool=False, # keep decoded pictures
     name:str="own data", unit:str="", # for tables, figures and messages; of the targets
 )->SemiSupervisedData: # notes["skipped"] is {row: reason}, notes["duplicates"] the rows dropped
-    "A data set from a folder of pictures and a table."
+    "A dataset from a folder of pictures and a table."
     source = name if isinstance(table, pd.DataFrame) else f"{name} ({table})"
     frame, names = picture_table(table, file, source)
     labels, split, _ = frame_labels(frame, target, split, source)

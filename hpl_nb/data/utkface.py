@@ -28,7 +28,7 @@ __all__ = ['RELEASED_NORMALIZER', 'utkface', 'UTKFace']
 FOLDERS = ("UTKFace", "images", "") # below the root, in order of preference
 TARS = "images-*.tar"
 AGES = (0., 120.) # a label outside is an error
-HINT = ("Get the aligned and cropped faces of UTKFace (for non-commercial research only) from the data set's page, "
+HINT = ("Get the aligned and cropped faces of UTKFace (for non-commercial research only) from the dataset's page, "
         "https://susanqq.github.io/UTKFace, and unpack them into the folder UTKFace beside utkface.csv.")
 
 def read_faces(root:str|Path, download:bool=False)->tuple[pd.DataFrame, list[ImageSource|None]]:
@@ -66,7 +66,7 @@ RELEASED_NORMALIZER = LabelNormalizer((35.,), (11.,)) # of ages in years
 
 # %% ../../nbs/12_data.utkface.ipynb #89b1e71f
 def utkface(
-    root:str|Path, # folder of the data set
+    root:str|Path, # folder of the dataset
     label_ratio:float=.05, # share of the training rows that is labelled
     size:int=200, # side in pixels: pictures are resized once, on decoding
     views:ImageViews|None=None, # None: `released_views(size)`; or `published_views(size)`
