@@ -45,7 +45,7 @@ from test_package import MODULES, ROOT, settings
 import hpl_nb.data
 from hpl_nb import cli, figures, runner
 from hpl_nb.convert import convert_runs
-from hpl_nb.core import HplError
+from hpl_nb.core import HplError, RunFolder
 from hpl_nb.data import tables
 from hpl_nb.data.images import FORMATS, MOST_PIXELS, ImageFiles, ImageSource, decode_image, find_images, tar_index
 from hpl_nb.data.own import from_images
@@ -645,6 +645,21 @@ class TestPromise10WritesBelowTheFolder:
     def test_cache_of_pixels(self, everything):
         assert len([*(everything.folders["out"]/"pictures"/"cache").glob("pixels-16-*.npy")]) == 1
         assert UTKFace(root="ROOT", pixels="disk").cache == ""
+
+
+    def test_conversion_stays_in_its_place(self, template, tmp_path):
+        "What a run says of itself is no place on the disk; a run that lies elsewhere, or has been converted, is refused by name."
+        content = json.loads((template/"stored"/"0.json").read_text())
+        del content["config"]["format"]
+        content["config"]["settings"] = {"preset": "../../../evil"}
+        content["options"] = {"dataset": "rotated_digits", "label_ratio": .055}
+        places = [tmp_path/"inner"/name/"0.json" for name in ("rotated_digits/0.055/old", "rotated_digits/0.055/older", "elsewhere")]
+        for place in places: RunFolder(place.parent).write_json("0.json", content)
+        assert [path.parents[1] for path in convert_runs([places[0].parent])] == [places[0].parents[1]]
+        before = tree(tmp_path)
+        for place, says in ((places[1], "are two results of one run"), (places[2], "is not where such a run is stored; move it")):
+            with pytest.raises(HplError, match=f"{place}.* {says}"): convert_runs([place.parent])
+        assert tree(tmp_path) == before
 
 
 class TestPromise11StoredRunsNameNobody:
