@@ -64,7 +64,8 @@ def results_table(
     paper = paper_errors()
     paper["paper"] = [f"{m:.3f} ± {s:.3f} {e.upper()}" if s == s else f"{m:.3f} {e.upper()}"
                       for m, s, e in zip(paper["error_mean"], paper["error_sd"], paper["error"])]
-    places = table[keys].merge(results[[*keys, "benchmark", "in_paper"]].drop_duplicates(keys), how="left")
+    known = {name: "" for name in ("benchmark", "in_paper") if name not in results} # a table that `write_results` has written
+    places = table[keys].merge(results.assign(**known)[[*keys, "benchmark", "in_paper"]].drop_duplicates(keys), how="left")
     found = places.merge(paper, on=["benchmark", "label_ratio", "in_paper"], how="left")["paper"]
     return table.assign(paper=found.values) if found.notna().any() else table
 
