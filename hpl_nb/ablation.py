@@ -210,6 +210,7 @@ def all_numbers(table, what)->pd.DataFrame:
         "better at": shown["better"], "p (Holm)": shown["p"], "Spearman": means.loc[keys, "spearman_error"].round(2),
         "weight": means.loc[keys, "weight"].map("{:.2g}".format)}, index=keys)
 
+# %% ../nbs/81b_ablation.ipynb #ab1a7020
 def conclusions(table)->Markdown:
     "What the seeds say, in sentences."
     test, means, seeds = _against(table), table.groupby("variant")[["spearman_error", "weight"]].mean(), table["seed"].nunique()
@@ -271,6 +272,7 @@ def judgement(rows, chosen, digits=2)->pd.DataFrame:
         lines[f"p (Holm), {key}"] = pairs["p_holm"].map("{:.2g}".format)
     return lines.fillna("").rename_axis(None)
 
+# %% ../nbs/81b_ablation.ipynb #ab1a7021
 def verdict(searched, rows, chosen, digits=2)->Markdown:
     "What the search and the test say, in sentences."
     means, spread = searched.groupby("variant", sort=False)[["val_mae", "spearman_error"]].mean(), _spread(rows)

@@ -100,8 +100,7 @@ def _labelled(method:MethodSettings)->MethodSettings:
     "The method with a label that names what differs from its preset."
     base = next((preset for preset in type(method).presets().values() if preset.label == method.label), None)
     if base is None: return method
-    changes = [f"{name}={value}" for name, value in _changes(base, method).items()]
-    return replace(method, label=", ".join(filter(None, [base.label, *changes])))
+    return base.but(**_changes(base, method))
 
 # %% ../nbs/90_cli.ipynb #ace4182d
 def describe_run(

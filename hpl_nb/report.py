@@ -19,7 +19,7 @@ from .store import run_folders, selected
 from .training.run import Run, load_run
 
 # %% auto #0
-__all__ = ['KEYS', 'results_frame', 'results_table', 'errors_of', 'beside_paper', 'finished_runs', 'pseudo_labels', 'one_of_each',
+__all__ = ['results_frame', 'results_table', 'errors_of', 'beside_paper', 'finished_runs', 'pseudo_labels', 'one_of_each',
            'joined_logs', 'report', 'write_results']
 
 # %% ../nbs/78_report.ipynb #1ea39678
@@ -64,7 +64,8 @@ def results_table(
     paper = paper_errors()
     paper["paper"] = [f"{m:.3f} ± {s:.3f} {e.upper()}" if s == s else f"{m:.3f} {e.upper()}"
                       for m, s, e in zip(paper["error_mean"], paper["error_sd"], paper["error"])]
-    places = table[keys].merge(results[[*keys, "benchmark", "in_paper"]].drop_duplicates(keys), how="left")
+    known = {name: "" for name in ("benchmark", "in_paper") if name not in results} # a table that `write_results` has written
+    places = table[keys].merge(results.assign(**known)[[*keys, "benchmark", "in_paper"]].drop_duplicates(keys), how="left")
     found = places.merge(paper, on=["benchmark", "label_ratio", "in_paper"], how="left")["paper"]
     return table.assign(paper=found.values) if found.notna().any() else table
 
@@ -75,7 +76,7 @@ def compact(table:pd.DataFrame)->pd.DataFrame:
     return table.drop(columns=same)
 
 # %% ../nbs/78_report.ipynb #ebfc89a2
-KEYS = ("protocol", "label_ratio", "method") # of a row
+_KEYS = ("protocol", "label_ratio", "method") # of a row
 
 def errors_of(
     protocols:Mapping[str, Sequence[Run]], # stored runs of each protocol
@@ -83,7 +84,7 @@ def errors_of(
 )->pd.DataFrame: # one row per run, as `results_frame` makes it, and its protocol
     "Results on one dataset."
     frames = [results_frame(runs).assign(protocol=name) for name, runs in protocols.items() if runs]
-    if not frames: return pd.DataFrame(columns=[*KEYS, "dataset", "seed", "mae", "mse", "benchmark", "in_paper"])
+    if not frames: return pd.DataFrame(columns=[*_KEYS, "dataset", "seed", "mae", "mse", "benchmark", "in_paper"])
     results = pd.concat(frames, ignore_index=True)
     return results[results["benchmark"] == benchmark].reset_index(drop=True)
 
@@ -93,7 +94,7 @@ def beside_paper(
     error:str, # "mae" or "mse"
 )->pd.DataFrame: # one row per protocol, label ratio and method
     "Our errors beside the paper's."
-    groups = results.groupby(list(KEYS), sort=False)
+    groups = results.groupby(list(_KEYS), sort=False)
     seeds = groups["seed"].agg(lambda seeds: ",".join(map(str, sorted(seeds))))
     places = groups[["benchmark", "in_paper"]].first()
     ours = groups[error].agg(["mean", "std"]).assign(seeds=seeds).join(places).reset_index()
@@ -101,12 +102,12 @@ def beside_paper(
     paper = paper[paper["error"] == error].drop_duplicates(keys)[[*keys, "error_mean", "error_sd"]]
     table = ours.merge(paper, on=keys, how="left").drop(columns=["benchmark", "in_paper"])
     table["difference"] = table["mean"] - table["error_mean"]
-    return table.merge(_against_hpl(results, error), on=list(KEYS), how="left")
+    return table.merge(_against_hpl(results, error), on=list(_KEYS), how="left")
 
 # %% ../nbs/78_report.ipynb #46c8aaa4
 def _against_hpl(results:pd.DataFrame, error:str)->pd.DataFrame:
     "Paired tests of every method against HPL (paper), where both have runs; NaN where fewer than two seeds are shared."
-    by, columns = ["protocol", "label_ratio"], [*KEYS, "difference_mean", "p_value", "p_holm"]
+    by, columns = ["protocol", "label_ratio"], [*_KEYS, "difference_mean", "p_value", "p_holm"]
     parts = [rows for _, rows in results.groupby(by) if "HPL (paper)" in set(rows["method"]) and rows["method"].nunique() > 1]
     if not parts: return pd.DataFrame(columns=columns)
     return metrics.paired_test(pd.concat(parts), "HPL (paper)", error, by=by)[columns]

@@ -24,10 +24,10 @@ from .runner import run_all
 from .settings import change, differences
 
 # %% auto #0
-__all__ = ['STRENGTHS', 'demo_experiment', 'candidates', 'search', 'stored_search', 'tuned']
+__all__ = ['demo_experiment', 'candidates', 'search', 'stored_search', 'tuned']
 
 # %% ../nbs/79_search.ipynb #b78de656
-STRENGTHS = (.25, .5, 1.) # of the strong view
+_STRENGTHS = (.25, .5, 1.) # of the strong view
 
 def demo_experiment(
     method:MethodSettings, # any
@@ -56,8 +56,8 @@ def search(
     seeds:Sequence[int]=(100, 101, 102), # other seeds than the demo's
 )->pd.DataFrame: # one row per candidate: method, values, mean and standard deviation of the validation MAE, seeds, stage
     "Choose the strong view with PseudoLabel, then tune the methods, on validation rows only."
-    views = _measured("pseudo_label", [demo_experiment(PseudoLabel(), strength) for strength in STRENGTHS], out, jobs, seeds)
-    strength = STRENGTHS[int(views["val_mae_mean"].argmin())]
+    views = _measured("pseudo_label", [demo_experiment(PseudoLabel(), strength) for strength in _STRENGTHS], out, jobs, seeds)
+    strength = _STRENGTHS[int(views["val_mae_mean"].argmin())]
     tables = [_measured(name, candidates(known_methods()[name], strength), out, jobs, seeds) for name in methods]
     return pd.concat([views.assign(stage="views"), *[table.assign(stage="methods") for table in tables]], ignore_index=True)
 

@@ -19,7 +19,7 @@ import numpy as np
 from .core import HplError, derive_seed
 
 # %% auto #0
-__all__ = ['FILE', 'unknown_name', 'Settings', 'change', 'setting_names', 'as_json', 'from_json', 'digest', 'flat', 'differences']
+__all__ = ['FILE', 'unknown_name', 'Settings', 'change', 'setting_names', 'as_json', 'from_json', 'digest', 'differences']
 
 # %% ../nbs/01_settings.ipynb #ad25af51
 def _fits(value:Any, hint:Any)->bool:
@@ -179,6 +179,7 @@ def flat(
     parts = [flat(value, f"{prefix}.{key}".strip(".")) for key, value in content.items()]
     return {name: value for part in parts for name, value in part.items()}
 
+# %% ../nbs/01_settings.ipynb #7f5bdde9
 def differences(
     a:Any, # settings, or what `as_json` made of some
     b:Any, # to compare with

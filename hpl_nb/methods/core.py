@@ -9,10 +9,11 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils import parameters_to_vector
@@ -23,7 +24,7 @@ from ..core import HplError, not_negative, seed_everything, whole_number
 from ..data.core import SemiSupervisedData, StreamSettings, fully_labelled
 from ..loss import labelled_loss, unlabelled_loss
 from ..models import Regressor
-from ..settings import Settings, as_json, change
+from ..settings import Settings, as_json, change, differences
 from ..training.loop import fit
 from ..training.state import Clock, OptimizerSettings, Train
 
@@ -65,6 +66,15 @@ class MethodSettings(Settings):
     def candidates(self:_M)->list[_M]:
         "What the search on rotated digits tries: four weights of the unlabelled loss."
         return [self.suited_to(Released(unlabelled_weight=weight)) for weight in (.3, .6, 1., 2.)]
+
+# %% ../../nbs/60_methods.core.ipynb #5e3b5e80
+@patch
+def but(self:MethodSettings, **changes:Any)->MethodSettings:
+    "A variant with other settings by name, which its label says."
+    value = change(self, **changes)
+    different = {name.split(".")[-1] for name in differences(self, value)}
+    told = [f"{name}={new}".lower() for name, new in changes.items() if name in different]
+    return value if "label" in changes else replace(value, label=", ".join(filter(None, [self.label, *told])))
 
 # %% ../../nbs/60_methods.core.ipynb #03496c11
 class Method(nn.Module):

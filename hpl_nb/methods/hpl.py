@@ -157,8 +157,7 @@ RELEASED_CODE = dict(log_variance_bound=None, outer_overlap=True, outer_every=5,
                      learner_weight_decay=None)
 
 def variant(name:str, choices:dict[str, Any], changes:dict[str, Any])->HPL:
-    label = ", ".join([name, *(f"{key}={value}".lower() for key, value in changes.items())])
-    return change(HPL(), **{"label": label} | choices | changes)
+    return change(HPL(), label=name, **choices).but(**changes)
 
 def filled(settings:HPL, released:Released, unlabelled_weight:float)->HPL:
     "With the released constants where there is None."

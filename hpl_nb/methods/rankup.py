@@ -90,7 +90,7 @@ class RankUp(MethodSettings):
     @classmethod
     def arc(cls, **changes:Any)->RankUp:
         "Without alignment, and with other changes of settings."
-        return cls(**{"alignment_weight": 0., "label": "arc"} | changes)
+        return cls(alignment_weight=0., label="arc").but(**changes)
 
     @classmethod
     def presets(cls)->dict[str, RankUp]: return {"rankup": cls(), "rankup_arc": cls.arc()}

@@ -217,6 +217,7 @@ def keep_predictions(self:Log)->None:
     table = self.table(epoch)
     if self.writes: save_snapshot(self.folder, epoch, table, self.progress)
 
+# %% ../../nbs/51_training.loop.ipynb #d360577b
 @patch
 def finish(self:Log, checkpoint:Checkpoint)->Run:
     "Predict with the last and the selected epoch, measure the test set once, and write the results."

@@ -168,6 +168,7 @@ def run_lock(folder:RunFolder)->Iterator[None]:
             if holder.startswith(path.read_text(errors="replace")): path.unlink() # not another's, after somebody has removed ours
         lock.release()
 
+# %% ../../nbs/50b_training.run.ipynb #238ea14e
 def write_holder(path:Path, holder:str)->None:
     "Say in the lock's file who holds it."
     try: path.write_text(holder)
