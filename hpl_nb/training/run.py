@@ -156,7 +156,7 @@ def run_lock(folder:RunFolder)->Iterator[None]:
     lock = FileLock(path, timeout=0, thread_local=False, fallback_to_soft=False)
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
-        if os.path.lexists(path): require_file(path) # a pipe would never end
+        if path.is_fifo(): require_file(path) # it would be waited for without end
         acquire(lock, path)
     except Timeout as error: raise in_use(folder) from error
     except OSError as error: raise not_written(path, error) from error
