@@ -125,7 +125,7 @@ def draw(self:LiveView, progress:Progress)->None:
     self.words.value = f"<p>Epoch {min(len(log) + 1, epochs)} of {epochs}, step {progress.step:,} of {progress.steps:,}{best}</p>"
 
 # %% ../nbs/52_live.ipynb #1bbdd12b
-def set_curves(figure:go.FigureWidget, curves:Mapping[str, tuple], colours:Iterable[str]=("#0072B2",), mode:str="lines")->None:
+def set_curves(figure:go.FigureWidget, curves:Mapping[str, tuple], colours:Iterable[str]=figures.palette[:1], mode:str="lines")->None:
     "Replace the curves of a figure, adding those that are new."
     known = {trace.name for trace in figure.data}
     if [len(trace.x) for trace in figure.data] == [len(x) for x, _ in curves.values()]: return # nothing new
