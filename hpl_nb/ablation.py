@@ -24,7 +24,7 @@ from .methods.known import method_named
 from .report import joined_logs, one_of_each, pseudo_labels, results_frame
 from .runner import run_all
 from .search import tuned
-from .settings import change
+from .settings import change, setting_names
 
 # %% auto #0
 __all__ = ['Variant', 'VARIANTS', 'ATTEMPTS', 'chosen', 'start_on', 'varied', 'measured', 'searched_and_tested']
@@ -109,10 +109,9 @@ def varied(
     "The experiment of a variant."
     first = replace(start(variant.method), seed=seed)
     if callable(variant.changes): return variant.changes(first)
-    changed = change(first, **variant.changes)
-    if changed.method == first.method: return changed
-    words = [first.method.label, *(f"{name}={value}".lower() for name, value in variant.changes.items())]
-    return change(changed, label=", ".join(words))
+    known = setting_names(first.method)
+    mine, others = ({name: value for name, value in variant.changes.items() if (name in known) is own} for own in (True, False))
+    return replace(change(first, **others), method=first.method.but(**mine))
 
 def measured(
     variants:Sequence[Variant], # to be trained

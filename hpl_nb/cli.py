@@ -40,8 +40,8 @@ def _command(kind:Any, name:str, arguments:Sequence[str]|None, about:str|None=No
     "Parse a command line and carry it out; an `HplError` is printed without a traceback, Ctrl-C says how to go on."
     words = sys.argv[1:] if arguments is None else [*arguments]
     try:
-        if first and words and not words[0].startswith("-") and words[0] not in first: raise unknown_name(words[0], [*first], name,
-                                                                                                          "command")
+        if first and words and not words[0].startswith("-") and words[0] not in first:
+            raise unknown_name(words[0], [*first], name, "command")
         tyro.cli(kind, prog=name, args=words, description=about, use_underscores=True, config=_FLAT).run()
     except HplError as error: sys.exit(f"hpl_nb: {error}")
     except KeyboardInterrupt: sys.exit("Interrupted. What was checkpointed is kept; the same command goes on from there.")
@@ -69,20 +69,25 @@ def _on_each_dataset(flags:Any)->Any:
 
 # %% ../nbs/90_cli.ipynb #f7e36e88
 @dataclass(frozen=True)
-class _TrainFlags:
+class _Scheduled:
+    schedule:Literal["release", "paper"]="release" # paper: what its text says (D12, D13)
+
+    def train_of(self, given:Any)->Train:
+        released = benchmark_of(given.data).train
+        return given.train if self.schedule == "release" else change(text_schedule(released), **_changes(released, given.train))
+
+@dataclass(frozen=True)
+class _TrainFlags(_Scheduled):
     "One run."
     seed:int=0 # of weights, order and views
     out:str="" # run folder; empty: runs/DATASET/RATIO/METHOD/SEED
-    schedule:Literal["release", "paper"]="release" # paper: without weight decay, rate decay and repeated labels, which only the code has
     workers:int=0 # loader processes
     stop_after:int|None=None # stop, resumable, after this many steps
     checkpoint_seconds:float=120. # between checkpoints within an epoch
     track:tuple[str, ...]=() # accelerate's trackers, such as tensorboard wandb
 
     def experiment(self, given:Any, method:MethodSettings)->Experiment:
-        train, released = given.train, benchmark_of(given.data).train
-        if self.schedule == "paper": train = change(text_schedule(released), **_changes(released, train))
-        return Experiment(given.data, _labelled(method), given.model, train, self.seed)
+        return Experiment(given.data, _labelled(method), given.model, self.train_of(given), self.seed)
 
     def run(self, given:Any, method:MethodSettings)->None:
         experiment = self.experiment(given, method)
@@ -119,12 +124,11 @@ def hpl_train(
     arguments:Sequence[str]|None=None, # as typed; None: of this process
 )->None:
     "Train one run; the same command resumes it."
+    methods, datasets = known_methods(), _on_each_dataset(_TrainFlags())
     def command(method:MethodSettings):
-        datasets = _on_each_dataset(_TrainFlags())
         return make_dataclass(method.short, [("on", datasets), ("method", type(method), field(default=method))], frozen=True,
                               namespace={"__doc__": type(method).__doc__, "run": lambda self: self.on.run(self.method)})
-    _command(_choice({name: command(method) for name, method in known_methods().items()}), "hpl_train", arguments, hpl_train.__doc__,
-             [*known_methods()])
+    _command(_choice({name: command(method) for name, method in methods.items()}), "hpl_train", arguments, hpl_train.__doc__, [*methods])
 
 # %% ../nbs/90_cli.ipynb #335205a5
 @dataclass(frozen=True)
@@ -144,17 +148,17 @@ def _named(names:Sequence[str])->dict[str, MethodSettings]:
 
 # %% ../nbs/90_cli.ipynb #29eea2e5
 @dataclass(frozen=True)
-class _CompareFlags(_Many):
+class _CompareFlags(_Scheduled, _Many):
     "Many runs."
     methods:tuple[str, ...]=DEMO_METHODS # names, or all
     label_ratios:tuple[float, ...]=() # empty: the dataset's
     seeds:tuple[int, ...]=(0, 1, 2)
-    out:str="runs" # top folder; each run has its own folder in it
-    store:str="" # folder that keeps one small file per run, such as data/results/mine; what is there is skipped
+    out:str="runs" # top folder of the runs
+    store:str="" # folder of stored runs; what is there is skipped
 
     def run(self, given:Any)->None:
         ratios, name = self.label_ratios or (given.data.label_ratio,), given.data.short
-        todo = [Experiment(replace(given.data, label_ratio=ratio), method, given.model, given.train, seed)
+        todo = [Experiment(replace(given.data, label_ratio=ratio), method, given.model, self.train_of(given), seed)
                 for ratio in ratios for seed in self.seeds for method in _named(self.methods).values()]
         runs = run_all(todo, self.out, self.jobs, store=self.store, minutes=self.minutes, backend=self.backend_of())
         if runs: write_results(runs, Path(self.out)/name, f"{name}: {len(runs)} runs")
@@ -178,13 +182,13 @@ class _Queue(_Many):
     show:bool=False # only say what is missing
 
     def run(self)->None:
-        make = {"cpu": cpu_protocol, "gpu": gpu_protocol}[self.protocol]
+        protocol = {"cpu": cpu_protocol, "gpu": gpu_protocol}[self.protocol](self.files)
         store = self.store or f"data/results/{self.protocol}"
-        todo = [each for entry in make(self.files) for each in entry.experiments if each.data.root]
+        todo = [each for entry in protocol for each in entry.experiments if each.data.root]
         for each in todo: _require_files(each, self.files)
         if not self.show:
             run_all(todo, self.out or f"runs/{self.protocol}", self.jobs, store=store, minutes=self.minutes, backend=self.backend_of())
-        print(what_is_missing(make(self.files), store).to_string(index=False))
+        print(what_is_missing(protocol, store).to_string(index=False))
 
 # %% ../nbs/90_cli.ipynb #f527c1c4
 def _require_files(experiment:Experiment, files:Files)->None:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ from .core import HplError
 from .experiment import Experiment, read_experiment
 from .figures import show
 from .methods.known import known_methods
-from .report import (beside_paper, compact, errors_of, finished_runs, joined_logs, one_of_each, pseudo_labels, results_frame,
+from .report import (beside_paper, compact, errors_of, finished_runs, joined_logs, one_of_each, paper_errors, pseudo_labels,
+                           results_frame,
                            results_table)
 from .settings import differences
 from .training.run import Run
@@ -228,12 +228,12 @@ def paper_table(
     protocols:Mapping[str, Sequence[Run]], # our runs
 )->pd.DataFrame: # text
     "Tables of the paper, with ours in the next columns of each label ratio."
-    paper = pd.read_csv(str(files("hpl_nb")/"resources"/"paper_tables.csv"))
-    rows, columns = paper[paper["table"].isin(listed(tables))].replace({"method": {"HPL": "HPL (paper)"}}), {}
-    dataset, error = rows["dataset"].iloc[0], rows["error"].iloc[0]
+    paper = paper_errors()
+    rows, columns = paper[paper["table"].isin(listed(tables))].replace({"in_paper": {"HPL": "HPL (paper)"}}), {}
+    dataset, error = rows["benchmark"].iloc[0], rows["error"].iloc[0]
     mine = errors_of(protocols, dataset)
     for ratio, part in rows.groupby("label_ratio"):
-        columns[f"{ratio:.0%}", "paper"] = {row.method: metrics.format_mean_sd(row.error_mean, row.error_sd) for row in part.itertuples()}
+        columns[f"{ratio:.0%}", "paper"] = {row.in_paper: metrics.format_mean_sd(row.error_mean, row.error_sd) for row in part.itertuples()}
         for name in protocols:
             here = mine[(mine["protocol"] == name) & (mine["label_ratio"] == ratio)].groupby("method", sort=False)[error]
             columns[f"{ratio:.0%}", name] = {method: metrics.format_mean_sd(seeds.mean(), seeds.std(), len(seeds), 2)
@@ -253,7 +253,7 @@ def paper_rows(
 # %% ../nbs/81_companion.ipynb #c0a1a001
 def read_results(path)->pd.DataFrame:
     "A stored table of results on rotated digits, the smallest mean error first."
-    results = pd.read_csv(path).assign(benchmark="", in_paper="")
+    results = pd.read_csv(path)
     means = results.groupby("method")["mae"].mean()
     return results.sort_values("method", key=lambda names: names.map(means), kind="stable", ignore_index=True)
 

@@ -12,12 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .core import HplError, RunFolder, atomic_write, content_digest, damaged, json_bytes, reading
+from .core import HplError, RunFolder, content_digest, damaged, json_bytes, reading
 from .experiment import DATASETS, Experiment, run_path
 from .methods.core import MethodSettings
 from .methods.known import METHODS
 from .settings import as_json, change, setting_names
-from .store import without_folders
+from .store import without_folders, write_stored
+from .training.run import CONFIG_FORMAT
 
 # %% auto #0
 __all__ = ['convert_runs']
@@ -34,9 +35,8 @@ def _method(name:str, settings:Mapping[str, Any])->MethodSettings:
 def _experiment(config:Mapping[str, Any], options:Mapping[str, Any])->Experiment:
     "The experiment that a run of the first form was."
     known = next(each for each in DATASETS if each.data.short == options["dataset"])
-    def given(settings, **renamed): # options that have the name of a setting
-        names = {name: renamed.get(name, name) for name in setting_names(settings)}
-        return change(settings, **{name: options[old] for name, old in names.items() if options.get(old) is not None})
+    def given(settings): # options that have the name of a setting
+        return change(settings, **{name: options[name] for name in setting_names(settings) if options.get(name) is not None})
     data = replace(given(known.data), root="") if hasattr(known.data, "root") else given(known.data)
     train = _train(known.train, config["train"])
     return Experiment(data, _method(config["method"], config["settings"]), given(known.model), train, config["seed"])
@@ -67,7 +67,7 @@ def _new_place(experiment:Experiment, path:Path)->Path:
 
 def _config(experiment:Experiment)->dict[str, Any]:
     "What this version's config.json says in another way."
-    return {"settings": as_json(experiment.method), "train": as_json(experiment.train), "format": 2,
+    return {"settings": as_json(experiment.method), "train": as_json(experiment.train), "format": CONFIG_FORMAT,
             "experiment": without_folders(experiment)}
 
 # %% ../nbs/80_convert.ipynb #5606eecc
@@ -75,12 +75,11 @@ def _convert(path:Path)->Path|None:
     "Rewrite one stored run at its new place; None: it is of this version."
     with reading(path, partial(damaged, path)):
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content["config"].get("format") == 2: return None
+        if content["config"].get("format") == CONFIG_FORMAT: return None
         experiment = _experiment(content["config"], content.pop("options"))
         new = _new_place(experiment, path)
     content["config"] |= _config(experiment)
-    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(part)}" for name, part in content.items())
-    atomic_write(new, lambda file: file.write(f"{{\n{lines}\n}}\n".encode()))
+    write_stored(new, content)
     if (table := path.with_suffix(".parquet")).exists(): table.replace(new.with_suffix(".parquet"))
     path.unlink()
     if not any(path.parent.iterdir()): path.parent.rmdir()
@@ -91,7 +90,7 @@ def _convert_folder(path:Path)->Path|None:
     "Rewrite the configuration of a finished run in its folder; None: it is of this version."
     folder = RunFolder(path)
     config, options, digests = (folder.read_json(f"{name}.json") for name in ("config", "options", "checksums"))
-    if config is None or config.get("format") == 2: return None
+    if config is None or config.get("format") == CONFIG_FORMAT: return None
     if not folder.metrics.exists():
         raise HplError(f"the run in {path} is not finished, and this version cannot resume it; train it in another folder.")
     with reading(path/"options.json", partial(damaged, path/"options.json")): config |= _config(_experiment(config, options))

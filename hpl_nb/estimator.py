@@ -37,7 +37,7 @@ from .models import Regressor, mlp, resnet, small_cnn
 from .predictor import (
     Interval, Pictures, Predictor, calibrated, interval_of, not_saved, predictor_content, predictor_of, read_content, write_content)
 from .training.loop import fit as fit_method
-from .training.run import Run
+from .training.run import Run, selected
 from .training.state import OptimizerSettings, Train, epoch_length
 
 # %% auto #0
@@ -210,8 +210,8 @@ def fit(self:SemiSupervisedRegressor,
 # %% ../nbs/83_estimator.ipynb #4760324e
 def pseudo_labels(run:Run, index:pd.Index|None=None)->pd.DataFrame:
     "Pseudo-labels of the unlabelled rows at the selected epoch (label units), their variance (label units squared) and their weight."
-    table = run.predictions
-    table = table[(table["epoch"] == run.metrics["epoch"]) & (table["split"] == "unlabelled")].reset_index(drop=True)
+    table = selected(run)
+    table = table[table["split"] == "unlabelled"].reset_index(drop=True)
     rows = table["index"].astype(int)
     return pd.DataFrame({
         "row": rows if index is None else index[rows], "output": table["output"], "pseudo_label": table["pseudo_label"],

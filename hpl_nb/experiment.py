@@ -37,22 +37,20 @@ class Benchmark(Settings):
     train:Train
     released:Released=Released()
 
-# %% ../nbs/76_experiment.ipynb #4de90080
-def _adam(*rates:float, **others:Any)->OptimizerSettings: return OptimizerSettings(*rates, **others)
-
 # %% ../nbs/76_experiment.ipynb #e06b8a54
 DATASETS = (
     Benchmark(RotatedDigits(), SmallCNN(width=16),
-              Train(epochs=20, iterations_per_epoch=75, optimizer=_adam(3e-3, 3e-3, decay_every=15))),
+              Train(epochs=20, iterations_per_epoch=75, optimizer=OptimizerSettings(3e-3, 3e-3, decay_every=15))),
     Benchmark(UTKFace(), ResNet(dropout=.05),
               Train(streams=StreamSettings(labelled_copies=2),
-                    optimizer=_adam(weight_decay_body=1e-3, weight_decay_head=1e-3, decay_every=10)),
+                    optimizer=OptimizerSettings(weight_decay_body=1e-3, weight_decay_head=1e-3, decay_every=10)),
               Released(unlabelled_weight=5.)),
     Benchmark(IMDBWiki(), ResNet(dropout=.05),
               Train(epoch_of="labelled", streams=StreamSettings(48, 48, labelled_copies=2),
-                    optimizer=_adam(weight_decay_body=1e-5, decay_every=10)),
+                    optimizer=OptimizerSettings(weight_decay_body=1e-5, decay_every=10)),
               Released(unlabelled_weight=5., outer_regularizer=0.)),
-    Benchmark(STSB(), BiLSTM(dropout=.2), Train(epochs=200, optimizer=_adam(weight_decay_body=1e-5, weight_decay_head=1e-5)),
+    Benchmark(STSB(), BiLSTM(dropout=.2),
+              Train(epochs=200, optimizer=OptimizerSettings(weight_decay_body=1e-5, weight_decay_head=1e-5)),
               Released(unlabelled_weight=.5, outer_regularizer=1., learner_weight_decay=1e-5)))
 MODELS = (MLP, SmallCNN, ResNet, BiLSTM)
 

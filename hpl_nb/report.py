@@ -15,8 +15,8 @@ import pandas as pd
 from . import figures, metrics
 from .core import PREDICTION_COLUMNS, atomic_write
 from .experiment import DATASETS
-from .store import run_folders, selected
-from .training.run import Run, load_run
+from .store import run_folders
+from .training.run import Run, load_run, selected
 
 # %% auto #0
 __all__ = ['results_frame', 'results_table', 'errors_of', 'beside_paper', 'finished_runs', 'pseudo_labels', 'one_of_each',

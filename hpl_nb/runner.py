@@ -118,7 +118,8 @@ def run_all(
     if not parallel >= 1: raise HplError(f"jobs is {parallel}; give at least 1.")
     jobs = [(experiment, run_path(experiment, out)) for experiment in experiments]
     kept = {folder: run_path(experiment, store or out) for experiment, folder in jobs}
-    for experiment, folder in jobs: check_folder(experiment, folder), check_folder(experiment, kept[folder])
+    for experiment, folder in jobs:
+        for place in {folder, kept[folder]}: check_folder(experiment, place)
     def keep(folder, seed):
         if store and not is_finished(kept[folder]): store_run(folder, kept[folder], predictions=seed == 0)
     for experiment, folder in jobs:

@@ -35,7 +35,7 @@ def _fits(value:Any, hint:Any)->bool:
 
 # %% ../nbs/01_settings.ipynb #18360f31
 def _as_hinted(value:Any, hint:Any)->Any:
-    "A plain Python value: numbers of NumPy are unpacked, lists are tuples, a whole number is a float where one is asked for."
+    "A plain Python value: numbers of NumPy are unpacked, lists are tuples, a whole number becomes a float for a float field."
     if isinstance(value, np.generic): value = value.item()
     if isinstance(value, list): value = tuple(value)
     parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
@@ -105,13 +105,14 @@ def change(
     /,
     **changes:Any, # new values, of fields or of fields of the parts
 )->_S: # of the same kind
-    "A copy with other values; a setting of a part is named as if it were the whole's own."
-    own = {field.name for field in fields(settings)}
-    for part in [name for name in own if isinstance(getattr(settings, name), Settings)]:
-        theirs = {name: changes.pop(name) for name in [*changes] if name not in own and name in setting_names(getattr(settings, part))}
-        if theirs: changes[part] = change(changes.get(part, getattr(settings, part)), **theirs)
-    for name in changes:
-        if name not in own: raise unknown_name(name, setting_names(settings), type(settings).__name__)
+    "A copy with other values; a setting of a part is named as if it were the whole's own. A name that two parts share is refused."
+    own, theirs = [field.name for field in fields(settings)], {}
+    for name in [name for name in changes if name not in own]:
+        homes = [part for part in own if isinstance(getattr(settings, part), Settings) and name in setting_names(getattr(settings, part))]
+        if not homes: raise unknown_name(name, setting_names(settings), type(settings).__name__)
+        if len(homes) > 1: raise HplError(f"{name} is a setting of {' and of '.join(homes)}; change the part that you mean.")
+        theirs.setdefault(homes[0], {})[name] = changes.pop(name)
+    for part, values in theirs.items(): changes[part] = change(changes.get(part, getattr(settings, part)), **values)
     return replace(settings, **changes)
 
 def setting_names(
@@ -125,15 +126,16 @@ def setting_names(
 def as_json(
     settings:Any, # settings, or a plain value
     compared:bool=False, # leave out what says only where something is
+    told:bool=False, # leave out what is as the class has it by default
 )->Any: # dictionaries, lists, numbers, text
     "A value as JSON has it."
-    if isinstance(settings, (tuple, list)): return [as_json(item, compared) for item in settings]
+    if isinstance(settings, (tuple, list)): return [as_json(item, compared, told) for item in settings]
     if isinstance(settings, Path): return str(settings)
     if not isinstance(settings, Settings): return settings
     out:dict[str, Any] = {"kind": type(settings).__name__}
     for part in fields(settings):
-        if compared and not part.compare: continue
-        value = as_json(getattr(settings, part.name), compared)
+        if compared and not part.compare or told and getattr(settings, part.name) == part.default: continue
+        value = as_json(getattr(settings, part.name), compared, told)
         out[part.name] = Path(value).name if compared and "file" in part.metadata and value else value
     return out
 
@@ -159,15 +161,7 @@ def digest(
     settings:Settings, # any
 )->str: # eight hexadecimal digits
     "A short name of all that decides numbers; a later version's new settings leave it as it is, since defaults do not count."
-    return f"{derive_seed(json.dumps(_told(settings))):016x}"[-8:]
-
-def _told(value:Any)->Any:
-    "A value as JSON, without what is as the class has it by default or says only where something is."
-    if not isinstance(value, Settings): return as_json(value)
-    content = as_json(value, compared=True)
-    told = {field.name: _told(getattr(value, field.name)) for field in fields(value)
-            if field.name in content and getattr(value, field.name) != field.default}
-    return {"kind": content["kind"]} | {name: part if isinstance(part, dict) else content[name] for name, part in told.items()}
+    return f"{derive_seed(json.dumps(as_json(settings, compared=True, told=True))):016x}"[-8:]
 
 # %% ../nbs/01_settings.ipynb #4f7fbca2
 def flat(

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import pandas as pd
 from .core import HplError, RunFolder, atomic_write, reading
 from .experiment import Experiment, read_experiment
 from .settings import as_json
-from .training.run import Run, load_run
+from .training.run import Run, load_run, selected
 
 # %% auto #0
 __all__ = ['store_run', 'run_folders', 'merge_runs']
@@ -43,11 +43,6 @@ def without_folders(experiment:Experiment)->dict[str, Any]:
 
 def _rounded(value): return None if value != value else value if isinstance(value, int) else float(f"{value:.6g}")
 
-# %% ../nbs/76b_store.ipynb #97879e26
-def selected(run:Run)->pd.DataFrame:
-    "Predictions of the selected epoch: the rows that the metrics were computed from."
-    return run.predictions[run.predictions["epoch"] == run.metrics["epoch"]]
-
 # %% ../nbs/76b_store.ipynb #f052b473
 def thin_predictions(run:Run, most:int=1000)->pd.DataFrame:
     "Unlabelled and test rows of the selected epoch, and at most `most` unlabelled rows of each other epoch."
@@ -61,6 +56,12 @@ def thin_predictions(run:Run, most:int=1000)->pd.DataFrame:
     return table.assign(**{name: table[name].map("{:.6g}".format).astype("float32") for name in numbers})
 
 # %% ../nbs/76b_store.ipynb #88b4c645
+def write_stored(path:Path, content:Mapping[str, Any])->Path:
+    "Write the JSON file of a stored run, one part a line."
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(part)}" for name, part in content.items())
+    return atomic_write(path, lambda file: file.write(f"{{\n{lines}\n}}\n".encode()))
+
+# %% ../nbs/76b_store.ipynb #cfd9a39f
 def store_run(
     source:str|Path, # a finished run's folder
     folder:str|Path, # the copy is `folder`.json
@@ -70,10 +71,10 @@ def store_run(
     run, target = load_run(source), RunFolder(folder).stored
     with _storing(source):
         table = thin_predictions(run) if predictions and len(run.predictions) else None
-        lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(part)}" for name, part in run_summary(run).items())
+        summary = run_summary(run)
     if table is not None:
         atomic_write(target.with_suffix(".parquet"), lambda file: table.to_parquet(file, index=False, compression="zstd"))
-    return atomic_write(target, lambda file: file.write(f"{{\n{lines}\n}}\n".encode()))
+    return write_stored(target, summary)
 
 # %% ../nbs/76b_store.ipynb #82f93e20
 def run_folders(

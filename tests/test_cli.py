@@ -101,6 +101,8 @@ def test_flags_are_settings(monkeypatch):
     text = parsed("hpl_train supervised utkface --schedule paper --weight_decay_head 0.5", monkeypatch)
     rates = text.on.flags.experiment(text.on, text.method).train.optimizer
     assert (rates.decay_every, rates.weight_decay_body, rates.weight_decay_head) == (None, 0, .5)
+    many = parsed("hpl_compare utkface --schedule paper --weight_decay_head 0.5", monkeypatch)
+    assert many.flags.train_of(many).optimizer == rates
 
 
 @pytest.mark.parametrize("command", ["hpl_demo", "hpl_train", *(f"hpl_train {name}" for name in known_methods()), "hpl_compare",

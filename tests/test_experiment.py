@@ -109,6 +109,15 @@ def test_setting_names_are_unique():
             assert len(names) == len(set(names)), sorted(name for name in names if names.count(name) > 1)
 
 
+def test_a_name_of_two_parts_is_refused():
+    "Which part was meant cannot be known; each part still takes it."
+    experiment = Experiment(RotatedDigits(), HPL.paper())
+    for name, value in {"outer_overlap": True, "outer_batch": 37}.items():
+        with pytest.raises(HplError, match=f"{name} is a setting of method and of train"): change(experiment, **{name: value})
+        for part in (experiment.method, experiment.train): assert change(part, **{name: value}) != part
+    assert change(HPL.paper(), evaluate="teacher", teacher_decay=.9).teacher.evaluate == "teacher" # together, in any order
+
+
 def test_json_of_strangers():
     content = as_json(Experiment(RotatedDigits()))
     with pytest.raises(HplError, match="kind is 'os.system'"): read_experiment(content | {"data": {"kind": "os.system"}})

@@ -48,6 +48,11 @@ class Run:
     environment:dict[str, str]=field(default_factory=dict) # hardware in words, and versions
 
 # %% ../../nbs/50b_training.run.ipynb #207a6a93
+def selected(run:Run)->pd.DataFrame:
+    "Predictions of the selected epoch: the rows that the metrics were computed from."
+    return run.predictions[run.predictions["epoch"] == run.metrics["epoch"]]
+
+# %% ../../nbs/50b_training.run.ipynb #cb3d0ab9
 def load_run(
     folder:str|Path, # a run folder, or that of a stored run, which is `folder`.json
 )->Run:
