@@ -95,11 +95,12 @@ def own_module(path):
 
 def read_project():
     "All modules, tests and notebooks by name; a notebook is a module of one symbol, its lessons."
-    tracked = git("ls-files", "--cached", "--others", "--exclude-standard", "hpl_nb", "tests", "nbs").splitlines()
-    files = {path: module_name(path) for path in tracked if path.endswith(".py") and text_of(path) and path != "hpl_nb/_modidx.py"}
+    there = [path.relative_to(ROOT) for folder in ("hpl_nb", "tests", "nbs") for path in sorted((ROOT/folder).rglob("*.*"))]
+    there = [path.as_posix() for path in there if not any(part[0] == "." for part in path.parts)]
+    files = {path: module_name(path) for path in there if path.endswith(".py") and path[:4] != "nbs/" and path != "hpl_nb/_modidx.py"}
     modules = {name: Module(name, text_of(path)) for path, name in files.items()}
     modules["hpl_nb"].imports |= Module("hpl_nb.face", text_of("hpl_nb/__init__.pyi")).imports
-    for path in (path for path in tracked if path.endswith(".ipynb")):
+    for path in (path for path in there if path.endswith(".ipynb")):
         lessons = Module(path, notebook_text(path))
         lessons.uses = {"": set().union(*lessons.uses.values(), set())}
         exported = Module(path, notebook_text(path, lessons=False))
@@ -184,7 +185,7 @@ def affected(base="HEAD"):
     items = defaultdict(set)
     for (name, symbol), distance in found.items():
         if name.endswith(".ipynb"): items[distance, name]
-        if name.startswith("test_") and symbol.startswith("test_"): items[distance, f"tests/{name}.py"].add(symbol)
+        if name.startswith("test_") and symbol.lower().startswith("test"): items[distance, f"tests/{name}.py"].add(symbol)
     items[0, ALWAYS]
     def order(item): return item[0][0], item[0][1].count("/"), item[0][1] # tutorials and experiments, which are long, after the others
     return [(distance, path, sorted(tests)) for (distance, path), tests in sorted(items.items(), key=order)]
