@@ -13,7 +13,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 NUMBER = re.compile(r"(?<![A-Za-z0-9_.])-?\d[\d,]*\.?\d*(?:e[-+]?\d+)?", re.I)
-ADDRESS = re.compile(r"\b0x[0-9a-f]+\b|\d+(?:[.,]\d+)* ?(?:ms|s|seconds|GB|MB)\b") # of memory, and times, which no run repeats
+ADDRESS = re.compile(r"(?: at)? 0x[0-9a-f]+\b") # of memory, which nbdev_clean removes
+MEASURED = re.compile(r"\d+(?:[.,]\d+)* ?(?:ms|s|seconds|GB|MB)\b") # times and sizes, which no run repeats
 TOLERANCE = .02 # relative: another processor and another thread count round otherwise
 VARIES = "varies" # `#| varies`: a cell whose output no other run repeats
 
@@ -22,7 +23,7 @@ def said(output):
     "What an output says in words and numbers, spaces apart."
     data = output.get("data", {})
     text = output.get("text") or next((data[kind] for kind in ("text/markdown", "text/plain") if kind in data), "")
-    return " ".join(ADDRESS.sub("~", "".join(text)).split())
+    return " ".join(MEASURED.sub("~", ADDRESS.sub("", "".join(text))).split())
 
 
 def is_same(stored, fresh):
