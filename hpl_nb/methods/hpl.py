@@ -224,11 +224,6 @@ class HPLMethod(LearnerMethod):
         self.record = sample_record(batch, passes.pseudo_label, passes.prediction, weight, z)
         return inner_losses(self, passes, weight, z)
 
-    def before_parts(self, parts:Sequence[Mapping[str, Mapping[str, Tensor]]])->None:
-        "Teach g once, on the joined micro-batches."
-        teach_apart(self, *parts)
-        self.taught = True
-
     def get_extra_state(self)->dict[str, Any]: return dict(self.memory)
     def set_extra_state(self, state:dict[str, Any])->None: self.memory = dict(state)
 
@@ -250,6 +245,12 @@ def prepare(self:HPLMethod, data:SemiSupervisedData)->SemiSupervisedData:
     "Several passes need dropout; the data stay as they are."
     if self.settings.learner.passes > 1: require_dropout(self, self.regressor)
     return data
+
+@patch
+def before_parts(self:HPLMethod, parts:Sequence[Mapping[str, Mapping[str, Tensor]]])->None:
+    "Teach g once, on the joined micro-batches (F4)."
+    teach_apart(self, *parts)
+    self.taught = True
 
 @patch
 def after_step(self:HPLMethod)->None:

@@ -92,6 +92,7 @@ def refuse(self:Guard, rows:np.ndarray)->None:
     shown = name_rows(self.data, rows[:10].tolist()) + (f" and {len(rows) - 10} more" if len(rows) > 10 else "")
     raise self.halted(f"the predictions of rows {shown} are NaN or infinite", blamed)
 
+# %% ../../nbs/50d_training.guard.ipynb #b1a4e502
 @patch
 @contextmanager
 def blaming_samples(self:Guard)->Iterator[None]:
