@@ -477,27 +477,6 @@ def test_micro_batches_of_a_supervised_step():
         for a, b in zip(whole.parameters(), parts.parameters()): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2, 4])
-def test_phi_of_micro_batches(accumulate):
-    "Phi's optimiser gets the mean of the micro-batches' gradients, as theta's does."
-    method, parts, given = make("HPL paper", 0, partial(mlp, 3, (16,))), [], []
-    build, step = method.make_optimizers, method.training_step
-    def gradient(): return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in method.learner.parameters()])
-    def make_optimizers(settings):
-        optimizers = build(settings)
-        optimizers["learner"].register_step_pre_hook(lambda *_: given.append(gradient()))
-        return optimizers
-    def training_step(batch):
-        before = gradient()
-        losses = step(batch)
-        parts.append(gradient() - before)
-        return losses
-    method.make_optimizers, method.training_step = make_optimizers, training_step
-    fit(method, vectors(), replace(SMALL, epochs=1, iterations_per_epoch=1, accumulate=accumulate), progress=False)
-    assert len(parts) == accumulate and len(given) == 1
-    torch.testing.assert_close(given[0], sum(parts)/accumulate)
-
-
 def test_experiment_is_kept_and_decides_nothing(tmp_path):
     "It also says where files are, so that a run goes on where they are elsewhere."
     train(folder=tmp_path, stop_after=7, experiment={"kind": "Experiment", "root": "here"})

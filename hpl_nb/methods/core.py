@@ -105,6 +105,7 @@ class Method(nn.Module):
     def prepare(self, data:SemiSupervisedData)->SemiSupervisedData: return data
     def stream_settings(self, settings:StreamSettings)->StreamSettings: return settings
     def make_optimizers(self, settings:OptimizerSettings)->dict[str, Optimizer]: return {"regressor": adam(self.regressor, settings)}
+    def before_parts(self, parts:Sequence[Mapping[str, Mapping[str, Tensor]]])->None: "Called before the micro-batches of one step."
     def after_step(self)->None: "Called when the optimisers have stepped."
     def after_epoch(self)->None: "Called after the last step of an epoch, before validation."
     def predict(self, x:Tensor)->Tensor: return self.regressor(x)
@@ -173,11 +174,13 @@ def forward_batches(
     regressor:Regressor, # the network, in training mode
     batch:Mapping[str, Mapping[str, Tensor]], # labelled: weak, y; unlabelled: weak, strong
     guess:Callable[[Tensor], Tensor]|None=None, # weak view -> pseudo-labels; None: the network itself
+    labelled_first:bool=False, # the labelled batch before the weak view; batch norm's statistics and dropout's masks know the order
 )->Passes:
-    "Three forward passes: weak without gradient (first, while no graph is in memory), labelled, strong."
+    "Three forward passes: weak without gradient, labelled, strong."
     labelled, unlabelled = batch["labelled"], batch["unlabelled"]
+    if labelled_first: labelled_features = regressor.features(labelled["weak"])
     with torch.no_grad(): pseudo_label = (guess or regressor)(unlabelled["weak"])
-    labelled_features = regressor.features(labelled["weak"])
+    if not labelled_first: labelled_features = regressor.features(labelled["weak"])
     unlabelled_features = regressor.features(unlabelled["strong"])
     return Passes(labelled_features, regressor.head(labelled_features), labelled["y"],
                   unlabelled_features, regressor.head(unlabelled_features), pseudo_label)

@@ -112,15 +112,15 @@ class Training:
     def step(self, batch:dict[str, dict[str, Tensor]])->None:
         "Lines 8-11 of Algorithm 1, on this process's batches."
         method, accelerator, count = self.method, self.accelerator, self.settings.accumulate
-        method.clock = self.progress.clock
-        for part in micro_batches(batch, count):
+        method.clock, parts = self.progress.clock, micro_batches(batch, count)
+        if count > 1:
+            with self.guard.blaming_samples(), accelerator.autocast(): method.before_parts(parts)
+        for part in parts:
             with self.guard.blaming_samples(), accelerator.autocast(): losses = method.training_step(part)
             accelerator.backward(sum(losses.values())/count)
             self.keep_record(losses)
         self.guard.watch(average_gradients(accelerator, method.optimizers["regressor"], self.guard.flags()))
-        for name, optimizer in method.optimizers.items():
-            if name != "regressor" and count > 1: scale_gradients(optimizer, 1/count)
-            optimizer.step()
+        for optimizer in method.optimizers.values(): optimizer.step()
         for optimizer in method.optimizers.values(): optimizer.zero_grad()
         method.after_step()
         self.progress.step += 1
@@ -145,17 +145,10 @@ def end_epoch(self:Training)->None:
     for scheduler in self.schedulers.values(): scheduler.step()
 
 # %% ../../nbs/51_training.loop.ipynb #cb66a16a
-def micro_batches(batch:Mapping[str, Mapping[str, Tensor]], count:int)->Iterator[dict[str, dict[str, Tensor]]]:
+def micro_batches(batch:Mapping[str, Mapping[str, Tensor]], count:int)->list[dict[str, dict[str, Tensor]]]:
     "Cut every stream's batch into `count` equal parts."
-    for i in range(count):
-        yield {stream: {key: value[i*len(value)//count:(i + 1)*len(value)//count] for key, value in tensors.items()}
-               for stream, tensors in batch.items()}
-
-def scale_gradients(optimizer:Optimizer, factor:float)->None:
-    "The gradients that a method leaves in .grad are sums over micro-batches; one over their number makes them means."
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is not None: parameter.grad *= factor
+    return [{stream: {key: value[i*len(value)//count:(i + 1)*len(value)//count] for key, value in tensors.items()}
+             for stream, tensors in batch.items()} for i in range(count)]
 
 def average_gradients(accelerator:Accelerator, optimizer:Optimizer, flags:Tensor)->Tensor:
     "Average gradients over the processes, all in one message with the flags: above zero where the flag of any process is."
