@@ -91,8 +91,8 @@ def number_column(frame:pd.DataFrame, column:str, name:str)->np.ndarray:
     else:
         values, unknown = as_numbers(frame[column])
         if len(bad := np.flatnonzero(np.isnan(values) & ~unknown)):
-            raise row_error(f"{name}, column {column!r}", bad, f"{frame[column].iloc[bad[0]]!r:.100} is not a number, and the column was "
-                            "numeric in training", "Correct such rows.")
+            raise row_error(f"{name}, column {column!r}", bad, f"{str(frame[column].iloc[bad[0]])!r:.100} is not a number; the column "
+                            "is not numeric any more", "Correct such rows.")
     if len(bad := np.flatnonzero(np.isinf(values))):
         raise row_error(f"{name}, column {column!r}", bad, "it is infinite", "Correct or drop such rows.")
     return values
@@ -148,10 +148,11 @@ def _fits(reading, texts):
 def refuse_numbers(column:pd.Series, source:str, table:str)->None:
     "Refuse a column whose values are numbers stored as text, dates or times, with the line that makes numbers of them."
     values, x = column.dropna().astype(object), f"{table}[{column.name!r}]"
-    texts = pd.Series(sorted({value for value in values if isinstance(value, str)}), dtype=object)
+    texts = pd.Series(sorted(set(values.map(str))), dtype=object)
     texts = texts[~texts.str.strip().str.lower().isin(UNKNOWN)]
+    has_text = values.map(lambda value: isinstance(value, str))
     (kind, *codes), example = OBJECTS.get(pd.api.types.infer_dtype(values), ("",)), values.iloc[0] if len(values) else None
-    if len(texts) and all(isinstance(value, str) or is_real(value) for value in values):
+    if len(texts) and has_text.any() and values[~has_text].map(is_real).all():
         fitting = ((kind, [reading.code for reading in readings if _fits(reading, texts)]) for kind, *readings in TEXTS)
         (kind, codes), example = next((found for found in fitting if found[1]), ("", [])), texts.iloc[0]
     if not codes: return
@@ -165,10 +166,10 @@ def column_categories(column:pd.Series, rows:np.ndarray, most:int, name:str, wor
     source = f"{name}, column {column.name!r}"
     numbers, unknown = as_numbers(column)
     texts, present = np.flatnonzero(np.isnan(numbers) & ~unknown), int((~unknown).sum())
-    refuse_numbers(column, source, words.table)
     if 0 < 2*len(texts) < present:
         raise row_error(source, texts, f"{column.iloc[texts[0]]!r} is text, but {present - len(texts)} of {present} "
                         "values are numbers", "Correct such rows and make the column numeric, or leave it out.")
+    refuse_numbers(column, source, words.table)
     values = sorted(set(column.iloc[rows].dropna().astype(object).map(str)))
     if len(values) > most:
         raise HplError(f"{source}: it is text of {len(values)} different values; {words.categories}.")
