@@ -91,6 +91,7 @@ class Frames:
 class Pictures:
     "New rows as a list of picture files."
     size:int|None # side in pixels, to which they are squeezed
+    pixel_range:tuple[float, float]|None=None # black and white of pictures with more than 8 bits
 
     def __call__(self, inputs:Sequence[str|Path|ImageSource]|ImageFiles)->ImageFiles:
         "The pictures, decoded as they are needed; a missing file is refused."
@@ -101,12 +102,12 @@ class Pictures:
                 raise HplError(f"new row {row} is {type(source).__name__}; the model was trained on picture files: give their paths.")
             if not (path := Path(source.path if isinstance(source, ImageSource) else source)).is_file():
                 raise HplError(f"new row {row}: there is no picture {path}; correct its name, or leave it out.")
-        return ImageFiles(sources, self.size)
+        return ImageFiles(sources, self.size, pixel_range=self.pixel_range)
 
 def reader_for(data:SemiSupervisedData)->Arrays|Frames|Pictures:
     "The reader that makes samples such as those of `data`."
     if "encoder" in data.notes: return Frames(FrameEncoder(**data.notes["encoder"]))
-    if isinstance(data.inputs, ImageFiles): return Pictures(data.inputs.size)
+    if isinstance(data.inputs, ImageFiles): return Pictures(data.inputs.size, data.inputs.pixel_range)
     if isinstance(data.inputs, Tensor): return Arrays(tuple(data.inputs.shape[1:]), str(data.inputs.dtype).removeprefix("torch."))
     raise HplError(f"{data.name}: a predictor reads tensors, data frames and picture files, and these inputs are "
                    f"{type(data.inputs).__name__}; make the data with hpl_nb.data.own.")

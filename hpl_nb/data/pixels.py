@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from ..core import HplError, atomic_write, reading, whole_number
 from .core import SemiSupervisedData
-from .images import FlipCrop, ImageFiles, ImageView, RandAugmentMC, content_hashes, decode_image, factor, published_views
+from .images import FlipCrop, ImageFiles, ImageView, RandAugmentMC, content_hashes, decode_row, factor, published_views
 from .tables import FolderSettings
 
 # %% auto #0
@@ -34,7 +34,7 @@ __all__ = ['DeviceView', 'on_disk', 'on_device', 'PictureSettings']
 # %% ../../nbs/11c_data.pixels.ipynb #59296b3b
 def cache_name(files:ImageFiles, skipped:Collection[int]=(), progress:bool=False)->str:
     "A file name made of the content of all pictures."
-    parts = [str(files.size), *map(str, sorted(skipped)), *content_hashes(files.sources, progress)]
+    parts = [str(files.size), *map(str, files.pixel_range or ()), *map(str, sorted(skipped)), *content_hashes(files.sources, progress)]
     return f"pixels-{files.size}-{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:16]}.npy"
 
 # %% ../../nbs/11c_data.pixels.ipynb #eb8ebcd3
@@ -43,7 +43,7 @@ def write_pixels(file:BinaryIO, files:ImageFiles, skipped:Collection[int]=(), pr
     shape = (files.size, files.size, 3)
     np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (len(files), *shape)})
     for row in tqdm(range(len(files)), "decoding", disable=not progress):
-        file.write(bytes(np.prod(shape)) if row in skipped else np.asarray(decode_image(files.sources[row], files.size)).tobytes())
+        file.write(bytes(np.prod(shape)) if row in skipped else np.asarray(decode_row(files, row)).tobytes())
 
 def is_intact(path:Path, files:ImageFiles, skipped:Collection[int]=())->bool:
     "Whether the file has the right shape and length, and agrees with three pictures that are decoded again."
@@ -51,7 +51,7 @@ def is_intact(path:Path, files:ImageFiles, skipped:Collection[int]=())->bool:
     except HplError: return False # not there, cut off, or something else
     if pixels.shape != (len(files), files.size, files.size, 3) or pixels.dtype != np.uint8: return False
     some = {0, len(files)//2, len(files) - 1} - set(skipped)
-    return all(np.array_equal(pixels[row], np.asarray(decode_image(files.sources[row], files.size))) for row in some)
+    return all(np.array_equal(pixels[row], np.asarray(decode_row(files, row))) for row in some)
 
 def require_one_size(files:Any)->ImageFiles:
     "Refuse inputs that are not pictures in files, of one size."
@@ -270,7 +270,7 @@ def on_disk(
 )->SemiSupervisedData: # the same pictures and views
     "Decode all pictures once, into a file that later runs open."
     cache = disk_cache(data.inputs, folder, data.notes.get("skipped", ()), progress)
-    inputs = ImageFiles(data.inputs.sources, data.inputs.size)
+    inputs = ImageFiles(data.inputs.sources, data.inputs.size, pixel_range=data.inputs.pixel_range)
     inputs.cache = cache
     return replace(data, inputs=inputs)
 
