@@ -278,11 +278,12 @@ def average_weights(
     average:nn.Module, # theta', changed in place
     module:nn.Module, # theta, of the same layers
     decay:float, # a
-    step:int, # updates before this one
+    step:int|None=None, # t of the warm-up; None: the decay is a from the first update
 )->None:
-    "One step of an exponential moving average with decay min(1 - 1/(step + 1), a)."
+    "One step of an exponential moving average with decay min(1 - 1/(t + 1), a)."
+    if step is not None: decay = min(1 - 1/(step + 1), decay)
     weights = [[*part.parameters()] for part in (average, module)]
-    get_ema_multi_avg_fn(min(1 - 1/(step + 1), decay))(*weights, step)
+    get_ema_multi_avg_fn(decay)(*weights, step)
 
 # %% ../../nbs/60_methods.core.ipynb #f29746bc
 def frozen_copy(
