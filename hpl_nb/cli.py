@@ -67,7 +67,7 @@ def _parsed(kind:Any, name:str, words:Sequence[str], about:str)->Any:
         raise
 
 # %% ../nbs/90_cli.ipynb #48794a5c
-def _about(kind:type)->str: return re.split(r"[;:,.(](?!\d)", kind.__doc__)[0]
+def _about(kind:type)->str: return re.split(r"[;:,.(](?!\d)", kind.__doc__)[0].strip()
 
 def _choice(kinds:Mapping[str, type])->Any:
     "A subcommand for each class."
@@ -96,7 +96,7 @@ def _subcommands(name:str, words:Sequence[str], made:Callable[[], Mapping[str, t
 # %% ../nbs/90_cli.ipynb #dca49a0a
 def _options(kind:Any)->set[str]:
     "The names of all options of a command."
-    hints = get_type_hints(kind) if is_dataclass(kind) else {}
+    hints = get_type_hints(kind) if isinstance(kind, type) and is_dataclass(kind) else {}
     parts = [(each.name, hints[each.name]) for each in fields(kind)] if hints else [("", part) for part in get_args(kind)]
     return {name for key, part in parts for name in (_options(part) - {""} or {key})}
 
@@ -105,7 +105,8 @@ def _in_options(text:str, kind:Any)->str:
     known = _options(kind)
     def option(found):
         name, value = found[1], found[2] or found[3]
-        if name not in known or not ("_" in name or value or text.startswith(f"{name} is ")): return found[0]
+        meant = "_" in name or value or found.start() == 0 and text[found.end():].startswith(" is ")
+        if name not in known or not meant: return found[0]
         return f"--{name} {value}" if value else f"--{name}"
     return re.sub(r"(?<![\w./'\"-])(\w+)(?:=(?:['\"](\w+)['\"]|(\d+|None)))?(?![\w/=]|\.\w)", option, text)
 
@@ -237,6 +238,13 @@ def hpl_compare(
 )->None:
     "Methods x label ratios x seeds as a table beside the paper's numbers; what is done is skipped."
     _command("hpl_compare", _typed(arguments), lambda: _on_each_dataset(_CompareFlags()), hpl_compare.__doc__)
+
+# %% ../nbs/90_cli.ipynb #8d07a1aa
+def write_commands(path:str|Path="")->None: # empty: where help reads it
+    "Write the list of methods and datasets that help reads."
+    made = {"hpl_train": _of_each_method(), "hpl_compare": _on_each_dataset(_CompareFlags())}
+    sentences = {command: {name: _about(kind) for name, kind in kinds.items()} for command, kinds in made.items()}
+    Path(path or files("hpl_nb")/"resources"/"commands.json").write_text(json.dumps(sentences, indent=1) + "\n", encoding="utf-8")
 
 # %% ../nbs/90_cli.ipynb #2b310ba7
 @dataclass(frozen=True)
