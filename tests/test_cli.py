@@ -3,6 +3,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -14,6 +15,7 @@ from hpl_nb.core import PREDICTION_COLUMNS
 from hpl_nb.experiment import DATASETS, Experiment, run_path
 from hpl_nb.methods.hpl import HPL
 from hpl_nb.methods.known import known_methods
+from hpl_nb.settings import change
 from hpl_nb.training.run import load_run
 
 COMMANDS = {name: getattr(cli, name) for name in (
@@ -95,8 +97,8 @@ def test_flags_are_settings(monkeypatch):
     given = parsed("hpl_train hpl_release --outer_every 2 utkface --root F --label_ratio 0.1 --epochs 3 --lr_head 0.1 --seed 4",
                    monkeypatch)
     experiment = given.on.flags.experiment(given.on, given.method)
-    assert experiment == cli.replace(Experiment(DATASETS[1].data, HPL.release(outer_every=2), seed=4), data=cli.replace(
-        DATASETS[1].data, root="F", label_ratio=.1), train=cli.change(DATASETS[1].train, epochs=3, lr_head=.1))
+    assert experiment == replace(Experiment(DATASETS[1].data, HPL.release(outer_every=2), seed=4), data=replace(
+        DATASETS[1].data, root="F", label_ratio=.1), train=change(DATASETS[1].train, epochs=3, lr_head=.1))
     assert experiment.method.title == "HPL (release, outer_every=2)" and experiment.method.unlabelled_weight == 10
     text = parsed("hpl_train supervised utkface --schedule paper --weight_decay_head 0.5", monkeypatch)
     rates = text.on.flags.experiment(text.on, text.method).train.optimizer
@@ -117,23 +119,23 @@ def test_help_fits_a_screen(command, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("line, says, code", [
-    ("hpl_train hpl_paper utkface", "root is missing", "hpl_nb"), ("hpl_train hpl_paper agedb", "rotated_digits", 2),
+    ("hpl_train hpl_paper utkface", "--root is missing", "hpl_nb"), ("hpl_train hpl_paper agedb", "rotated_digits", 2),
     ("hpl_train hpl_paper utkface --root nowhere", "nowhere", "hpl_nb"), ("hpl_train mean_techer", "did you mean 'mean_teacher'", "hpl_nb"),
     ("hpl_compare utkfac", "did you mean 'utkface'", "hpl_nb"),
     ("hpl_train pim rotated_digits --dropout 0", "dropout is 0", "hpl_nb"),
     ("hpl_train mean_teacher --alpha 1 rotated_digits", "--alpha", 2),
     ("hpl_train mean_teacher --dekay 1 rotated_digits", "--decay", 2), ("hpl_train hpl_paper --outer later rotated_digits", "previous", 2),
     ("hpl_train hpl_paper --outer_every 2.5 rotated_digits", "outer_every", 2),
-    ("hpl_train hpl_paper rotated_digits --dropout 1.5", "below 1", 2),
-    ("hpl_train hpl_paper rotated_digits --lr_body -1", "lr_body is -1", 2), ("hpl_train pim --passes 0 rotated_digits", "passes is 0", 2),
-    ("hpl_train cadr --threshold 95 rotated_digits", "from 0 to 1", 2), ("hpl_train hpl_paper rotated_digits --epochs many", "epochs", 2),
-    ("hpl_train supervised rotated_digits --label_ratio 0.001", "raise label_ratio", "hpl_nb"),
+    ("hpl_train hpl_paper rotated_digits --dropout 1.5", "below 1", "hpl_nb"),
+    ("hpl_train hpl_paper rotated_digits --lr_body -1", "--lr_body is -1", "hpl_nb"), ("hpl_train pim --passes 0 rotated_digits", "--passes is 0", "hpl_nb"),
+    ("hpl_train cadr --threshold 95 rotated_digits", "from 0 to 1", "hpl_nb"), ("hpl_train hpl_paper rotated_digits --epochs many", "epochs", 2),
+    ("hpl_train supervised rotated_digits --label_ratio 0.001", "raise --label_ratio", "hpl_nb"),
     ("hpl_figures nowhere", "no finished run below nowhere", "hpl_nb"), ("hpl_compare rotated_digits --epoch 3", "--epochs", 2),
     ("hpl_compare rotated_digits --methods magic", "mean_teacher", "hpl_nb"), ("hpl_compare rotated_digits --seeds 0 x", "seeds", 2),
-    ("hpl_compare rotated_digits --label_ratios 5%", "label_ratios", 2), ("hpl_compare rotated_digits --jobs 0", "jobs is 0", "hpl_nb"),
+    ("hpl_compare rotated_digits --label_ratios 5%", "label_ratios", 2), ("hpl_compare rotated_digits --jobs 0", "--jobs is 0", "hpl_nb"),
     ("hpl_compare rotated_digits --methods supervised pim --dropout 0", "dropout is 0", "hpl_nb"),
     ("hpl_compare rotated_digits --backend cloud", "processes", 2), ("hpl_queue tpu", "cpu", 2),
-    ("hpl_queue cpu --stsb PAIRS --vectors nowhere", "pass --vectors", "hpl_nb"), ("hpl_bench --rounds 0", "rounds is 0", 2),
+    ("hpl_queue cpu --stsb PAIRS --vectors nowhere", "pass --vectors", "hpl_nb"), ("hpl_bench --rounds 0", "--rounds is 0", "hpl_nb"),
     ("hpl_bench --methods Baseline", "PseudoLabel", "hpl_nb"), ("hpl_bench --end_to_end --pixels gpu", "device", 2)])
 def test_bad_arguments_cost_a_sentence(line, says, code, tmp_path, monkeypatch, capsys):
     "Before the first run, and nothing is written; a wrong name is answered with the nearest ones."
@@ -147,7 +149,7 @@ def test_bad_arguments_cost_a_sentence(line, says, code, tmp_path, monkeypatch, 
 
 def test_an_installed_command_ends_without_traceback(tmp_path):
     done = subprocess.run([Path(sys.executable).parent/"hpl_train", "hpl_paper", "utkface"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("hpl_nb: root is missing") and "Traceback" not in done.stderr
+    assert done.returncode == 1 and done.stderr.startswith("hpl_nb: --root is missing") and "Traceback" not in done.stderr
 
 
 def test_queue_shows_what_is_missing(root, monkeypatch, capsys):

@@ -17,10 +17,8 @@ from typing import Any, BinaryIO, ClassVar, Literal, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from PIL import Image
 from torch import Generator, Tensor
-from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
 from ..core import HplError, atomic_write, reading, whole_number
@@ -123,10 +121,15 @@ def sharpen(pixels:Tensor, factor:float)->Tensor:
     inner.copy_(smooth + factor*(inner - smooth))
     return sharp.clamp_(0, 255).byte()
 
+def theirs(name:str, pixels:Tensor, *values:float)->Tensor:
+    "A function of torchvision, which is imported when it is first used: that takes as long as PyTorch."
+    from torchvision.transforms.v2 import functional
+    return getattr(functional, name)(pixels, *values)
+
 COLOURS:dict[str, Callable[..., Tensor]] = { # (uint8 pixels (g, 3, H, W), severity) -> uint8 pixels
-    "brightness": v2.functional.adjust_brightness, "colour": v2.functional.adjust_saturation, "contrast": v2.functional.adjust_contrast,
-    "sharpness": sharpen, "autocontrast": v2.functional.autocontrast, "equalize": v2.functional.equalize,
-    "posterize": v2.functional.posterize, "solarize": v2.functional.solarize}
+    "brightness": partial(theirs, "adjust_brightness"), "colour": partial(theirs, "adjust_saturation"),
+    "contrast": partial(theirs, "adjust_contrast"), "sharpness": sharpen, "autocontrast": partial(theirs, "autocontrast"),
+    "equalize": partial(theirs, "equalize"), "posterize": partial(theirs, "posterize"), "solarize": partial(theirs, "solarize")}
 
 # %% ../../nbs/11c_data.pixels.ipynb #d595c3c9
 def lookup(pixels:Tensor, values:Tensor, beyond:str)->Tensor:
@@ -184,7 +187,8 @@ def plan_randaugment_mc(transform:RandAugmentMC, generator:Generator|None, width
 @lru_cache
 def randaugment_levels(magnitude:int, bins:int, width:int, height:int)->dict[str, tuple[float, bool]]:
     "torchvision's severity of each operation, and whether a sign is drawn."
-    space = {name: (levels(bins, height, width), signed) for name, (levels, signed) in v2.RandAugment._AUGMENTATION_SPACE.items()}
+    from torchvision.transforms.v2 import RandAugment
+    space = {name: (levels(bins, height, width), signed) for name, (levels, signed) in RandAugment._AUGMENTATION_SPACE.items()}
     return {name: (0. if levels is None else float(levels[magnitude]), signed and levels is not None)
             for name, (levels, signed) in space.items()}
 
@@ -195,7 +199,7 @@ def published_step(name:str, level:float, width:int, height:int)->Step:
             "Posterize": ("posterize", int(level)), "Solarize": ("solarize", 255*level)}
     return make_step(*ours.get(name, (name.lower(), 1 + level)), width, height)
 
-def plan_randaugment(transform:v2.RandAugment, generator:Generator|None, width:int, height:int)->list[Step]:
+def plan_randaugment(transform:Any, generator:Generator|None, width:int, height:int)->list[Step]:
     steps, levels = [], randaugment_levels(transform.magnitude, transform.num_magnitude_bins, width, height)
     for _ in range(transform.num_ops):
         name = [*levels][int(torch.randint(len(levels), (), generator=generator))]
@@ -205,15 +209,18 @@ def plan_randaugment(transform:v2.RandAugment, generator:Generator|None, width:i
     return steps
 
 # %% ../../nbs/11c_data.pixels.ipynb #f5adc4e4
-PLANS:dict[type, Callable[..., list[Step]]] = {
-    FlipCrop: plan_flip_crop, RandAugmentMC: plan_randaugment_mc, v2.RandAugment: plan_randaugment}
+@lru_cache
+def planners()->dict[type, Callable[..., list[Step]]]:
+    "What draws the steps of each kind of transform."
+    from torchvision.transforms.v2 import RandAugment
+    return {FlipCrop: plan_flip_crop, RandAugmentMC: plan_randaugment_mc, RandAugment: plan_randaugment}
 
 def draw_plans(transforms:Sequence[Any], seeds:Sequence[int]|None, count:int, width:int, height:int)->list[list[Step]]:
     "One plan for each of `count` samples; without seeds they draw from torch's generator as it stands."
     plans, generator = [], None if seeds is None else Generator()
     for sample in range(count):
         if generator is not None: generator.manual_seed(int(seeds[sample]))
-        plans.append([step for transform in transforms for step in PLANS[type(transform)](transform, generator, width, height)])
+        plans.append([step for transform in transforms for step in planners()[type(transform)](transform, generator, width, height)])
     return plans
 
 def carry_out(pixels:Tensor, plans:Sequence[Sequence[Step]])->Tensor:
@@ -252,9 +259,10 @@ class DeviceView:
 # %% ../../nbs/11c_data.pixels.ipynb #1a1b2903
 def device_view(view:Any, name:str, size:int)->DeviceView:
     "The twin of an `ImageView`; the name is for the message."
+    from torchvision.transforms import v2
     def known(each):
         plain = not isinstance(each, v2.RandAugment) or each.fill is None and v2.InterpolationMode(each.interpolation).value == "nearest"
-        return type(each) in PLANS and plain
+        return type(each) in planners() and plain
     others = [each for each in view.transforms if not known(each)] if isinstance(view, ImageView) else [view]
     if others:
         raise HplError(f"the {name} view uses {type(others[0]).__name__}, which has no version for a device (FlipCrop, RandAugmentMC, and "
@@ -309,5 +317,6 @@ class PictureSettings(FolderSettings):
         folder = self.cache or Path(self.root)/"cache"
         if self.pixels == "disk": return on_disk(data, folder, progress=True)
         if self.pixels == "memory": return data
+        from accelerate import PartialState # here: only training on a device needs it
         device = PartialState().device
         return on_device(data, folder, device if device.type == "cuda" else "cpu", progress=True)
