@@ -78,7 +78,7 @@ class TestStore:
         assert len(merge_runs(store, tmp_path/"again")) == 4 # stored runs can be gathered as well
         content = json.loads(new[0].read_text())
         new[0].write_text(json.dumps(content | {"metrics": content["metrics"] | {"test_mae": 1.}}))
-        with pytest.raises(HplError, match="two results of one run: metrics test_mae"): merge_runs(out, store)
+        with pytest.raises(HplError, match="two results of one run: metrics.test_mae"): merge_runs(out, store)
         assert json.loads(new[0].read_text())["metrics"]["test_mae"] == 1.
 
     def test_conversion_reads_a_damaged_file_as_such(self, tmp_path):

@@ -55,6 +55,9 @@ class MethodSettings(Settings):
     @property
     def title(self)->str: return f"{type(self).__name__} ({self.label})" if self.label else type(self).__name__
 
+    @property
+    def share_of_run(self)->str: return "" # name of a setting that is a share of all epochs; empty: a longer run begins as this one does
+
     def build(self, regressor:Regressor)->Method: raise NotImplementedError(f"{type(self).__name__} has no build(regressor)")
     def suited_to(self:_M, released:Released)->_M: return self
 
@@ -100,6 +103,8 @@ class Method(nn.Module):
 
     @property
     def title(self)->str: return self.settings.title if self.settings else type(self).__name__ # in tables
+    @property
+    def share_of_run(self)->str: return self.settings.share_of_run if self.settings else "" # see `MethodSettings`
     def config(self)->dict[str, Any]: return as_json(self.settings) if self.settings else {} # for config.json
 
     def prepare(self, data:SemiSupervisedData)->SemiSupervisedData: return data
