@@ -37,7 +37,7 @@ __all__ = ['Released', 'MethodSettings', 'Method', 'adam', 'Supervised', 'Superv
 # %% ../../nbs/60_methods.core.ipynb #7b0e5578
 @dataclass(frozen=True)
 class Released(Settings):
-    "Constants of the release that differ between datasets."
+    "Constants of the release that differ between datasets; these are of a dataset that it does not have."
     unlabelled_weight:float=1. # lambda times the weight at z = 0
     outer_regularizer:float=.1 # lambda2 (D1)
     learner_weight_decay:float=0. # of phi
@@ -205,7 +205,7 @@ def sample_record(
 class PseudoLabel(MethodSettings):
     "The paper's Baseline: every pseudo-label weighs the same."
     short:ClassVar[str] = "pseudo_label"
-    unlabelled_weight:float|None=None # lambda; None: the dataset's, or 1
+    unlabelled_weight:float|None=None # lambda; None: the dataset's in an `Experiment`, elsewhere 1 (weights of exp(-z)/2: 2)
 
     def build(self, regressor:Regressor)->PseudoLabelMethod: return PseudoLabelMethod(regressor, self)
 
