@@ -34,7 +34,7 @@ from .methods.known import METHODS
 from .settings import Settings, as_json, differences, from_json
 from .training.checkpoint import load_state, read_checkpoint
 from .training.predict import evaluating
-from .training.run import load_run, run_config
+from .training.run import differing, load_run, run_config
 from .training.state import Train
 
 # %% auto #0
@@ -345,10 +345,9 @@ def from_folder(cls:Predictor,
     "A predictor of a finished run."
     there, prepared = load_run(folder).config, method.prepare(data)
     here = run_config(method, prepared, Train(), there["seed"])
-    for key in ("method", "settings", "dataset", "data", "rows", "rows_digest", "normalizer", "parameters"):
-        if here[key] != there[key]:
-            raise HplError(f"{folder} holds another run: {key} is {there[key]!r} there and {here[key]!r} here; build method and data as "
-                           "they were built for training.")
+    keys = "method", "settings", "dataset", "data", "rows", "rows_digest", "normalizer", "parameters"
+    if words := differing(differences(*({key: config[key] for key in keys} for config in (there, here)))):
+        raise HplError(f"{folder} holds another run: {words}. Build method and data as they were built for training.")
     best = RunFolder(folder).best
     state = send_to_device(read_checkpoint(best)["method"], next(method.parameters()).device)
     load_state(method, state, best)

@@ -37,7 +37,7 @@ __all__ = ['Released', 'MethodSettings', 'Method', 'adam', 'Supervised', 'Superv
 # %% ../../nbs/60_methods.core.ipynb #7b0e5578
 @dataclass(frozen=True)
 class Released(Settings):
-    "Constants of the release that differ between datasets."
+    "Constants of the release that differ between datasets; these are of a dataset that it does not have."
     unlabelled_weight:float=1. # lambda times the weight at z = 0
     outer_regularizer:float=.1 # lambda2 (D1)
     learner_weight_decay:float=0. # of phi
@@ -54,6 +54,9 @@ class MethodSettings(Settings):
 
     @property
     def title(self)->str: return f"{type(self).__name__} ({self.label})" if self.label else type(self).__name__
+
+    @property
+    def share_of_run(self)->str: return "" # name of a setting that is a share of all epochs; empty: a longer run begins as this one does
 
     def build(self, regressor:Regressor)->Method: raise NotImplementedError(f"{type(self).__name__} has no build(regressor)")
     def suited_to(self:_M, released:Released)->_M: return self
@@ -100,6 +103,8 @@ class Method(nn.Module):
 
     @property
     def title(self)->str: return self.settings.title if self.settings else type(self).__name__ # in tables
+    @property
+    def share_of_run(self)->str: return self.settings.share_of_run if self.settings else "" # see `MethodSettings`
     def config(self)->dict[str, Any]: return as_json(self.settings) if self.settings else {} # for config.json
 
     def prepare(self, data:SemiSupervisedData)->SemiSupervisedData: return data
@@ -203,7 +208,7 @@ def sample_record(
 class PseudoLabel(MethodSettings):
     "The paper's Baseline: every pseudo-label weighs the same."
     short:ClassVar[str] = "pseudo_label"
-    unlabelled_weight:float|None=None # lambda; None: the dataset's, or 1
+    unlabelled_weight:float|None=None # lambda; None: the dataset's in an `Experiment`, elsewhere 1 (weights of exp(-z)/2: 2)
 
     def build(self, regressor:Regressor)->PseudoLabelMethod: return PseudoLabelMethod(regressor, self)
 

@@ -28,6 +28,9 @@ class MeanTeacher(PseudoLabel):
     decay:float=.99 # alpha
     evaluate:Literal["teacher", "student"]="teacher" # whose predictions are measured
 
+    @property
+    def share_of_run(self)->str: return "ramp_share" if self.ramp_share else ""
+
     def build(self, regressor:Regressor)->MeanTeacherMethod: return MeanTeacherMethod(regressor, self)
     def candidates(self)->list[MeanTeacher]:
         "Another decay, and two other weights."

@@ -95,6 +95,9 @@ class RankUp(MethodSettings):
     @classmethod
     def presets(cls)->dict[str, RankUp]: return {"rankup": cls(), "rankup_arc": cls.arc()}
 
+    @property
+    def share_of_run(self)->str: return "ramp" if self.ramp and self.alignment_weight else ""
+
     def build(self, regressor:Regressor)->RankUpMethod: return RankUpMethod(regressor, self)
     def candidates(self)->list[RankUp]:
         strict = replace(self, ranking_weight=.7)
