@@ -187,7 +187,8 @@ class TestDirSplit:
         assert pairs["split"].value_counts().to_dict() == {"train": 5249, "dev": 1000, "test": 1000}
         columns = ["sentence1", "sentence2", "score", "split"]
         joined = read_pairs(folder)[columns]
-        pd.testing.assert_frame_equal(pairs[columns].sort_values(columns, ignore_index=True), joined.sort_values(columns, ignore_index=True))
+        ours, theirs = (table.sort_values(columns, ignore_index=True) for table in (pairs[columns], joined))
+        pd.testing.assert_frame_equal(ours, theirs)
 
 
 def shared_pairs(data):
