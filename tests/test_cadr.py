@@ -134,7 +134,8 @@ def test_nothing_passes_an_impossible_threshold():
 
 def test_every_argument_changes_training():
     base = {"threshold": .3, "bins": 5, "max_weight": 2., "decay": .5}
-    changes = [{}, {"bins": 8}, {"prior": "predicted"}, {"prior": "predicted", "upper": .01}, {"prior": "uniform"}, {"max_weight": 1.2}, {"threshold": .4}, {"power": 2.},
+    changes = [{}, {"bins": 8}, {"prior": "predicted"}, {"prior": "predicted", "upper": .01},
+               {"prior": "uniform"}, {"max_weight": 1.2}, {"threshold": .4}, {"power": 2.},
                {"decay": 0.}, {"unlabelled_weight": .3}]
     states = [trained(CADR(**base | change)) for change in changes]
     for i, state in enumerate(states): assert all(differences(state, other) for other in states[:i]), changes[i]
@@ -164,7 +165,8 @@ def test_classifier_learns_at_the_head_s_rate():
     assert sum(len(group["params"]) for group in groups) == len([*method.parameters()])
 
 
-@pytest.mark.parametrize("change", [{"bins": 0}, {"prior": "true"}, {"max_weight": .5}, {"max_weight": float("nan")}, {"upper": 0.}, {"threshold": -.1},
+@pytest.mark.parametrize("change", [{"bins": 0}, {"prior": "true"}, {"max_weight": .5}, {"max_weight": float("nan")}, {"upper": 0.},
+                                    {"threshold": -.1},
                                     {"power": -1.}, {"decay": 1.}, {"decay": -.1}, {"unlabelled_weight": -1.}])
 def test_bad_arguments_are_refused(change):
     with pytest.raises(HplError, match=f"{next(iter(change))} is "): CADR(**change)

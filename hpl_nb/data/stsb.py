@@ -24,7 +24,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..core import HplError, LabelNormalizer, check_header, derive_seed, reading, reason
+from ..core import HplError, LabelNormalizer, check_header, derive_seed, one_of, reading, reason
 from .core import PerSample, SemiSupervisedData, repeated_samples
 from .images import repeated_rows
 from .tables import FolderSettings, fetch, listed
@@ -56,6 +56,7 @@ def dir_tables(root:str|Path)->dict[str, Path]:
         tables[split] = found[0]
     return tables
 
+# %% ../../nbs/14_data.stsb.ipynb #b06f51b1
 def _read_table(path:Path, split:str="")->pd.DataFrame: # split: of all rows; empty: the column says it
     "All columns as text; a line number as index."
     with reading(path, lambda why: HplError(f"{path} cannot be read as a tab-separated UTF-8 table: {why}. Fetch it again.")):
@@ -445,7 +446,9 @@ def stsb(
     deduplicate:bool=False, # True: drop training pairs that are held out or stand twice; False: as published
 )->SemiSupervisedData: # `inputs.vocabulary` numbers the words
     "STS-B with the paper's splits; raises `HplError` with file and line."
-    pairs, strong = read_pairs(root, download, split), strong or ("wordnet" if wordnet else "stored")
+    one_of("split", split, ("release", "dir"))
+    one_of("strong", strong := strong or ("wordnet" if wordnet else "stored"), ("stored", "wordnet", "none"))
+    pairs = read_pairs(root, download, split)
     if strong == "stored": _check_stored(pairs, root)
     words = partial(sentence_words, lowercase=lowercase, split_underscores=split_underscores)
     inputs, table = _inputs(pairs, words, read_wordnet(wordnet) if strong == "wordnet" else None, max_tokens)

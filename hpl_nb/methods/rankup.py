@@ -192,7 +192,7 @@ def register_tables(method:RankUpMethod, data:SemiSupervisedData)->SemiSupervise
 # %% ../../nbs/69_methods.rankup.ipynb #9d525c48
 @torch.no_grad()
 def look_up(method:RankUpMethod, index:Tensor, prediction:Tensor)->Tensor:
-    "Write predictions of unlabelled rows into the table, and align it if due; return the aligned values, or predictions where there are none."
+    "Write predictions into the table, and align it if due; return the aligned values, or predictions where there are none."
     if not method.settings.alignment_weight: return prediction
     rows = method.gather(index)
     method.predictions[rows] = method.gather(prediction)
