@@ -24,7 +24,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from . import __version__
-from .core import HplError, LabelNormalizer, RunFolder, atomic_write, reading, seed_everything
+from .core import HplError, LabelNormalizer, RunFolder, atomic_write, reading, seed_everything, usual_settings
 from .data.columns import FrameEncoder
 from .data.core import SemiSupervisedData, View, plain_view
 from .data.images import ImageFiles, ImageSource, ImageView
@@ -406,4 +406,4 @@ def load(cls:Predictor,
 )->Predictor:
     "Read a predictor; a damaged file or another method or network is refused."
     content = read_content(path)
-    with reading(path, partial(not_saved, path)): return predictor_of(content, method, path, data)
+    with reading(path, partial(not_saved, path)), usual_settings(): return predictor_of(content, method, path, data)

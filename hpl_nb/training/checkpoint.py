@@ -176,4 +176,6 @@ def load_state(method:Trainable, state:Mapping[str, Any], source:Path|str)->None
     wrong += [f"{k} is missing" for k in own if k not in state] + [f"{k} is unknown here" for k in state if k not in own]
     if wrong: raise HplError(f"{source} is the checkpoint of another method or model: {wrong[0]} ({len(wrong)} such). "
                              "Build the same method and model as the run's config.json says, or choose another folder.")
+    for name, tensor in [*method.named_parameters(), *method.named_buffers()]: # which were built under another default type, maybe
+        if name in state: tensor.data = tensor.data.to(state[name].dtype)
     method.load_state_dict(state)

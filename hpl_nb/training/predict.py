@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..core import PREDICTION_COLUMNS, derive_seed, random_states, set_random_states
+from ..core import PREDICTION_COLUMNS, OwnGenerators, derive_seed
 from ..data.core import SemiSupervisedData
 from ..metrics import mean_absolute_error, mean_squared_error, r2_score, variance_summary
 from .state import Progress, Trainable
@@ -31,13 +31,19 @@ __all__ = ['Evaluator']
 @contextmanager
 def evaluating(method:Trainable)->Iterator[None]:
     "Evaluation mode within the block; after it the mode and the random states as before, whatever the method has drawn."
-    was_training, states = method.training, random_states()
-    method.eval()
-    try:
-        with torch.no_grad(): yield
-    finally:
-        method.train(was_training)
-        set_random_states(states)
+    with OwnGenerators(), torch.no_grad():
+        was_training = method.training
+        method.eval()
+        try: yield
+        finally: method.train(was_training)
+
+# %% ../../nbs/50c_training.predict.ipynb #285b4b02
+def as_trainable(method:Trainable, data:SemiSupervisedData)->None:
+    "A network that was built in inference mode, or under another default type than float32, is made as it is built without."
+    x, tensors = data.plain(data.inputs[data.labelled[:1]], None), [*method.parameters(), *method.buffers()]
+    if not any(t.is_inference() or t.is_floating_point() and t.dtype != torch.float32 for t in tensors): return
+    method.double() # a new tensor each, with the same value
+    if x.dtype != torch.float64: method.float()
 
 # %% ../../nbs/50c_training.predict.ipynb #dc4defe0
 @dataclass
