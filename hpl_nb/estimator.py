@@ -25,7 +25,7 @@ from sklearn.metrics import r2_score
 from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from .core import HplError, OwnGenerators, reading, seed_everything
+from .core import HplError, OwnGenerators, reading, seed_everything, usual_settings
 from .data.columns import ESTIMATOR_WORDS, default_preprocessor, refuse_missing
 from .data.core import SemiSupervisedData
 from .data.images import ImageFiles, image_data, randaugment_mc_views
@@ -188,9 +188,9 @@ def fit(self:SemiSupervisedRegressor,
     if self.folder is not None and not isinstance(self.random_state, Integral):
         raise HplError(f"random_state is {self.random_state!r}; a run folder goes on with the same numbers only if it is a whole number.")
     labels, seed = label_columns(y, row_count(X)), seed_of(self.random_state)
-    data = training_data(self, X, labels, seed)
-    settings, shape = method_for(self, data), tuple(data.plain(data.inputs[np.array([0])], None).shape[1:])
     with OwnGenerators():
+        data = training_data(self, X, labels, seed)
+        settings, shape = method_for(self, data), tuple(data.plain(data.inputs[np.array([0])], None).shape[1:])
         seed_everything(seed)
         method = build_method(settings, shape, data.outputs, self.network)
     self.run_ = fit_method(method, data, schedule(self, data), folder=self.folder, seed=seed, progress=self.verbose)
@@ -265,6 +265,7 @@ def calibrate(self:SemiSupervisedRegressor,
 NOT_IN_FILES = ("network", "preprocessor", "folder", "random_state") # parameters
 FITTED = ("method_", "shape_", "is_column_", "n_features_in_")
 
+@usual_settings()
 def estimator_content(model:SemiSupervisedRegressor)->dict[str, Any]:
     "What an estimator's file holds: that of its predictor, and what is the estimator's own."
     frame, names = model.pseudo_labels_, getattr(model, "feature_names_in_", None)

@@ -38,12 +38,19 @@ def evaluating(method:Trainable)->Iterator[None]:
         finally: method.train(was_training)
 
 # %% ../../nbs/50c_training.predict.ipynb #285b4b02
+def renew(method:Trainable, dtype:torch.dtype)->None:
+    "New tensors for a method that was built in inference mode, or under another default type than `dtype`; any other stays as it is."
+    tensors = [*method.parameters(), *method.buffers()]
+    if not any(t.is_inference() or t.is_floating_point() and t.dtype != dtype for t in tensors): return
+    before = torch.__future__.get_overwrite_module_params_on_conversion()
+    torch.__future__.set_overwrite_module_params_on_conversion(True) # what inference mode has made can never be trained
+    try: method.double().to(dtype)
+    finally: torch.__future__.set_overwrite_module_params_on_conversion(before)
+
 def as_trainable(method:Trainable, data:SemiSupervisedData)->None:
-    "A network that was built in inference mode, or under another default type than float32, is made as it is built without."
-    x, tensors = data.plain(data.inputs[data.labelled[:1]], None), [*method.parameters(), *method.buffers()]
-    if not any(t.is_inference() or t.is_floating_point() and t.dtype != torch.float32 for t in tensors): return
-    method.double() # a new tensor each, with the same value
-    if x.dtype != torch.float64: method.float()
+    "A method of float32 that can be trained; one of float64 stays, where its inputs are of float64 too."
+    x = data.plain(data.inputs[data.labelled[:1]], None)
+    renew(method, torch.float64 if x.dtype == torch.float64 == next(method.parameters()).dtype else torch.float32)
 
 # %% ../../nbs/50c_training.predict.ipynb #dc4defe0
 @dataclass
