@@ -342,7 +342,7 @@ def test_every_dataset_travels(shared):
 
 
 def test_workers_that_do_not_inherit(tmp_path):
-    "As processes start on macOS and Windows; Linux pickles in the same way from Python 3.14 on. Warnings are errors from the first import on."
+    "As processes start on macOS and Windows; Linux pickles in the same way from Python 3.14 on. Warnings are errors from the first import."
     code = f"""
 import sys, torch
 from hpl_nb.experiment import Experiment

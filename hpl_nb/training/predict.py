@@ -40,8 +40,8 @@ def evaluating(method:Trainable)->Iterator[None]:
 # %% ../../nbs/50c_training.predict.ipynb #285b4b02
 def renew(method:Trainable, dtype:torch.dtype)->None:
     "New tensors for a method that was built in inference mode, or under another default type than `dtype`; any other stays as it is."
-    tensors = [*method.parameters(), *method.buffers()]
-    if not any(t.is_inference() or t.is_floating_point() and t.dtype != dtype for t in tensors): return
+    parameters = [*method.parameters()]
+    if not any(t.is_inference() for t in [*parameters, *method.buffers()]) and all(p.dtype == dtype for p in parameters): return
     before = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True) # what inference mode has made can never be trained
     try: method.double().to(dtype)
