@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from numbers import Integral
@@ -26,7 +25,7 @@ from sklearn.metrics import r2_score
 from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from .core import HplError, random_states, reading, seed_everything, set_random_states
+from .core import HplError, OwnGenerators, reading, seed_everything, usual_settings
 from .data.columns import ESTIMATOR_WORDS, default_preprocessor, dense, refuse_missing
 from .data.core import SemiSupervisedData
 from .data.images import ImageFiles, image_data, randaugment_mc_views
@@ -169,13 +168,6 @@ def build_method(settings:MethodSettings, shape:tuple[int, ...], outputs:int,
     return method
 
 # %% ../nbs/83_estimator.ipynb #2e62afe4
-@contextmanager
-def random_states_kept()->Iterator[None]:
-    "The global generators, as they were before the block, after it."
-    states = random_states()
-    try: yield
-    finally: set_random_states(states)
-
 def seed_of(random_state:int|np.random.RandomState|None)->int:
     "A whole number is the seed itself."
     return int(random_state) if isinstance(random_state, Integral) else int(check_random_state(random_state).randint(2**31 - 1))
@@ -199,12 +191,12 @@ def fit(self:SemiSupervisedRegressor,
     if self.folder is not None and not isinstance(self.random_state, Integral):
         raise HplError(f"random_state is {self.random_state!r}; a run folder goes on with the same numbers only if it is a whole number.")
     labels, seed = label_columns(y, row_count(X)), seed_of(self.random_state)
-    data = training_data(self, X, labels, seed)
-    settings, shape = method_for(self, data), tuple(data.plain(data.inputs[np.array([0])], None).shape[1:])
-    with random_states_kept():
+    with OwnGenerators():
+        data = training_data(self, X, labels, seed)
+        settings, shape = method_for(self, data), tuple(data.plain(data.inputs[np.array([0])], None).shape[1:])
         seed_everything(seed)
         method = build_method(settings, shape, data.outputs, self.network)
-        self.run_ = fit_method(method, data, schedule(self, data), folder=self.folder, seed=seed, progress=self.verbose)
+    self.run_ = fit_method(method, data, schedule(self, data), folder=self.folder, seed=seed, progress=self.verbose)
     self.predictor_ = Predictor.from_method(method, data)
     self.pseudo_labels_ = pseudo_labels(self.run_, X.index if isinstance(X, (pd.Series, pd.DataFrame)) else None)
     self.method_, self.shape_, self.network_, self.is_column_ = settings, shape, self.network, np.asarray(y).ndim == 1
@@ -276,6 +268,7 @@ def calibrate(self:SemiSupervisedRegressor,
 NOT_IN_FILES = ("network", "preprocessor", "folder", "random_state") # parameters
 FITTED = ("method_", "shape_", "is_column_", "n_features_in_")
 
+@usual_settings()
 def estimator_content(model:SemiSupervisedRegressor)->dict[str, Any]:
     "What an estimator's file holds: that of its predictor, and what is the estimator's own."
     frame, names = model.pseudo_labels_, getattr(model, "feature_names_in_", None)
@@ -333,7 +326,7 @@ def fitted_estimator(model:SemiSupervisedRegressor, content:Mapping[str, Any], p
     return model
 
 def predictor_in(model:SemiSupervisedRegressor, content:Mapping[str, Any], path:str|Path)->Predictor:
-    with random_states_kept(): method = build_method(model.method_, model.shape_, len(content["normalizer"].mean), model.network_)
+    with OwnGenerators(): method = build_method(model.method_, model.shape_, len(content["normalizer"].mean), model.network_)
     return predictor_of(content, method, path)
 
 def read_transformer(content:bytes, path:str|Path, trusted:Sequence[str])->TransformerMixin:

@@ -24,7 +24,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from . import __version__
-from .core import HplError, LabelNormalizer, RunFolder, atomic_write, reading, seed_everything
+from .core import HplError, LabelNormalizer, RunFolder, atomic_write, reading, seed_everything, usual_settings
 from .data.columns import FrameEncoder
 from .data.core import SemiSupervisedData, View, plain_view
 from .data.images import ImageFiles, ImageSource, ImageView
@@ -63,6 +63,7 @@ class Arrays:
     shape:tuple[int, ...] # of one row
     dtype:str # torch's name of the samples' type
 
+    @usual_settings()
     def __call__(self, inputs:np.ndarray|Tensor|Sequence)->Tensor:
         "The rows as a tensor of this type; another number of features or another size is refused."
         known = self.dtype in ("uint8", "float32", "float64")
@@ -166,6 +167,7 @@ def not_saved(path:str|Path, why:str)->HplError:
     "The sentence for a file whose checksum is right, and that is no predictor all the same: somebody has made or changed it."
     return HplError(f"{path} does not hold what predictor.save(...) writes ({why}); use a file from somebody you trust, or save again.")
 
+@usual_settings()
 def read_content(path:str|Path)->dict[str, Any]:
     "What `write_content` wrote, on the CPU; a missing, damaged or foreign file is an `HplError`."
     if not Path(path).is_file(): raise HplError(f"there is no file {path}; predictor.save(...) writes one.")
@@ -293,8 +295,8 @@ def deviations(predictor:Predictor, samples:Any, rows:np.ndarray)->np.ndarray|No
     def inspect(x):
         seed_everything(0) # some methods draw masks; the same rows get the same answer
         return p.method.inspect(x, x)
-    first = p.view(samples[np.array([0])], None).to(next(p.method.parameters()).device)
     with evaluating(p.method):
+        first = p.view(samples[np.array([0])], None).to(next(p.method.parameters()).device)
         if "log_variance" not in inspect(first): return None
     z = map_samples(p.method, lambda x: inspect(x)["log_variance"], samples, rows, p.view)
     return np.exp(z/2)*np.asarray(p.normalizer.scale)
@@ -329,10 +331,11 @@ def from_method(cls:Predictor,
         raise HplError(f"calibration names row {trained[0]}, which was trained on: its error is too small. Leave such rows out.")
     if not np.isfinite(y := data.targets[rows]).all():
         raise HplError(f"calibration names row {rows[~np.isfinite(y).all(1)][0]}, whose label is not known; leave such rows out.")
-    x = data.plain(data.inputs[np.array([0])], None)
-    shape = tuple(x.shape[1:]) if x.is_floating_point() else None
-    predictor = cls(method, reader_for(data), data.plain, data.normalizer, np.empty(0), shape, data.name, data.unit)
-    return calibrated(predictor, data.inputs, rows, y)
+    with usual_settings():
+        x = data.plain(data.inputs[np.array([0])], None)
+        shape = tuple(x.shape[1:]) if x.is_floating_point() else None
+        predictor = cls(method, reader_for(data), data.plain, data.normalizer, np.empty(0), shape, data.name, data.unit)
+        return calibrated(predictor, data.inputs, rows, y)
 
 # %% ../nbs/75_predictor.ipynb #6f33af4f
 @patch(cls_method=True)
@@ -406,4 +409,4 @@ def load(cls:Predictor,
 )->Predictor:
     "Read a predictor; a damaged file or another method or network is refused."
     content = read_content(path)
-    with reading(path, partial(not_saved, path)): return predictor_of(content, method, path, data)
+    with reading(path, partial(not_saved, path)), usual_settings(): return predictor_of(content, method, path, data)

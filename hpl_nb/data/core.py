@@ -9,6 +9,7 @@ import hashlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..core import HplError, LabelNormalizer, derive_seed, whole_number
+from ..core import HplError, LabelNormalizer, derive_seed, usual_settings, whole_number
 from ..settings import Settings
 
 # %% auto #0
@@ -35,7 +36,7 @@ class PerSample:
 
     def __call__(self, samples:Sequence, seeds:np.ndarray|None=None)->Tensor:
         if seeds is None: return torch.stack([self.transform(sample) for sample in samples])
-        with torch.random.fork_rng(devices=[]): return torch.stack([self._seeded(*pair) for pair in zip(samples, seeds)])
+        with usual_settings(), torch.random.fork_rng(devices=[]): return torch.stack([self._seeded(*pair) for pair in zip(samples, seeds)])
 
     def _seeded(self, sample, seed):
         torch.default_generator.manual_seed(int(seed)) # the CPU's alone: 60 times quicker than torch.manual_seed
@@ -329,6 +330,7 @@ def synthetic_variance(x:Tensor)->Tensor:
     return (.05 + .55*(x[:, :1] + 1)/2)**2
 
 # %% ../../nbs/10_data.core.ipynb #0fe06b9f
+@usual_settings()
 def synthetic(
     n:int=1000, # rows: 10 % each for validation and test
     dimensions:int=2, # of x, uniform in [-1, 1]
@@ -350,7 +352,9 @@ def noise_view(
     scale:float, # standard deviation
 )->View:
     "A view that adds Gaussian noise to a batch of vectors."
-    return BatchView(lambda x, generator: x + scale*torch.randn(x.shape, generator=generator))
+    return BatchView(partial(_add_noise, scale))
+
+def _add_noise(scale, x, generator): return x + scale*torch.randn(x.shape, generator=generator)
 
 # %% ../../nbs/10_data.core.ipynb #696208fe
 def batches_per_pass(rows:int, batch_size:int, drop_last:bool=True)->int:

@@ -25,7 +25,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..core import HplError, reading, require_file
+from ..core import HplError, reading, require_file, usual_settings
 from .core import SemiSupervisedData, View, announce
 
 # %% auto #0
@@ -358,7 +358,7 @@ class ImageView:
     def __call__(self, samples:Sequence[Image.Image], seeds:np.ndarray|None=None)->Tensor:
         if len(sizes := {image.size for image in samples}) > 1:
             raise HplError(f"pictures of one batch differ in size, {sorted(sizes)[:2]} for example; give size=.")
-        with torch.random.fork_rng(devices=[], enabled=seeds is not None):
+        with usual_settings(), torch.random.fork_rng(devices=[], enabled=seeds is not None):
             keys = [None]*len(samples) if seeds is None else seeds
             pixels = torch.stack([self.augment(*pair) for pair in zip(samples, keys)]).float().div_(255)
         return pixels.sub_(torch.tensor(self.mean)[:, None, None]).div_(torch.tensor(self.std)[:, None, None])

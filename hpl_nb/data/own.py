@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import HplError, derive_seed
+from ..core import HplError, derive_seed, usual_settings
 from .columns import FRAME_WORDS, Words, fit_encoder, require_columns
 from .core import (
     SPLITS, BatchView, SemiSupervisedData, StreamSettings, View, announce, content_keys, row_error, row_numbers, row_owners, split_rows)
@@ -141,6 +141,7 @@ def with_true_labels(labels:np.ndarray, true_labels:np.ndarray, name:str)->np.nd
     return np.where(np.isnan(labels), true_labels, labels)
 
 # %% ../../nbs/15_data.own.ipynb #e72165ff
+@usual_settings()
 def input_tensor(inputs:np.ndarray|Tensor|Sequence, name:str)->Tensor:
     "A copy of the inputs: (n, d) float64, or (n, C, H, W) uint8 or float32; what is not finite is an `HplError` that says where."
     array = as_array(inputs, f"{name}: inputs")
@@ -180,6 +181,7 @@ class Standardizer:
         shape = (-1, *[1]*(x.ndim - 2))
         return ((x - x.new_tensor(self.mean).view(shape))/x.new_tensor(self.scale).view(shape)).float()
 
+@usual_settings()
 def fit_standardizer(x:Tensor, rows:np.ndarray)->Standardizer:
     "Mean and standard deviation of each feature or channel over the training rows; a constant one keeps its unit."
     parts = [torch.from_numpy(part) for part in np.array_split(rows, 1 + len(rows)//1024)]

@@ -24,7 +24,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..core import HplError, LabelNormalizer, check_header, derive_seed, one_of, reading, reason
+from ..core import HplError, LabelNormalizer, check_header, derive_seed, one_of, reading, reason, usual_settings
 from .core import PerSample, SemiSupervisedData, repeated_samples
 from .images import repeated_rows
 from .tables import FolderSettings, fetch, listed
@@ -233,6 +233,7 @@ def _stored_vectors(path:Path)->Iterator[tuple[str, np.ndarray]]:
     return zip(words.tolist(), vectors)
 
 # %% ../../nbs/14_data.stsb.ipynb #cb5fdf83
+@usual_settings()
 def load_vectors(
     path:str|Path|None, # .txt, .zip or .npz; None: random vectors
     words:Sequence[str], # to look up; number 0 is padding
@@ -431,6 +432,7 @@ def _inputs(pairs:pd.DataFrame, split:Callable[[str], list[str]], wordnet:WordNe
                                                 for word, others in table.items() if word in index}
 
 # %% ../../nbs/14_data.stsb.ipynb #321d8014
+@usual_settings()
 def stsb(
     root:str|Path, # folder with sts.tsv, see `find_table`
     label_ratio:float=.05, # share of the 5,249 training rows that is labelled

@@ -20,7 +20,7 @@ from torch.nn.utils import parameters_to_vector
 from torch.optim import Adam, Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ..core import HplError, not_negative, seed_everything, whole_number
+from ..core import HplError, OwnGenerators, not_negative, seed_everything, whole_number
 from ..data.core import SemiSupervisedData, StreamSettings, fully_labelled
 from ..loss import labelled_loss, unlabelled_loss
 from ..models import Regressor
@@ -258,8 +258,9 @@ def weights_after(
     seed:int=0, # of everything
 )->Tensor: # all of them in one vector
     "Train a method and return what it has learned, to be compared with another's."
-    seed_everything(seed)
-    method = make()
+    with OwnGenerators():
+        seed_everything(seed)
+        method = make()
     fit(method, data, settings, seed=seed, progress=False)
     return parameters_to_vector(method.get_submodule(part).parameters()).detach()
 

@@ -20,6 +20,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..core import HplError, RunFolder, atomic_write, check_archive, random_states, reading, set_random_states
+from .predict import renew
 from .run import can_lengthen, lengthen, other_run
 from .state import Progress, Trainable, any_process
 
@@ -185,4 +186,5 @@ def load_state(method:Trainable, state:Mapping[str, Any], source:Path|str)->None
     wrong += [f"{k} is missing" for k in own if k not in state] + [f"{k} is unknown here" for k in state if k not in own]
     if wrong: raise HplError(f"{source} is the checkpoint of another method or model: {wrong[0]} ({len(wrong)} such). "
                              "Build the same method and model as the run's config.json says, or choose another folder.")
+    renew(method, next((v.dtype for v in state.values() if isinstance(v, Tensor) and v.is_floating_point()), torch.float32))
     method.load_state_dict(state)
