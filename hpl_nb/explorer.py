@@ -37,12 +37,12 @@ def explorable(predictions, output=0)->dict[str, dict[int, pd.DataFrame]]:
     "The rows that have a pseudo-label and a true label, by run and epoch, in the order of `index`."
     require_columns(predictions, ["run", "method", "epoch", "index", "y_true", "pseudo_label"])
     rows = predictions[predictions["output"] == output] if "output" in predictions else predictions
-    if rows.empty: raise HplError(f"the predictions table has no output {output}. Give one of {sorted(predictions['output'].unique())}.")
+    if rows.empty: raise HplError(f"the predictions table has no output {output}. Give one of {sorted(predictions['output'].unique().tolist())}.")
     for column in ("run", "method", "epoch", "index"):
         if missing := rows[column].isna().sum():
             raise HplError(f"the predictions table has {missing} rows without {column}. Fill them, or leave these rows out.")
     rows = rows.assign(**{name: as_floats(rows[name]) for name in MEASURES if name in rows})
-    rows = known_rows(rows.dropna(subset="pseudo_label"), "pseudo_label").sort_values("index", kind="stable")
+    rows = known_rows(rows, "pseudo_label").sort_values("index", kind="stable")
     runs = {}
     for (run, epoch), part in rows.groupby(["run", "epoch"], sort=False, observed=True): runs.setdefault(run, {})[int(epoch)] = part
     first = rows["run"].drop_duplicates() if len(runs) == 1 else predictions["run"].drop_duplicates()

