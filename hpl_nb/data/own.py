@@ -48,11 +48,16 @@ def read_labels(columns:Mapping[str, Iterable], name:str)->np.ndarray:
         raise row_error(name, partly, f"it has some of its labels only, {labels[partly[0]]}", "Give all or none.")
     return labels
 
+# %% ../../nbs/15_data.own.ipynb #8b309433
+def unmasked(values:Any)->Any:
+    "The masked values of a `numpy.ma` array as NaN, which `np.asarray` would take for values."
+    return np.ma.filled(values.astype(np.float64), np.nan) if np.ma.is_masked(values) else values
+
 # %% ../../nbs/15_data.own.ipynb #aff02cd4
 def label_array(targets:np.ndarray|Tensor|Sequence, rows:int, name:str)->np.ndarray:
     "Labels (n, K) of an array (n,) or (n, K)."
     if isinstance(targets, Tensor): targets = targets.detach().cpu().double().numpy()
-    array = np.asarray(targets)
+    array = np.asarray(unmasked(targets))
     if array.ndim not in (1, 2):
         raise HplError(f"{name}: targets have shape {array.shape}; give (n,), or (n, K) for K outputs.")
     if len(array) != rows:
@@ -129,17 +134,18 @@ def with_true_labels(labels:np.ndarray, true_labels:np.ndarray, name:str)->np.nd
     return np.where(np.isnan(labels), true_labels, labels)
 
 # %% ../../nbs/15_data.own.ipynb #e72165ff
-def input_tensor(inputs:np.ndarray|Tensor|Sequence, name:str)->Tensor:
+def input_tensor(inputs:np.ndarray|Tensor|Sequence, name:str, text:str="from_frame encodes columns of text",
+                 gaps:str="from_frame(..., impute='median') fills")->Tensor:
     "A copy of the inputs: (n, d) float64, or (n, C, H, W) uint8 or float32; what is not finite is an `HplError` that says where."
-    try: array = inputs.detach().cpu().numpy() if isinstance(inputs, Tensor) else np.asarray(inputs)
+    try: array = inputs.detach().cpu().numpy() if isinstance(inputs, Tensor) else np.asarray(unmasked(inputs))
     except (ValueError, TypeError) as error: raise HplError(f"{name}: inputs are not one array ({error}).") from error
     if array.dtype.kind not in "buif":
-        raise HplError(f"{name}: inputs are of type {array.dtype}, not numbers; from_frame encodes columns of text.")
+        raise HplError(f"{name}: inputs are of type {array.dtype}, not numbers; {text}.")
     check_shape(array.shape, name)
     bad = np.argwhere(~np.isfinite(array)) if array.dtype.kind == "f" else ()
     if len(bad):
         raise row_error(f"{name}, inputs", [*dict.fromkeys(bad[:, 0].tolist())], f"position {bad[0][1:].tolist()} is "
-                        f"{array[tuple(bad[0])]}", "Fill or drop them; from_frame(..., impute='median') fills.")
+                        f"{array[tuple(bad[0])]}", f"Fill or drop them; {gaps}.")
     if array.ndim == 2: return torch.from_numpy(array.astype(np.float64))
     array = array if array.ndim == 4 else array[:, None]
     return torch.from_numpy(array.copy() if array.dtype == np.uint8 else array.astype(np.float32))
@@ -149,7 +155,7 @@ def check_shape(shape:tuple[int, ...], name:str)->None:
     if len(shape) not in (2, 3, 4) or 0 in shape:
         raise HplError(f"{name}: inputs have shape {shape}; give (n, d) features - a single one as (n, 1) - or "
                        "pictures, (n, H, W) or (n, C, H, W).")
-    if len(shape) == 4 and shape[3] in (1, 3, 4) and shape[1] > 4:
+    if len(shape) == 4 and shape[3] in (1, 3, 4) and min(shape[1:3]) > 4:
         raise HplError(f"{name}: inputs of shape {shape} have their channels last; give np.moveaxis(inputs, 3, 1).")
 
 # %% ../../nbs/15_data.own.ipynb #202ddc4f
