@@ -142,7 +142,8 @@ def are_pixels(X:Any)->bool:
 def picture_paths(X:Any)->list[str|Path]:
     "Paths of pictures; a row without one is refused."
     paths = only_column(X)
-    if len(bad := [row for row, path in enumerate(paths) if not isinstance(path, os.PathLike) and not (isinstance(path, str) and path.strip())]):
+    named = [isinstance(path, os.PathLike) or isinstance(path, str) and path.strip() != "" for path in paths]
+    if len(bad := np.flatnonzero(~np.array(named, dtype=bool))):
         raise row_error("X", bad, f"{paths[bad[0]]!r} is no path of a picture", "Name the picture, or drop the row.")
     return [Path(path) for path in paths]
 
@@ -222,6 +223,14 @@ def build_method(settings:MethodSettings, shape:tuple[int, ...], outputs:int,
     if settings.needs_dropout: require_dropout(method, method.regressor)
     return method
 
+# %% ../nbs/83_estimator.ipynb #38671c80
+@contextmanager
+def random_states_kept()->Iterator[None]:
+    "The global generators, as they were before the block, after it."
+    states = random_states()
+    try: yield
+    finally: set_random_states(states)
+
 # %% ../nbs/83_estimator.ipynb #c777d4d6
 def made_network(network:Callable[[tuple[int, ...], int], Regressor], shape:tuple[int, ...], outputs:int)->Regressor:
     "A new network of the user's own, in float32; what is no `Regressor` is an `HplError`."
@@ -243,18 +252,11 @@ def try_network(network:Callable[[tuple[int, ...], int], Regressor], method:Meth
             raise HplError(f"{call} returns the same parameters again; build a new network in each call.")
         try: found = tuple(copy.train()(x).shape)
         except Exception as error:
-            raise HplError(f"{call} fails on a training batch of shape {tuple(x.shape)} ({reason(error)}); change the network, or give more "
-                           "rows where the batch is too small for it.") from error
+            raise HplError(f"{call} fails on a training batch of shape {tuple(x.shape)} ({reason(error)}); change the network, or give "
+                           "more rows where the batch is too small for it.") from error
     if found != (len(x), outputs): raise HplError(f"{call} predicts shape {found} for {len(x)} rows; it must be {len(x), outputs}.")
 
 # %% ../nbs/83_estimator.ipynb #2e62afe4
-@contextmanager
-def random_states_kept()->Iterator[None]:
-    "The global generators, as they were before the block, after it."
-    states = random_states()
-    try: yield
-    finally: set_random_states(states)
-
 def seed_of(random_state:int|np.random.RandomState|None)->int:
     "A whole number is the seed itself."
     return int(random_state) if isinstance(random_state, Integral) else int(check_random_state(random_state).randint(2**31 - 1))
@@ -264,10 +266,13 @@ def schedule(model:SemiSupervisedRegressor, data:SemiSupervisedData, method:Meth
     if not isinstance(model.train, Train|None): raise HplError(f"train is {model.train!r:.100}; give Train(...), or None for the default.")
     train = model.train or Train(optimizer=OptimizerSettings(lr_body=1e-3, lr_head=1e-3))
     fitting = batches_for(data, train.streams.labelled_batch, train.streams.unlabelled_batch)
-    streams, rows = replace(train.streams, labelled_batch=fitting.labelled_batch, unlabelled_batch=fitting.unlabelled_batch), len(data.labelled)
-    if "outer" not in method.needs: streams = replace(streams, labelled_batch=max(streams.labelled_batch, min(2, rows, train.streams.labelled_batch)))
-    elif rows < 2 and not method.stream_settings(streams).outer_overlap:
-        raise HplError(f"{method.title} needs two labelled rows that train, and there is one; label more rows, or use method='pseudo_label'.")
+    streams = replace(train.streams, labelled_batch=fitting.labelled_batch, unlabelled_batch=fitting.unlabelled_batch)
+    if "outer" not in method.needs:
+        least = min(2, len(data.labelled), train.streams.labelled_batch)
+        streams = replace(streams, labelled_batch=max(streams.labelled_batch, least))
+    elif len(data.labelled) < 2 and not method.stream_settings(streams).outer_overlap:
+        raise HplError(f"{method.title} needs two labelled rows that train, and there is one; label more rows, or use "
+                       "method='pseudo_label'.")
     train = replace(train, streams=streams, epochs=train.epochs if model.epochs is None else model.epochs)
     return replace(train, iterations_per_epoch=train.iterations_per_epoch or max(50, epoch_length(data, train, streams)))
 
@@ -276,6 +281,11 @@ def smallest_batch(data:SemiSupervisedData, train:Train, method:Method)->Tensor:
     "The smallest batch that the network will see, with labelled rows."
     sizes = {"labelled": train.streams.labelled_batch, "unlabelled": train.streams.unlabelled_batch, "outer": train.streams.outer}
     return data.plain(data.inputs[data.labelled[:max(1, min(sizes[stream] for stream in method.needs)//train.accumulate)]], None)
+
+def training_content(data:SemiSupervisedData)->list:
+    "What rows that trained can be recognised by: fingerprints of their content, or where their pictures are."
+    rows = np.concatenate([data.labelled, data.unlabelled])
+    return [data.inputs.sources[row] for row in rows] if isinstance(data.inputs, ImageFiles) else content_keys(data.inputs, rows)
 
 # %% ../nbs/83_estimator.ipynb #02c54998
 @patch
@@ -346,11 +356,6 @@ def score(self:SemiSupervisedRegressor,
     return r2_score(labels[known], prediction[known], sample_weight=None if sample_weight is None else np.asarray(sample_weight)[known])
 
 # %% ../nbs/83_estimator.ipynb #7f998686
-def training_content(data:SemiSupervisedData)->list:
-    "What rows that trained can be recognised by: fingerprints of their content, or where their pictures are."
-    rows = np.concatenate([data.labelled, data.unlabelled])
-    return [data.inputs.sources[row] for row in rows] if isinstance(data.inputs, ImageFiles) else content_keys(data.inputs, rows)
-
 def rows_that_trained(model:SemiSupervisedRegressor, samples:Any, rows:np.ndarray)->np.ndarray:
     "A mask: which of the rows have the content of a row that trained; files do not say."
     trained = getattr(model, "_trained", [])
@@ -381,9 +386,9 @@ def calibrate(self:SemiSupervisedRegressor,
     check_is_fitted(self)
     (labels, known), samples = known_labels(self, X, y), self.predictor_.reader(samples_of(self, X))
     if len(trained := known[rows_that_trained(self, samples, known)]):
-        warnings.warn(f"{len(trained)} of {len(known)} calibration rows are equal to a row that trained (the first is row {trained[0]} of X), and "
-                      "their errors are too small. Leave such rows out, unless features are so coarse that different samples are equal.",
-                      stacklevel=2)
+        warnings.warn(f"{len(trained)} of {len(known)} calibration rows are equal to a row that trained (the first is row {trained[0]} of "
+                      "X), and their errors are too small. Leave such rows out, unless features are so coarse that different samples are "
+                      "equal.", stacklevel=2)
     self.predictor_ = calibrated(self.predictor_, samples, known, labels[known])
     return self
 
@@ -430,8 +435,8 @@ def load(cls:SemiSupervisedRegressor,
         if own["own_network"] and network is None:
             raise HplError(f"{path} was trained with a network of your own: pass the same function, load(path, network=...).")
         if unknown := set(own["parameters"]) - {name for name in cls().get_params(deep=False) if name not in NOT_IN_FILES}:
-            raise HplError(f"{path} is of another version of hpl_nb: it has the parameter {sorted(unknown)[0]!r:.50}, which this one does not "
-                           "know. Save it again.")
+            raise HplError(f"{path} is of another version of hpl_nb: it has the parameter {sorted(unknown)[0]!r:.50}, which this one does "
+                           "not know. Save it again.")
         return fitted_estimator(cls(**own["parameters"], network=network), content, path, trusted)
 
 # %% ../nbs/83_estimator.ipynb #5b451569
@@ -446,6 +451,7 @@ def fitted_estimator(model:SemiSupervisedRegressor, content:Mapping[str, Any], p
     if own["feature_names"] is not None: model.feature_names_in_ = np.array(own["feature_names"], dtype=object)
     model.preprocessor_ = None if own["preprocessor"] is None else read_transformer(own["preprocessor"].numpy().tobytes(), path, trusted)
     if own["own_preprocessor"]: model.preprocessor = clone(model.preprocessor_)
+    elif model.preprocessor_ is not None: categories_as_text(model.preprocessor_)
     model.predictor_ = predictor_in(model, content, path)
     model.pseudo_labels_ = pd.DataFrame({name: column.numpy() if isinstance(column, torch.Tensor) else column
                                          for name, column in own["pseudo_labels"].items()})
@@ -454,6 +460,11 @@ def fitted_estimator(model:SemiSupervisedRegressor, content:Mapping[str, Any], p
 def predictor_in(model:SemiSupervisedRegressor, content:Mapping[str, Any], path:str|Path)->Predictor:
     with random_states_kept(): method = build_method(model.method_, model.shape_, len(content["normalizer"].mean), model.network_)
     return predictor_of(content, method, path)
+
+def categories_as_text(preprocessor:ColumnTransformer)->None:
+    "Text in place of the categories that files of hpl_nb 0.1.0 hold, which may be numbers."
+    for encoder in [step for name, step, _ in preprocessor.transformers_ if name == "texts" and hasattr(step, "categories_")]:
+        encoder.categories_ = [np.array([*map(str, values)], dtype=object) for values in encoder.categories_]
 
 def refuse_untrusted(content:bytes, path:str|Path, trusted:Sequence[str], call:str)->None:
     "Name the types of a preprocessor that are not trusted; nothing is built."
@@ -501,5 +512,5 @@ class LabelledKFold(KFold):
         "Row numbers of each fold."
         known = np.flatnonzero(np.isfinite(label_columns(y, row_count(X), self.missing_label)).all(axis=1))
         if len(known) < self.n_splits:
-            raise HplError(f"{len(known)} rows have a label, fewer than the {self.n_splits} folds; give more labels, or a smaller n_splits.")
+            raise HplError(f"{len(known)} rows have a label, fewer than the {self.n_splits} folds; label more, or lower n_splits.")
         for _, test in super().split(known): yield np.setdiff1d(np.arange(row_count(X)), known[test]), known[test]

@@ -322,7 +322,7 @@ def calibrated(predictor:Predictor, samples:Any, rows:np.ndarray, labels:np.ndar
     check_outputs(predictor, labels)
     errors = np.abs(labels - predictions(predictor, samples, rows))
     if len(bad := rows[~np.isfinite(errors).all(axis=1)]):
-        raise row_error("calibration", bad, "its prediction is NaN or infinite", "Leave it out, or give its inputs in the unit of training.")
+        raise row_error("calibration", bad, "its prediction is NaN or infinite", "Leave it out, or give inputs in the unit of training.")
     return replace(predictor, errors=errors, deviations=deviations(predictor, samples, rows))
 
 def interval_of(predictor:Predictor, inputs:Any, coverage:float, scaled:bool, arguments:str="val_share, or calibration=")->Interval:
