@@ -148,9 +148,9 @@ def open_image(content:bytes, pixel_range:tuple[float, float]|None=None)->Image.
             raise HplError(f"its header claims {image.width} x {image.height} pixels, more than {MOST_PIXELS:,}: make it smaller")
         return to_rgb(image, pixel_range)
 
-def decode_image(source:ImageSource, size:int|None=None, pixel_range:tuple[float, float]|None=None)->Image.Image:
+def decode_image(source:ImageSource, size:int|None=None, pixel_range:tuple[float, float]|None=None,
+                 advice:str="replace the file, or pass skip_broken=True to leave such rows out.")->Image.Image:
     "Read and decode a picture, squeezed to `size` pixels a side; an `HplError` names the file that cannot be decoded."
-    advice = "replace the file, or pass skip_broken=True to leave such rows out."
     with reading(source.path, lambda why: HplError(f"the picture {source} cannot be read ({why}); {advice}")):
         image = open_image(read_source(source), pixel_range)
     if size is None or image.size == (size, size): return image

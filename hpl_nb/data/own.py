@@ -142,19 +142,20 @@ def with_true_labels(labels:np.ndarray, true_labels:np.ndarray, name:str)->np.nd
 
 # %% ../../nbs/15_data.own.ipynb #e72165ff
 @usual_settings()
-def input_tensor(inputs:np.ndarray|Tensor|Sequence, name:str)->Tensor:
+def input_tensor(inputs:np.ndarray|Tensor|Sequence, name:str, text:str="from_frame encodes columns of text",
+                 gaps:str="from_frame(..., impute='median') fills")->Tensor:
     "A copy of the inputs: (n, d) float64, or (n, C, H, W) uint8 or float32; what is not finite is an `HplError` that says where."
     array = as_array(inputs, f"{name}: inputs")
     if array.dtype == object and all(is_real(value) or is_missing(value) for value in array.flat): array = _as_floats(array)
     if array.dtype.kind not in "buif":
-        raise HplError(f"{name}: inputs are of type {array.dtype}, not numbers; from_frame encodes columns of text.")
+        raise HplError(f"{name}: inputs are of type {array.dtype}, not numbers; {text}.")
     check_shape(array.shape, name)
     kind = np.float64 if array.ndim == 2 else np.uint8 if array.dtype == np.uint8 else np.float32
     with np.errstate(over="ignore"): array = array.astype(kind)
     bad = np.argwhere(~np.isfinite(array))
     if len(bad):
         raise row_error(f"{name}, inputs", [*dict.fromkeys(bad[:, 0].tolist())], f"position {bad[0][1:].tolist()} is "
-                        f"{array[tuple(bad[0])]}", "Fill or drop them; from_frame(..., impute='median') fills.")
+                        f"{array[tuple(bad[0])]}", f"Fill or drop them; {gaps}.")
     return torch.from_numpy(array[:, None] if array.ndim == 3 else array)
 
 def _as_floats(array):
@@ -165,7 +166,7 @@ def check_shape(shape:tuple[int, ...], name:str)->None:
     if len(shape) not in (2, 3, 4) or 0 in shape:
         raise HplError(f"{name}: inputs have shape {shape}; give (n, d) features - a single one as (n, 1) - or "
                        "pictures, (n, H, W) or (n, C, H, W).")
-    if len(shape) == 4 and shape[3] in (1, 3, 4) and shape[1] > 4:
+    if len(shape) == 4 and shape[3] in (1, 3, 4) and min(shape[1:3]) > 4:
         raise HplError(f"{name}: inputs of shape {shape} have their channels last; give np.moveaxis(inputs, 3, 1).")
 
 # %% ../../nbs/15_data.own.ipynb #202ddc4f
