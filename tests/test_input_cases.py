@@ -24,7 +24,7 @@ from hpl_nb.core import HplError
 from hpl_nb.data.columns import FrameEncoder, default_preprocessor
 from hpl_nb.data.images import ImageFiles, ImageSource, decode_image
 from hpl_nb.data.own import from_arrays, from_frame, from_images
-from hpl_nb.data.tables import as_numbers, read_table
+from hpl_nb.data.tables import label_problems, read_table
 from hpl_nb.training.state import Train
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -163,10 +163,11 @@ NO_LABEL = [None, np.nan, pd.NA, pd.NaT, "", " ", "nan", "NaN", "NA", "n/a", "N/
 @few
 @given(some.lists(some.one_of(some.sampled_from(NO_LABEL), some.floats(-1e6, 1e6), some.integers(-10**6, 10**6), some.fractions(max_denominator=9)), min_size=1, max_size=12))
 def test_every_way_to_say_no_label(values):
-    numbers, unknown = as_numbers(values)
+    numbers, problems = label_problems(values, unknown_ok=True)
+    unknown = np.isnan(numbers)
     said = [any(value is other for other in NO_LABEL) for value in values]
-    assert unknown.tolist() == said
-    assert [float(value) for value, none in zip(values, said) if not none] == numbers[~unknown].tolist() and np.isnan(numbers[unknown]).all()
+    assert unknown.tolist() == said and not problems
+    assert [float(value) for value, none in zip(values, said) if not none] == numbers[~unknown].tolist()
 
 
 @pytest.mark.parametrize("label", [1+2j, np.timedelta64(3, "D"), np.datetime64("2024-01-01"), datetime.date(2024, 1, 1), pd.Timedelta(1), pd.Period("2024"), "old", "1,5", (1,), {}])
