@@ -17,13 +17,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from sklearn.model_selection import KFold, cross_val_score
-from small_runs import METHODS, SETTINGS, differences, make, on_cpu, vectors  # noqa: F401
+from small_runs import METHODS, SETTINGS, differences, digits, make, on_cpu, vectors  # noqa: F401
 
 from hpl_nb.core import HplError, OwnGenerators, Turns, random_states, seed_everything
 from hpl_nb.data.core import StreamSettings, plain_view, synthetic
 from hpl_nb.data.images import published_views
-from hpl_nb.data.own import from_arrays, from_frame
+from hpl_nb.data.own import from_arrays, from_frame, from_images
+from hpl_nb.data.pixels import on_device, on_disk
 from hpl_nb.data.rotated_digits import RotatedDigits, rotated_digits
 from hpl_nb.data.stsb import stsb
 from hpl_nb.data.utkface import utkface
@@ -119,7 +121,6 @@ class TestThreads:
     @pytest.mark.parametrize("view", ["weak", "strong"])
     def test_views_of_pictures(self, view, tmp_path, often):
         "They draw from torch's generator, as torchvision does."
-        from PIL import Image
         views, seeds = published_views(16), np.arange(8)
         pictures = [Image.fromarray(np.random.default_rng(i).integers(0, 255, (16, 16, 3), dtype=np.uint8)) for i in range(8)]
         make = partial(getattr(views, view), pictures, seeds)
@@ -177,7 +178,7 @@ class TestDraws:
         before = random_states()
         fit(method, vectors(), replace(SETTINGS, epochs=1, iterations_per_epoch=2, record_every=0), progress=False)
         assert not differences(before, random_states())
-        Experiment(RotatedDigits(), method.settings, replace(SETTINGS, epochs=1) and None)
+        Experiment(RotatedDigits(), METHODS[name]).build(digits())
         assert not differences(before, random_states())
 
 
@@ -310,22 +311,21 @@ class TestSwitches:
 
 # ---- datasets that travel to another process
 
-def datasets(shared):
+def datasets(shared, folder):
     "Every dataset of the package, and people's own."
     x, y, t = rows()
-    frame = pd.DataFrame(x, columns=list("abcd")).assign(kind=["u", "v"]*60, label=y)
     pictures = np.random.default_rng(0).integers(0, 255, (24, 3, 16, 16), dtype=np.uint8)
     yield synthetic(60, label_ratio=.3)
     yield rotated_digits(strength=.5)
     yield from_arrays(x, y)
     yield from_arrays(pictures, t[:24])
-    yield from_frame(frame, "label")
-    yield from utkface_and_stsb(shared)
-
-
-def utkface_and_stsb(shared):
+    yield from_frame(pd.DataFrame(x, columns=list("abcd")).assign(kind=["u", "v"]*60, label=y), "label")
+    for row, picture in enumerate(pictures): Image.fromarray(picture.transpose(1, 2, 0)).save(folder/f"{row}.png")
+    table = pd.DataFrame({"file": [f"{row}.png" for row in range(24)], "label": t[:24]})
+    for in_memory in (False, True): yield from_images(folder, table, "file", "label", size=16, cache_in_memory=in_memory)
+    files = from_images(folder, table, "file", "label", size=16, views=published_views(16))
+    yield from (files, on_disk(files, folder/"cache"), on_device(files, folder/"cache"))
     yield utkface(shared/"data"/"utkface", size=32)
-    yield utkface(shared/"data"/"utkface", size=32, views=published_views(32))
     yield stsb(shared/"data"/"stsb")
 
 
@@ -335,8 +335,8 @@ def as_made(data, few=12):
     return {view: getattr(data, view)(samples, None if view == "plain" else seeds) for view in ("weak", "strong", "plain")}
 
 
-def test_every_dataset_travels(shared):
-    for data in datasets(shared):
+def test_every_dataset_travels(shared, tmp_path):
+    for data in datasets(shared, tmp_path):
         there = pickle.loads(pickle.dumps(data))
         assert not differences(as_made(data), as_made(there)), data.name
 
