@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from numbers import Integral
@@ -26,11 +25,12 @@ from sklearn.metrics import r2_score
 from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from .core import HplError, random_states, reading, seed_everything, set_random_states
-from .data.columns import ESTIMATOR_WORDS, default_preprocessor, refuse_missing
+from .core import HplError, OwnGenerators, reading, seed_everything, usual_settings
+from .data.columns import ESTIMATOR_WORDS, default_preprocessor, dense, refuse_missing
 from .data.core import SemiSupervisedData
 from .data.images import ImageFiles, image_data, randaugment_mc_views
 from .data.own import PixelStrengths, RowStrengths, Split, array_data, batches_for, input_tensor, label_array, make_sets
+from .data.tables import unmasked
 from .methods.core import Method, MethodSettings, Released, Supervised, require_dropout
 from .methods.known import method_named
 from .models import Regressor, mlp, resnet, small_cnn
@@ -53,6 +53,7 @@ class SemiSupervisedRegressor(RegressorMixin, BaseEstimator):
         preprocessor:TransformerMixin|None=None, # for tables; None: `default_preprocessor` for a data frame, nothing for an array
         strengths:RowStrengths|PixelStrengths|None=None, # of the views of tables and of picture arrays; None: the defaults
         size:int=64, # of pictures in files: the side to which they are squeezed, pixels
+        pixel_range:tuple[float, float]|None=None, # of files with more than 8 bits: black and white, such as (0, 4095); None: refuse them
         epochs:int|None=None, # after each, the validation rows are predicted; None: those of `train`
         train:Train|None=None, # schedule; None: 30 epochs of 50 iterations or more, batches of 32, Adam at 1e-3
         validation_fraction:float=.2, # of the labelled rows: they select the epoch and make the intervals
@@ -62,6 +63,7 @@ class SemiSupervisedRegressor(RegressorMixin, BaseEstimator):
         verbose:bool=False, # show a progress bar
     ):
         self.method, self.network, self.preprocessor, self.strengths, self.size = method, network, preprocessor, strengths, size
+        self.pixel_range = pixel_range
         self.epochs, self.train, self.validation_fraction, self.deduplicate = epochs, train, validation_fraction, deduplicate
         self.folder, self.random_state, self.verbose = folder, random_state, verbose
 
@@ -77,14 +79,14 @@ def row_count(X:Any)->int:
 def label_columns(y:Any, rows:int)->np.ndarray:
     "Labels (n, K) as numbers; text and infinity are refused."
     if y is None: raise HplError("This estimator requires y to be passed, but the target y is None; give labels, NaN where there is none.")
-    array = y.to_numpy(dtype=object, copy=True, na_value=np.nan) if isinstance(y, (pd.Series, pd.DataFrame)) else np.asarray(y)
+    array = y.to_numpy(dtype=object, copy=True, na_value=np.nan) if isinstance(y, (pd.Series, pd.DataFrame)) else np.asarray(unmasked(y))
     if array.dtype.kind in "biufc": check_array(array, ensure_2d=False, ensure_all_finite="allow-nan", input_name="y")
     return label_array(array, rows, "y")
 
 # %% ../nbs/83_estimator.ipynb #9a35840f
 def table(model:SemiSupervisedRegressor, X:Any, train:np.ndarray|None=None)->np.ndarray:
     "A table as numbers (n, d'); with rows that train the preprocessor is fitted, without them X is compared with what was fitted."
-    fitting = train is not None
+    fitting, X = train is not None, dense(X)
     if fitting and model.preprocessor is not None: model.preprocessor_ = clone(model.preprocessor)
     if model.preprocessor_ is None and not (fitting and isinstance(X, pd.DataFrame)):
         return validate_data(model, X, dtype=np.float64, reset=fitting, ensure_min_samples=1 + fitting)
@@ -131,7 +133,7 @@ def training_data(model:SemiSupervisedRegressor, X:Any, labels:np.ndarray, seed:
     sets = make_sets(labels, Split(val_share=model.validation_fraction, test_share=0., seed=seed), "y", ESTIMATOR_WORDS)
     samples = samples_of(model, X, np.sort(np.concatenate([sets["labelled"], sets["unlabelled"]])))
     if not from_files: return array_data(torch.as_tensor(samples), labels, sets, model.strengths, "X", None, model.deduplicate)
-    files = ImageFiles(Pictures(model.size)(samples).sources, model.size, cache_in_memory=True)
+    files = ImageFiles(Pictures(model.size)(samples).sources, model.size, True, model.pixel_range)
     views = randaugment_mc_views(round(.04*model.size), "reflect", round(.08*model.size))
     return image_data("X", files, labels, sets, views, model.deduplicate, compare=True)
 
@@ -166,13 +168,6 @@ def build_method(settings:MethodSettings, shape:tuple[int, ...], outputs:int,
     return method
 
 # %% ../nbs/83_estimator.ipynb #2e62afe4
-@contextmanager
-def random_states_kept()->Iterator[None]:
-    "The global generators, as they were before the block, after it."
-    states = random_states()
-    try: yield
-    finally: set_random_states(states)
-
 def seed_of(random_state:int|np.random.RandomState|None)->int:
     "A whole number is the seed itself."
     return int(random_state) if isinstance(random_state, Integral) else int(check_random_state(random_state).randint(2**31 - 1))
@@ -196,12 +191,12 @@ def fit(self:SemiSupervisedRegressor,
     if self.folder is not None and not isinstance(self.random_state, Integral):
         raise HplError(f"random_state is {self.random_state!r}; a run folder goes on with the same numbers only if it is a whole number.")
     labels, seed = label_columns(y, row_count(X)), seed_of(self.random_state)
-    data = training_data(self, X, labels, seed)
-    settings, shape = method_for(self, data), tuple(data.plain(data.inputs[np.array([0])], None).shape[1:])
-    with random_states_kept():
+    with OwnGenerators():
+        data = training_data(self, X, labels, seed)
+        settings, shape = method_for(self, data), tuple(data.plain(data.inputs[np.array([0])], None).shape[1:])
         seed_everything(seed)
         method = build_method(settings, shape, data.outputs, self.network)
-        self.run_ = fit_method(method, data, schedule(self, data), folder=self.folder, seed=seed, progress=self.verbose)
+    self.run_ = fit_method(method, data, schedule(self, data), folder=self.folder, seed=seed, progress=self.verbose)
     self.predictor_ = Predictor.from_method(method, data)
     self.pseudo_labels_ = pseudo_labels(self.run_, X.index if isinstance(X, (pd.Series, pd.DataFrame)) else None)
     self.method_, self.shape_, self.network_, self.is_column_ = settings, shape, self.network, np.asarray(y).ndim == 1
@@ -273,6 +268,7 @@ def calibrate(self:SemiSupervisedRegressor,
 NOT_IN_FILES = ("network", "preprocessor", "folder", "random_state") # parameters
 FITTED = ("method_", "shape_", "is_column_", "n_features_in_")
 
+@usual_settings()
 def estimator_content(model:SemiSupervisedRegressor)->dict[str, Any]:
     "What an estimator's file holds: that of its predictor, and what is the estimator's own."
     frame, names = model.pseudo_labels_, getattr(model, "feature_names_in_", None)
@@ -330,7 +326,7 @@ def fitted_estimator(model:SemiSupervisedRegressor, content:Mapping[str, Any], p
     return model
 
 def predictor_in(model:SemiSupervisedRegressor, content:Mapping[str, Any], path:str|Path)->Predictor:
-    with random_states_kept(): method = build_method(model.method_, model.shape_, len(content["normalizer"].mean), model.network_)
+    with OwnGenerators(): method = build_method(model.method_, model.shape_, len(content["normalizer"].mean), model.network_)
     return predictor_of(content, method, path)
 
 def read_transformer(content:bytes, path:str|Path, trusted:Sequence[str])->TransformerMixin:

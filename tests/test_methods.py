@@ -294,7 +294,7 @@ class TestSuited:
 
     def test_alone(self):
         s = RELEASE.build(mlp(3)).settings
-        assert (s.unlabelled_weight, s.look_ahead.outer_regularizer, s.learner.learner_weight_decay) == (1., .1, 0.)
+        assert (s.unlabelled_weight, s.look_ahead.outer_regularizer, s.learner.learner_weight_decay) == (2., .1, 0.)
 
     def test_candidates_of_the_search(self):
         assert [c.unlabelled_weight for c in PAPER.candidates()] == [.3, .6, 1., 2.]

@@ -98,7 +98,7 @@ class TestBadInput:
     @pytest.mark.parametrize("change, match", [
         ({"seed": 1}, "seed is 0 there and 1 here"), ({"name": "PseudoLabel"}, "method is 'HPL .paper.' there"),
         ({"regressor": partial(mlp, 3, (17,), dropout=.2)}, "parameters"), ({"regressor": partial(mlp, 3, (16,), dropout=.3)}, "network"),
-        ({"settings": replace(SMALL, epochs=4)}, "train.epochs is 3 there and 4 here")],
+        ({"settings": replace(SMALL, epochs=2)}, "train.epochs is 3 there and 2 here .a run goes on for more")],
         ids=["seed", "method", "width", "dropout", "epochs"])
     def test_folder_of_another_run(self, change, match):
         self.refused(match, folder=self.folder, **change)

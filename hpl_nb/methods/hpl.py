@@ -207,7 +207,7 @@ class HPL(PseudoLabel):
 class HPLMethod(LearnerMethod):
     "Algorithm 1: phi by the hypergradient, theta by the weighted inner loss."
     def __init__(self, regressor:Regressor, settings:HPL=HPL()):
-        settings = filled(settings, Released(), 1.)
+        settings = settings.suited_to(Released())
         learner = settings.learner
         super().__init__(regressor, settings, learner.log_variance_bound, learner.residual_input, learner.learner_inputs)
         self.memory:dict[str, Tensor] = {} # the previous step's labelled features and labels
