@@ -169,6 +169,14 @@ class TestDamage:
             except HplError: refused += 1
         assert refused > 30
 
+    def test_member_that_is_marked_as_a_folder(self, tmp_path):
+        "One bit in the archive's table of contents, and PyTorch would fill a tensor with whatever is in memory."
+        path = RunFolder(interrupted(tmp_path)).checkpoint
+        damaged = bytearray(path.read_bytes())
+        damaged[damaged.index(b"archive/data/3", damaged.index(b"PK\x01\x02")) - 46 + 38] ^= 0x10
+        path.write_bytes(damaged)
+        with pytest.raises(HplError, match="marked as a folder"): read_checkpoint(path)
+
     @pytest.mark.parametrize("stop_after", [7, None])
     def test_config_of_an_earlier_version(self, stop_after, tmp_path):
         "The run is refused where it would go on and, when it is finished, where it is read; nothing changes."
