@@ -36,7 +36,7 @@ _FLAT = tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff
 def _command(name:str, words:Sequence[str], made:Callable[[], Any], about:str="")->None: # about: of one with subcommands
     "Parse a command line and carry it out; an `HplError` is printed without a traceback, Ctrl-C says how to go on."
     kind = None
-    if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="backslashreplace") # a folder's name may not fit the terminal's encoding
+    if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="backslashreplace") # a terminal may lack a folder's letters
     try:
         kind = _subcommands(name, words, made) if about else made()
         _parsed(kind, name, words, about).run()

@@ -28,7 +28,7 @@ METHODS = {"Supervised", "PseudoLabel", "JointUncertainty", "HPL (paper)", "HPL 
 
 
 def typed(line):
-    command, *rest = shlex.split(line)
+    command, *rest = shlex.split(line) if isinstance(line, str) else line
     COMMANDS[command](rest)
 
 
@@ -139,7 +139,8 @@ def test_help_fits_a_screen(command, monkeypatch, capsys):
     ("hpl_train pim rotated_digits --labelled-batch 70", "lower --labelled_batch.", "hpl_nb"),
     ("hpl_train hpl_paper --evaluate teacher rotated_digits", "set --teacher_decay", "hpl_nb"),
     ("hpl_train hpl_paper --outer_batch 3 --outer previous rotated_digits", "with --outer previous the", "hpl_nb"),
-    ("hpl_train cadr --threshold 95 rotated_digits", "from 0 to 1", "hpl_nb"), ("hpl_train hpl_paper rotated_digits --epochs many", "epochs", 2),
+    ("hpl_train cadr --threshold 95 rotated_digits", "from 0 to 1", "hpl_nb"),
+    ("hpl_train hpl_paper rotated_digits --epochs many", "epochs", 2),
     ("hpl_train supervised rotated_digits --label_ratio 0.001", "raise --label_ratio", "hpl_nb"),
     ("hpl_figures nowhere", "no finished run below nowhere", "hpl_nb"), ("hpl_compare rotated_digits --epoch 3", "--epochs", 2),
     ("hpl_compare rotated_digits --methods magic", "mean_teacher", "hpl_nb"), ("hpl_compare rotated_digits --seeds 0 x", "seeds", 2),
@@ -176,15 +177,6 @@ def test_the_list_of_methods_is_what_their_classes_say(root, tmp_path):
     assert set(json.loads(stored)["hpl_train"]) == set(known_methods())
 
 
-def understood(words, monkeypatch):
-    made = []
-    monkeypatch.setattr(cli, "_parsed", lambda *args: made.append(read(*args)) or Nothing())
-    read, Nothing = PARSE, type("Nothing", (), {"run": lambda self: None})
-    COMMANDS[words[0]](words[1:])
-    return made[0]
-
-
-PARSE = cli._parsed
 FILES = st.text(st.characters(exclude_categories=["Cc"], exclude_characters="\0/"), min_size=1, max_size=12)
 
 
@@ -197,9 +189,9 @@ FILES = st.text(st.characters(exclude_categories=["Cc"], exclude_characters="\0/
 @example("\udcff")
 def test_any_file_name_arrives_as_typed(monkeypatch, name):
     "After = or -- it may begin with a dash; letters that are no text, as a Linux disk may have them, stay."
-    assert understood(["hpl_figures", f"--out={name}", "--", name, name], monkeypatch) == cli._Figures((name, name), name)
-    assert understood(["hpl_store", f"--store={name}", "--", name], monkeypatch) == cli._Store((name,), name)
-    if not name.startswith("-"): assert understood(["hpl_demo", "--out", name], monkeypatch).out == name
+    assert parsed(["hpl_figures", f"--out={name}", "--", name, name], monkeypatch) == cli._Figures((name, name), name)
+    assert parsed(["hpl_store", f"--store={name}", "--", name], monkeypatch) == cli._Store((name,), name)
+    if not name.startswith("-"): assert parsed(["hpl_demo", "--out", name], monkeypatch).out == name
 
 
 @pytest.mark.parametrize("name", ["-two words", "größe 字 %s", "--out=x.y"])
