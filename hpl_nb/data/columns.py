@@ -63,7 +63,7 @@ class FrameEncoder:
 
     def encode(self, frame:pd.DataFrame, name:str="frame")->np.ndarray:
         "Features (n, d) of `frame`, float64; missing and infinite ones are an `HplError`."
-        require_columns(frame, columns := [*self.medians, *self.categories], name)
+        require_columns(frame, [*self.medians, *self.categories], name)
         numbers = {column: number_column(frame, column, name) for column in self.medians}
         texts = {column: frame[column].astype(object).map(str).where(frame[column].notna(), None).to_numpy() for column in self.categories}
         if self.impute is None: refuse_missing(pd.DataFrame(numbers | texts), name)

@@ -132,7 +132,8 @@ def make_sets(labels:np.ndarray, split:Split, name:str, words:Words=FRAME_WORDS)
 def with_true_labels(labels:np.ndarray, true_labels:np.ndarray, name:str)->np.ndarray:
     "Fill unknown labels with true ones; two that contradict each other are an `HplError`."
     if true_labels.shape != labels.shape:
-        raise HplError(f"{name}: targets have {labels.shape[1]} column(s), but true_targets {true_labels.shape[1]}. Give both for each output.")
+        raise HplError(f"{name}: targets have {labels.shape[1]} column(s), but true_targets {true_labels.shape[1]}. "
+                       "Give both for each output.")
     contradict = np.flatnonzero(((labels != true_labels) & np.isfinite(labels) & np.isfinite(true_labels)).any(axis=1))
     if len(contradict):
         row = contradict[0]
