@@ -91,8 +91,8 @@ def number_column(frame:pd.DataFrame, column:str, name:str)->np.ndarray:
     else:
         values, unknown = as_numbers(frame[column])
         if len(bad := np.flatnonzero(np.isnan(values) & ~unknown)):
-            raise row_error(f"{name}, column {column!r}", bad, f"{str(frame[column].iloc[bad[0]])!r:.100} is not a number; the column "
-                            "is not numeric any more", "Correct such rows.")
+            raise row_error(f"{name}, column {column!r}", bad, f"{str(frame[column].iloc[bad[0]])!r:.100} is not a number, so that "
+                            f"column {column!r} is not numeric any more", "Correct such rows.")
     if len(bad := np.flatnonzero(np.isinf(values))):
         raise row_error(f"{name}, column {column!r}", bad, "it is infinite", "Correct or drop such rows.")
     return values

@@ -145,7 +145,7 @@ def with_true_labels(labels:np.ndarray, true_labels:np.ndarray, name:str)->np.nd
 def input_tensor(inputs:np.ndarray|Tensor|Sequence, name:str)->Tensor:
     "A copy of the inputs: (n, d) float64, or (n, C, H, W) uint8 or float32; what is not finite is an `HplError` that says where."
     array = as_array(inputs, f"{name}: inputs")
-    if array.dtype == object and all(is_real(value) or is_missing(value) for value in array.flat): array = _as_floats(array)
+    if array.ndim and array.dtype == object and all(is_real(value) or is_missing(value) for value in array.flat): array = _as_floats(array)
     if array.dtype.kind not in "buif":
         raise HplError(f"{name}: inputs are of type {array.dtype}, not numbers; from_frame encodes columns of text.")
     check_shape(array.shape, name)
