@@ -98,6 +98,7 @@ def train_epochs(training:Training, guard:Guard, checkpoint:Checkpoint, log:Log,
     if not ended: save(guard, checkpoint, log)
     return ended
 
+# %% ../../nbs/51_training.loop.ipynb #3f443fd1
 def is_stopped(training:Training, watch:Callable|None, own:OwnGenerators)->bool:
     "Let the caller's `watch`, and threads that wait, have the process as it was; whether `watch` of any process stops the run."
     answer = False
