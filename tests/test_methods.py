@@ -22,7 +22,7 @@ from hpl_nb.training.state import OptimizerSettings, Train
 from hpl_nb.uncertainty import disagreement, learner_input, scaled_features
 
 PAPER, RELEASE = HPL.presets().values()
-FAST = change(PAPER, learner_lr=1e-2)
+FAST = change(PAPER, learner_lr=1e-2, unlabelled_weight=1.)
 SETTINGS = Train(epochs=3, iterations_per_epoch=10, streams=StreamSettings(8, 8), optimizer=OptimizerSettings(1e-2, 1e-2))
 
 
