@@ -489,6 +489,8 @@ def check_streams(streams:Streams)->None:
     if "unlabelled" in streams.needs and not len(data.unlabelled):
         raise HplError(f"{name}: the unlabelled set is empty; use the method `Supervised`, or a smaller label_ratio.")
     if s.labelled_batch > most["labelled"]: raise too_few_labelled(streams, most["labelled"])
+    if "outer" in streams.needs and s.outer > (rows := len(data.labelled)*s.labelled_copies):
+        raise HplError(f"{name}: {rows} labelled rows are fewer than the {s.outer} of outer_batch; lower outer_batch to at most {rows}.")
     if "unlabelled" in streams.needs and s.unlabelled_batch > most["unlabelled"]:
         raise HplError(f"{name}: {most['unlabelled']} unlabelled rows are fewer than the {s.unlabelled_batch} of unlabelled_batch; "
                        f"lower unlabelled_batch to at most {most['unlabelled']}.")
