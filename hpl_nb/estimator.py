@@ -130,8 +130,8 @@ def only_column(X:Any)->list:
 def are_files(X:Any)->bool:
     "Whether most values that are not missing are paths of pictures."
     values = pd.Series(only_column(X), dtype=object).dropna()
-    is_list = getattr(X, "ndim", 1) == 1 and not any(isinstance(x, (list, tuple)) for x in X[:1])
-    ends = SUFFIXES if not is_list else ""
+    is_table = getattr(X, "ndim", 1) > 1 or isinstance(X, (list, tuple)) and any(isinstance(x, (list, tuple)) for x in X[:1])
+    ends = SUFFIXES if is_table else ""
     return 2*sum(isinstance(x, os.PathLike) or isinstance(x, str) and x.lower().endswith(ends) for x in values) > len(values)
 
 def are_pixels(X:Any)->bool:
