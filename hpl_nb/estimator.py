@@ -457,6 +457,7 @@ def fitted_estimator(model:SemiSupervisedRegressor, content:Mapping[str, Any], p
                                          for name, column in own["pseudo_labels"].items()})
     return model
 
+# %% ../nbs/83_estimator.ipynb #f0beb606
 def predictor_in(model:SemiSupervisedRegressor, content:Mapping[str, Any], path:str|Path)->Predictor:
     with random_states_kept(): method = build_method(model.method_, model.shape_, len(content["normalizer"].mean), model.network_)
     return predictor_of(content, method, path)

@@ -31,7 +31,8 @@ class Words(NamedTuple):
 
 FRAME_WORDS = Words("smaller val_share and test_share", "pass impute='median'",
                     "leave it out with columns=[...], make it numeric, or raise max_categories")
-ESTIMATOR_WORDS = Words("a smaller validation_fraction; cross-validate with cv=LabelledKFold()", "use make_pipeline(SimpleImputer(), ...) or preprocessor=",
+ESTIMATOR_WORDS = Words("a smaller validation_fraction; cross-validate with cv=LabelledKFold()",
+                         "use make_pipeline(SimpleImputer(), ...) or preprocessor=",
                          "drop it, make it numeric, or pass preprocessor=")
 
 def refuse_missing(frame:pd.DataFrame, name:str, words:Words=FRAME_WORDS)->None:
