@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from numbers import Integral, Real
@@ -29,11 +28,12 @@ from sklearn.utils import check_array, check_consistent_length, check_random_sta
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
-from .core import HplError, random_states, reading, reason, seed_everything, set_random_states
-from .data.columns import ESTIMATOR_WORDS, default_preprocessor, refuse_missing
+from .core import HplError, OwnGenerators, reading, reason, seed_everything, usual_settings
+from .data.columns import ESTIMATOR_WORDS, default_preprocessor, dense, refuse_missing
 from .data.core import SemiSupervisedData, content_keys, row_error
 from .data.images import SUFFIXES, ImageFiles, broken_images, image_data, randaugment_mc_views
-from .data.own import PixelStrengths, RowStrengths, Split, array_data, batches_for, input_tensor, label_array, make_sets, unmasked
+from .data.own import PixelStrengths, RowStrengths, Split, array_data, batches_for, input_tensor, label_array, make_sets
+from .data.tables import unmasked
 from .methods.core import Method, MethodSettings, Released, Supervised, require_dropout
 from .methods.known import method_named
 from .models import Regressor, mlp, resnet, small_cnn
@@ -57,6 +57,7 @@ class SemiSupervisedRegressor(RegressorMixin, BaseEstimator):
         preprocessor:TransformerMixin|None=None, # for tables; None: `default_preprocessor` for a data frame, nothing for an array
         strengths:RowStrengths|PixelStrengths|None=None, # of the views of tables and of picture arrays; None: the defaults
         size:int=64, # of pictures in files: the side to which they are squeezed, pixels
+        pixel_range:tuple[float, float]|None=None, # of files with more than 8 bits: black and white, such as (0, 4095); None: refuse them
         skip_broken:bool=False, # leave out, with a warning, the rows of `fit` whose picture file cannot be read
         epochs:int|None=None, # after each, the validation rows are predicted; None: those of `train`
         train:Train|None=None, # schedule; None: 30 epochs of 50 iterations or more, batches of 32, Adam at 1e-3
@@ -68,6 +69,7 @@ class SemiSupervisedRegressor(RegressorMixin, BaseEstimator):
         verbose:bool=False, # show a progress bar
     ):
         self.method, self.network, self.preprocessor, self.strengths, self.size = method, network, preprocessor, strengths, size
+        self.pixel_range = pixel_range
         self.epochs, self.train, self.validation_fraction, self.deduplicate = epochs, train, validation_fraction, deduplicate
         self.folder, self.random_state, self.verbose = folder, random_state, verbose
         self.skip_broken, self.missing_label = skip_broken, missing_label
@@ -104,7 +106,7 @@ def as_text(X:pd.DataFrame, preprocessor:ColumnTransformer)->pd.DataFrame:
 # %% ../nbs/83_estimator.ipynb #9a35840f
 def table(model:SemiSupervisedRegressor, X:Any, train:np.ndarray|None=None)->np.ndarray:
     "A table as numbers (n, d'); with rows that train the preprocessor is fitted, without them X is compared with what was fitted."
-    X, fitting = unmasked(X), train is not None
+    fitting, X = train is not None, dense(unmasked(X))
     if fitting and model.preprocessor is not None: model.preprocessor_ = clone(model.preprocessor)
     if model.preprocessor_ is None and not (fitting and isinstance(X, pd.DataFrame)):
         return validate_data(model, X, dtype=np.float64, reset=fitting, ensure_min_samples=1 + fitting)
@@ -147,10 +149,10 @@ def picture_paths(X:Any)->list[str|Path]:
         raise row_error("X", bad, f"{paths[bad[0]]!r} is no path of a picture", "Name the picture, or drop the row.")
     return [Path(path) for path in paths]
 
-def readable_pictures(X:Any, size:int, skip_broken:bool, progress:bool=False)->ImageFiles:
+def readable_pictures(X:Any, model:SemiSupervisedRegressor)->ImageFiles:
     "Pictures in files, all decoded once and kept; one that cannot be read is refused by its row, unless rows may be skipped."
-    files = ImageFiles(picture_paths(X), size, cache_in_memory=True)
-    for row, why in ({} if skip_broken else broken_images(files, progress)).items():
+    files = ImageFiles(picture_paths(X), model.size, True, model.pixel_range)
+    for row, why in ({} if model.skip_broken else broken_images(files, model.verbose)).items():
         raise HplError(f"X, row {row} (the first is 0): {why}")
     return files
 
@@ -187,7 +189,7 @@ def training_data(model:SemiSupervisedRegressor, X:Any, labels:np.ndarray, seed:
     return array_data(samples, labels, sets, model.strengths, "X", None, model.deduplicate)
 
 def file_data(model:SemiSupervisedRegressor, X:Any, labels:np.ndarray, sets:Mapping[str, np.ndarray])->SemiSupervisedData:
-    files = readable_pictures(X, model.size, model.skip_broken, model.verbose)
+    files = readable_pictures(X, model)
     views = randaugment_mc_views(round(.04*model.size), "reflect", round(.08*model.size))
     return image_data("X", files, labels, sets, views, model.deduplicate, model.skip_broken, compare=True)
 
@@ -223,14 +225,6 @@ def build_method(settings:MethodSettings, shape:tuple[int, ...], outputs:int,
     if settings.needs_dropout: require_dropout(method, method.regressor)
     return method
 
-# %% ../nbs/83_estimator.ipynb #38671c80
-@contextmanager
-def random_states_kept()->Iterator[None]:
-    "The global generators, as they were before the block, after it."
-    states = random_states()
-    try: yield
-    finally: set_random_states(states)
-
 # %% ../nbs/83_estimator.ipynb #c777d4d6
 def made_network(network:Callable[[tuple[int, ...], int], Regressor], shape:tuple[int, ...], outputs:int)->Regressor:
     "A new network of the user's own, in float32; what is no `Regressor` is an `HplError`."
@@ -246,7 +240,7 @@ def made_network(network:Callable[[tuple[int, ...], int], Regressor], shape:tupl
 def try_network(network:Callable[[tuple[int, ...], int], Regressor], method:Method, x:Tensor, outputs:int)->None:
     "Predict a batch in training mode by another copy of the user's network; what training could not use is an `HplError`."
     call = f"network{tuple(x.shape[1:]), outputs}"
-    with random_states_kept(), torch.no_grad():
+    with OwnGenerators(), torch.no_grad():
         copy = made_network(network, tuple(x.shape[1:]), outputs)
         if {*map(id, copy.parameters())} & {*map(id, method.parameters())}:
             raise HplError(f"{call} returns the same parameters again; build a new network in each call.")
@@ -297,14 +291,14 @@ def fit(self:SemiSupervisedRegressor,
     if self.folder is not None and not isinstance(self.random_state, Integral):
         raise HplError(f"random_state is {self.random_state!r}; a run folder goes on with the same numbers only if it is a whole number.")
     labels, seed = label_columns(y, row_count(X), self.missing_label), seed_of(self.random_state)
-    data = training_data(self, X, labels, seed)
-    settings, shape = method_for(self, data), tuple(data.plain(data.inputs[np.array([0])], None).shape[1:])
-    with random_states_kept():
+    with OwnGenerators():
+        data = training_data(self, X, labels, seed)
+        settings, shape = method_for(self, data), tuple(data.plain(data.inputs[np.array([0])], None).shape[1:])
         seed_everything(seed)
         method = build_method(settings, shape, data.outputs, self.network)
         train = schedule(self, data, method)
         if self.network is not None: try_network(self.network, method, smallest_batch(data, train, method), data.outputs)
-        self.run_ = fit_method(method, data, train, folder=self.folder, seed=seed, progress=self.verbose)
+    self.run_ = fit_method(method, data, train, folder=self.folder, seed=seed, progress=self.verbose)
     self.predictor_, self._trained = Predictor.from_method(method, data), training_content(data)
     self.pseudo_labels_ = pseudo_labels(self.run_, X.index if isinstance(X, (pd.Series, pd.DataFrame)) else None)
     self.method_, self.shape_, self.network_, self.is_column_ = settings, shape, self.network, np.asarray(y).ndim == 1
@@ -396,6 +390,7 @@ def calibrate(self:SemiSupervisedRegressor,
 NOT_IN_FILES = ("network", "preprocessor", "folder", "random_state") # parameters
 FITTED = ("method_", "shape_", "is_column_", "n_features_in_")
 
+@usual_settings()
 def estimator_content(model:SemiSupervisedRegressor)->dict[str, Any]:
     "What an estimator's file holds: that of its predictor, and what is the estimator's own."
     frame, names = model.pseudo_labels_, getattr(model, "feature_names_in_", None)
@@ -457,9 +452,9 @@ def fitted_estimator(model:SemiSupervisedRegressor, content:Mapping[str, Any], p
                                          for name, column in own["pseudo_labels"].items()})
     return model
 
-# %% ../nbs/83_estimator.ipynb #f0beb606
+# %% ../nbs/83_estimator.ipynb #2012a353
 def predictor_in(model:SemiSupervisedRegressor, content:Mapping[str, Any], path:str|Path)->Predictor:
-    with random_states_kept(): method = build_method(model.method_, model.shape_, len(content["normalizer"].mean), model.network_)
+    with OwnGenerators(): method = build_method(model.method_, model.shape_, len(content["normalizer"].mean), model.network_)
     return predictor_of(content, method, path)
 
 def categories_as_text(preprocessor:ColumnTransformer)->None:

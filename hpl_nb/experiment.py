@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .core import HplError, reason, seed_everything
+from .core import HplError, OwnGenerators, reason, seed_everything
 from .data.core import DataSettings, SemiSupervisedData, StreamSettings
 from .data.imdb_wiki import IMDBWiki
 from .data.rotated_digits import RotatedDigits
@@ -50,7 +50,7 @@ DATASETS = (
                     optimizer=OptimizerSettings(weight_decay_body=1e-5, decay_every=10)),
               Released(unlabelled_weight=5., outer_regularizer=0.)),
     Benchmark(STSB(), BiLSTM(dropout=.2),
-              Train(epochs=200, optimizer=OptimizerSettings(weight_decay_body=1e-5, weight_decay_head=1e-5)),
+              Train(epochs=200, streams=StreamSettings(drop_last=False), optimizer=OptimizerSettings(weight_decay_body=1e-5, weight_decay_head=1e-5)),
               Released(unlabelled_weight=.5, outer_regularizer=1., learner_weight_decay=1e-5)))
 MODELS = (MLP, SmallCNN, ResNet, BiLSTM)
 
@@ -96,8 +96,9 @@ class Experiment(Settings):
 
     def build(self, data:SemiSupervisedData)->Method:
         "A new method with new networks; all weights follow from the seed."
-        seed_everything(self.seed)
-        return self.method.build(*[self.model.build(data) for _ in range(self.method.networks)])
+        with OwnGenerators():
+            seed_everything(self.seed)
+            return self.method.build(*[self.model.build(data) for _ in range(self.method.networks)])
 
 # %% ../nbs/76_experiment.ipynb #ea2aedd0
 def read_experiment(

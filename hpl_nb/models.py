@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
-import torchvision
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -199,7 +198,7 @@ class ResNetBody(nn.Module):
     "A torchvision ResNet without `fc`, run with channels last (faster), with dropout after layers 1-3 and before the head."
 
     def __init__(self,
-        trunk:torchvision.models.ResNet, # without fc
+        trunk:nn.Module, # torchvision's ResNet without fc
         num_features:int, # d, 512 or 2048
         dropout:float, # probability
         strides:str="v1.5", # "v1.5": torchvision's; "v1": stride on conv1
@@ -284,9 +283,10 @@ def _load_trunk(
 def _torchvision_trunk(
     depth:int, # 18, 34, 50, 101 or 152
     weights:str|None, # torchvision's name of the weights, or None
-)->torchvision.models.ResNet: # with its classifier fc
+)->nn.Module: # with its classifier fc
     "Torchvision's ResNet of this depth."
     if depth not in (18, 34, 50, 101, 152): raise HplError(f"depth must be 18, 34, 50, 101 or 152, got {depth}")
+    import torchvision.models # here, because importing it takes as long as PyTorch
     try:
         trunk = torchvision.models.get_model(f"resnet{depth}", weights=None)
         if weights: # torchvision itself would unpickle them

@@ -25,7 +25,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from . import __version__
-from .core import HplError, LabelNormalizer, RunFolder, atomic_write, reading, seed_everything
+from .core import HplError, LabelNormalizer, RunFolder, atomic_write, reading, seed_everything, usual_settings
 from .data.columns import FrameEncoder
 from .data.core import SemiSupervisedData, View, plain_view, row_error, row_numbers, row_owners
 from .data.images import ImageFiles, ImageSource, ImageView, decode_image
@@ -35,7 +35,7 @@ from .methods.known import METHODS
 from .settings import Settings, as_json, differences, from_json
 from .training.checkpoint import load_state, read_checkpoint
 from .training.predict import evaluating
-from .training.run import load_run, run_config
+from .training.run import differing, load_run, run_config
 from .training.state import Train
 
 # %% auto #0
@@ -64,6 +64,7 @@ class Arrays:
     shape:tuple[int, ...] # of one row
     dtype:str # torch's name of the samples' type
 
+    @usual_settings()
     def __call__(self, inputs:np.ndarray|Tensor|Sequence)->Tensor:
         "The rows as a tensor of this type; another number of features or another size is refused."
         known = self.dtype in ("uint8", "float32", "float64")
@@ -92,13 +93,15 @@ class Frames:
 class NewPictures(ImageFiles):
     "Pictures of new rows; an error names the row, which nothing can skip here."
     def __getitem__(self, rows:np.ndarray|int)->list[Image.Image]:
-        return [decode_image(self.sources[row], self.size, f"replace the file, or leave out new row {row}.") for row in np.atleast_1d(rows)]
+        return [decode_image(self.sources[row], self.size, self.pixel_range, f"replace the file, or leave out new row {row}.")
+                for row in np.atleast_1d(rows)]
 
 # %% ../nbs/75_predictor.ipynb #c0c985f7
 @dataclass(frozen=True)
 class Pictures:
     "New rows as a list of picture files."
     size:int|None # side in pixels, to which they are squeezed
+    pixel_range:tuple[float, float]|None=None # black and white of pictures with more than 8 bits
 
     def __call__(self, inputs:Sequence[str|Path|ImageSource]|ImageFiles)->ImageFiles:
         "The pictures, decoded as they are needed; a missing file is refused."
@@ -109,12 +112,12 @@ class Pictures:
                 raise HplError(f"new row {row} is {type(source).__name__}; the model was trained on picture files: give their paths.")
             if not (path := Path(source.path if isinstance(source, ImageSource) else source)).is_file():
                 raise HplError(f"new row {row}: there is no picture {path}; correct its name, or leave it out.")
-        return NewPictures(sources, self.size)
+        return NewPictures(sources, self.size, pixel_range=self.pixel_range)
 
 def reader_for(data:SemiSupervisedData)->Arrays|Frames|Pictures:
     "The reader that makes samples such as those of `data`."
     if "encoder" in data.notes: return Frames(FrameEncoder(**data.notes["encoder"]))
-    if isinstance(data.inputs, ImageFiles): return Pictures(data.inputs.size)
+    if isinstance(data.inputs, ImageFiles): return Pictures(data.inputs.size, data.inputs.pixel_range)
     if isinstance(data.inputs, Tensor): return Arrays(tuple(data.inputs.shape[1:]), str(data.inputs.dtype).removeprefix("torch."))
     raise HplError(f"{data.name}: a predictor reads tensors, data frames and picture files, and these inputs are "
                    f"{type(data.inputs).__name__}; make the data with hpl_nb.data.own.")
@@ -173,6 +176,7 @@ def not_saved(path:str|Path, why:str)->HplError:
     "The sentence for a file whose checksum is right, and that is no predictor all the same: somebody has made or changed it."
     return HplError(f"{path} does not hold what predictor.save(...) writes ({why}); use a file from somebody you trust, or save again.")
 
+@usual_settings()
 def read_content(path:str|Path)->dict[str, Any]:
     "What `write_content` wrote, on the CPU; a missing, damaged or foreign file is an `HplError`."
     if not Path(path).is_file(): raise HplError(f"there is no file {path}; predictor.save(...) writes one.")
@@ -303,8 +307,8 @@ def deviations(predictor:Predictor, samples:Any, rows:np.ndarray)->np.ndarray|No
     def inspect(x):
         seed_everything(0) # some methods draw masks; the same rows get the same answer
         return p.method.inspect(x, x)
-    first = p.view(samples[np.array([0])], None).to(next(p.method.parameters()).device)
     with evaluating(p.method):
+        first = p.view(samples[np.array([0])], None).to(next(p.method.parameters()).device)
         if "log_variance" not in inspect(first): return None
     z = map_samples(p.method, lambda x: inspect(x)["log_variance"], samples, rows, p.view)
     return np.exp(z/2)*np.asarray(p.normalizer.scale)
@@ -350,10 +354,11 @@ def from_method(cls:Predictor,
         raise HplError(f"calibration names row {trained[0]}, which was trained on: its error is too small. Leave such rows out.")
     if not np.isfinite(y := data.targets[rows]).all():
         raise HplError(f"calibration names row {rows[~np.isfinite(y).all(1)][0]}, whose label is not known; leave such rows out.")
-    x = data.plain(data.inputs[np.array([0])], None)
-    shape = tuple(x.shape[1:]) if x.is_floating_point() else None
-    predictor = cls(method, reader_for(data), data.plain, data.normalizer, np.empty(0), shape, data.name, data.unit)
-    return calibrated(predictor, data.inputs, rows, y)
+    with usual_settings():
+        x = data.plain(data.inputs[np.array([0])], None)
+        shape = tuple(x.shape[1:]) if x.is_floating_point() else None
+        predictor = cls(method, reader_for(data), data.plain, data.normalizer, np.empty(0), shape, data.name, data.unit)
+        return calibrated(predictor, data.inputs, rows, y)
 
 # %% ../nbs/75_predictor.ipynb #6f33af4f
 @patch(cls_method=True)
@@ -366,10 +371,9 @@ def from_folder(cls:Predictor,
     "A predictor of a finished run."
     there, prepared = load_run(folder).config, method.prepare(data)
     here = run_config(method, prepared, Train(), there["seed"])
-    for key in ("method", "settings", "dataset", "data", "rows", "rows_digest", "normalizer", "parameters"):
-        if here[key] != there[key]:
-            raise HplError(f"{folder} holds another run: {key} is {there[key]!r} there and {here[key]!r} here; build method and data as "
-                           "they were built for training.")
+    keys = "method", "settings", "dataset", "data", "rows", "rows_digest", "normalizer", "parameters"
+    if words := differing(differences(*({key: config[key] for key in keys} for config in (there, here)))):
+        raise HplError(f"{folder} holds another run: {words}. Build method and data as they were built for training.")
     best = RunFolder(folder).best
     state = send_to_device(read_checkpoint(best)["method"], next(method.parameters()).device)
     load_state(method, state, best)
@@ -428,4 +432,4 @@ def load(cls:Predictor,
 )->Predictor:
     "Read a predictor; a damaged file or another method or network is refused."
     content = read_content(path)
-    with reading(path, partial(not_saved, path)): return predictor_of(content, method, path, data)
+    with reading(path, partial(not_saved, path)), usual_settings(): return predictor_of(content, method, path, data)
