@@ -23,7 +23,7 @@ from .core import HplError
 from .data.core import SemiSupervisedData
 from .drawing import palette
 from .figures import pseudo_label_boxplots
-from .metrics import known_rows, mean_absolute_error, require_columns, spearman
+from .metrics import known_rows, require_columns, spearman
 
 # %% auto #0
 __all__ = ['Explorer']
@@ -37,7 +37,8 @@ def explorable(predictions, output=0)->dict[str, dict[int, pd.DataFrame]]:
     "The rows that have a pseudo-label and a true label, by run and epoch, in the order of `index`."
     require_columns(predictions, ["run", "method", "epoch", "index", "y_true", "pseudo_label"])
     rows = predictions[predictions["output"] == output] if "output" in predictions else predictions
-    if rows.empty: raise HplError(f"the predictions table has no output {output}. Give one of {sorted(predictions['output'].unique().tolist())}.")
+    if rows.empty:
+        raise HplError(f"the predictions table has no output {output}. Give one of {sorted(predictions['output'].unique().tolist())}.")
     for column in ("run", "method", "epoch", "index"):
         if missing := rows[column].isna().sum():
             raise HplError(f"the predictions table has {missing} rows without {column}. Fill them, or leave these rows out.")
@@ -188,6 +189,15 @@ class _Figures(_Controls):
                 if new is not None: trace.update(new.data[i].to_plotly_json(), overwrite=True)
             if new is not None: self.boxes.layout.shapes, self.boxes.layout.selections = new.layout.shapes, ()
 
+# %% ../nbs/22_explorer.ipynb #73fc58b1
+def in_words(epoch, error, height, name, unit="")->str:
+    "Errors and heights of an epoch's rows, as a paragraph."
+    if not len(error): return "<p>No sample has a label in this range.</p>"
+    drawn = np.isfinite(height)
+    return (f"<p>Epoch {epoch}: {len(error)} samples, mean absolute error of their pseudo-labels <b>{error.mean():.3g}</b> "
+            f"{html.escape(unit)}, rank correlation of error and {name}: <b>{spearman(error[drawn], height[drawn]):.2f}</b>"
+            f"{'' if drawn.all() else f' ({drawn.sum()} samples have a {name})'}</p>")
+
 # %% ../nbs/22_explorer.ipynb #8f671b30
 class _Views(_Figures):
     def rows(self)->pd.DataFrame:
@@ -200,18 +210,13 @@ class _Views(_Figures):
         "Bring all views to the state of the controls."
         rows = self.rows()
         error, height = point_errors(rows), height_of(rows, self.height.value)
-        drawn = np.isfinite(height)
         chosen, known = np.flatnonzero(rows["index"].isin(self.chosen)), rows[["index", "y_true", "pseudo_label"]].to_numpy()
         with self.scatter.batch_update():
             for trace, some in zip(self.scatter.data, (slice(None), chosen)):
                 trace.update(x=error[some], y=height[some], customdata=known[some], selectedpoints=None)
         self._draw_boxes(rows)
         self.cards.value = _CARD_STYLE + sample_cards(rows.iloc[chosen], self.view, self.unit, self.most)
-        self.words.value = "<p>No sample has a label in this range.</p>" if rows.empty else (
-            f"<p>Epoch {self.epoch.value}: {len(rows)} samples, mean absolute error of their pseudo-labels "
-            f"<b>{mean_absolute_error(rows['y_true'], rows['pseudo_label']):.3g}</b> {html.escape(self.unit)}, "
-            f"rank correlation of error and {self.height.value}: <b>{spearman(error[drawn], height[drawn]):.2f}</b>"
-            f"{'' if drawn.all() else f' ({drawn.sum()} samples have a {self.height.value})'}</p>")
+        self.words.value = in_words(self.epoch.value, error, height, self.height.value, self.unit)
 
     def _moved(self, _=None):
         if not self.drawing: return

@@ -1,4 +1,4 @@
-"Whatever a person may hand in: numbers stored as text, dates, sparse columns, masks, odd shapes and types, pictures of any mode, files of any name."
+"Whatever a person may hand in: numbers as text, dates, sparse columns, masks, odd shapes, pictures of any mode, files of any name."
 import csv
 import datetime
 import io
@@ -48,21 +48,26 @@ TIMES = pd.date_range("2023-12-25", periods=40, freq="30h")
 NUMBERS_AS_TEXT = {
     "object": pd.Series(AGES, dtype=object), "str": pd.Series(AGES, dtype="str"), "string": pd.Series(AGES, dtype="string"),
     "arrow": pd.Series(AGES, dtype=pd.ArrowDtype(pa.string())), "category": pd.Series(AGES).astype("category"),
-    "spaces": pd.Series([f" {age} " for age in AGES]), "missing": pd.Series([*AGES[:39], "n/a"]), "mixed": pd.Series([*AGES[:20], *range(20)], dtype=object),
+    "spaces": pd.Series([f" {age} " for age in AGES]), "missing": pd.Series([*AGES[:39], "n/a"]),
+    "mixed": pd.Series([*AGES[:20], *range(20)], dtype=object),
     "thousands": pd.Series([f"{40*int(age):,}" for age in AGES]), "decimal comma": pd.Series([f"{age},5" for age in AGES]),
     "apostrophe": pd.Series([f"{age}'000.5" for age in AGES]), "percent": pd.Series([f"{age} %" for age in AGES]),
     "signs": pd.Series([f"-{age}.25e1" for age in AGES])}
 DATES = {
     "datetime": TIMES.to_series(index=range(40)), "zone": TIMES.tz_localize("Asia/Tokyo").to_series(index=range(40)),
-    "date": pd.Series(TIMES.date, dtype=object), "date text": pd.Series(TIMES.strftime("%Y-%m-%d")), "ISO": pd.Series(TIMES.strftime("%Y-%m-%dT%H:%M:%S")),
-    "day first": pd.Series(TIMES.strftime("%d.%m.%Y")), "American": pd.Series(TIMES.strftime("%m/%d/%Y")), "month": pd.Series(TIMES.strftime("%d %b %Y")),
+    "date": pd.Series(TIMES.date, dtype=object), "date text": pd.Series(TIMES.strftime("%Y-%m-%d")),
+    "ISO": pd.Series(TIMES.strftime("%Y-%m-%dT%H:%M:%S")),
+    "day first": pd.Series(TIMES.strftime("%d.%m.%Y")), "American": pd.Series(TIMES.strftime("%m/%d/%Y")),
+    "month": pd.Series(TIMES.strftime("%d %b %Y")),
     "timestamps": pd.Series(list(TIMES), dtype=object), "category": TIMES.to_series(index=range(40)).astype("category"),
-    "date category": pd.Series(TIMES.date, dtype=object).astype("category"), "arrow": pd.Series(TIMES.date, dtype=pd.ArrowDtype(pa.date32())),
+    "date category": pd.Series(TIMES.date, dtype=object).astype("category"),
+    "arrow": pd.Series(TIMES.date, dtype=pd.ArrowDtype(pa.date32())),
     "period": pd.Series(TIMES.to_period("D")), "periods": pd.Series(list(TIMES.to_period("D")), dtype=object),
     "timedelta": pd.Series(TIMES - TIMES[0]), "durations": pd.Series(list(TIMES - TIMES[0]), dtype=object),
     "clock": pd.Series(TIMES.time, dtype=object), "clock text": pd.Series(TIMES.strftime("%H:%M"))}
 NUMBERS = {
-    "bool": [True, False], "np.bool_": [np.True_, np.False_], "Decimal": [Decimal("1.5"), Decimal(2)], "Fraction": [Fraction(1, 2), Fraction(3)],
+    "bool": [True, False], "np.bool_": [np.True_, np.False_], "Decimal": [Decimal("1.5"), Decimal(2)],
+    "Fraction": [Fraction(1, 2), Fraction(3)],
     "int8": [np.int8(1), np.int8(2)], "float16": [np.float16(1.5), 2], "all": [1, 2.5, np.int8(3), Decimal(4), Fraction(1, 2), True]}
 
 
@@ -90,12 +95,14 @@ def test_numbers_as_text_and_dates_are_refused_with_a_line_that_makes_numbers(ki
 
 
 @pytest.mark.parametrize("column", [
-    ["a", "1", "b", "2"]*10, ["1st", "2nd"]*20, ["May", "June"]*20, ["A 2024", "B 2024"]*20, ["10 kg", "20 kg"]*20, ["1,2,3", "4"]*20, ["yes", "no"]*20,
+    ["a", "1", "b", "2"]*10, ["1st", "2nd"]*20, ["May", "June"]*20, ["A 2024", "B 2024"]*20, ["10 kg", "20 kg"]*20, ["1,2,3", "4"]*20,
+        ["yes", "no"]*20,
     ["", "n/a"]*20, ["1.2.3.4", "1.10"]*20, pd.Categorical([1, 2]*20), pd.cut(np.arange(40.), 4)])
 def test_other_texts_and_categories_stay_categories(column):
     frame = pd.DataFrame({"c": column, "y": np.arange(40.)})
     values = pd.Series(column).astype(object).map(str)
-    assert set(from_frame(frame, "y").notes["encoder"]["categories"]["c"]) <= set(values) and not from_frame(frame, "y").notes["encoder"]["medians"]
+    encoder = from_frame(frame, "y").notes["encoder"]
+    assert set(encoder["categories"]["c"]) <= set(values) and not encoder["medians"]
     assert default_preprocessor(frame[["c"]]).fit_transform(frame[["c"]]).shape == (40, values.nunique())
 
 
@@ -109,7 +116,8 @@ def test_numbers_in_a_column_of_any_type_are_numbers(kind):
     floats = frame[["a"]].astype(float)
     np.testing.assert_allclose(scaled, default_preprocessor(floats).fit_transform(floats))
     encoder = FrameEncoder(**data.notes["encoder"])
-    np.testing.assert_array_equal(encoder.encode(frame.assign(a=[f" {float(value)}" for value in values])), data.inputs) # of another program
+    np.testing.assert_array_equal(encoder.encode(frame.assign(a=[f" {float(value)}" for value in values])),
+        data.inputs) # of another program
 
 
 def test_a_column_of_numbers_that_comes_as_something_else_is_refused():
@@ -152,16 +160,18 @@ def test_sparse_matrices_name_what_to_type():
     refused("Give them as .toarray()", from_arrays, np.ones((20, 2)), x)
     refused("not one array", from_arrays, torch.eye(20).to_sparse(), np.arange(20.))
     with pytest.raises(TypeError, match="toarray"): regressor().fit(x, np.arange(20.))
-    with pytest.raises(HplError, match=r"X = X.apply\(np.asarray\)"): default_preprocessor(pd.get_dummies(pd.Series(list("abc")), sparse=True))
+    refused("X = X.apply(np.asarray)", default_preprocessor, pd.get_dummies(pd.Series(list("abc")), sparse=True))
 
 
 # labels
 
-NO_LABEL = [None, np.nan, pd.NA, pd.NaT, "", " ", "nan", "NaN", "NA", "n/a", "N/A", "None", "null", "NULL", "<NA>", "#N/A", np.ma.masked, np.datetime64("NaT"), Decimal("NaN")]
+NO_LABEL = [None, np.nan, pd.NA, pd.NaT, "", " ", "nan", "NaN", "NA", "n/a", "N/A", "None", "null", "NULL", "<NA>", "#N/A", np.ma.masked,
+    np.datetime64("NaT"), Decimal("NaN")]
 
 
 @few
-@given(some.lists(some.one_of(some.sampled_from(NO_LABEL), some.floats(-1e6, 1e6), some.integers(-10**6, 10**6), some.fractions(max_denominator=9)), min_size=1, max_size=12))
+@given(some.lists(some.one_of(some.sampled_from(NO_LABEL), some.floats(-1e6, 1e6), some.integers(-10**6, 10**6),
+    some.fractions(max_denominator=9)), min_size=1, max_size=12))
 def test_every_way_to_say_no_label(values):
     numbers, problems = label_problems(values, unknown_ok=True)
     unknown = np.isnan(numbers)
@@ -170,10 +180,12 @@ def test_every_way_to_say_no_label(values):
     assert [float(value) for value, none in zip(values, said) if not none] == numbers[~unknown].tolist()
 
 
-@pytest.mark.parametrize("label", [1+2j, np.timedelta64(3, "D"), np.datetime64("2024-01-01"), datetime.date(2024, 1, 1), pd.Timedelta(1), pd.Period("2024"), "old", "1,5", (1,), {}])
+@pytest.mark.parametrize("label", [1+2j, np.timedelta64(3, "D"), np.datetime64("2024-01-01"), datetime.date(2024, 1, 1), pd.Timedelta(1),
+    pd.Period("2024"), "old", "1,5", (1,), {}])
 def test_what_is_no_number_is_no_label(label):
     column = pd.Series([label, *np.arange(19.)], dtype=object)
-    for function in (lambda: from_frame(pd.DataFrame({"a": np.arange(20.), "y": column}), "y"), lambda: from_arrays(np.ones((20, 2)), column)):
+    for function in (lambda: from_frame(pd.DataFrame({"a": np.arange(20.), "y": column}), "y"),
+        lambda: from_arrays(np.ones((20, 2)), column)):
         refused("row 0 (the first is 0): label ", function)
 
 
@@ -225,16 +237,21 @@ x20, y20 = np.random.default_rng(0).normal(size=(20, 3)), np.arange(20.)
     ("20 inputs but 3 sample_names", x20, y20, {"sample_names": list("abc")}),
     ("label '1j' is not a number", x20, np.full(20, 1j), {}), ("label '1j' is not a number", x20, torch.full((20,), 1j), {}),
     ("position [0] is nan", [[None, 1.]]*20, y20, {}), ("type object, not numbers", np.array([["1"]]*20, dtype=object), y20, {}),
-    ("position [0, 0] is inf", np.full((20, 4, 4), 1e300), y20, {}), ("inputs are not one array", [torch.ones(2, requires_grad=True)]*20, y20, {}),
+    ("position [0, 0] is inf", np.full((20, 4, 4), 1e300), y20, {}),
+    ("inputs are not one array", [torch.ones(2, requires_grad=True)]*20, y20, {}),
     ("type datetime64", np.full((20, 2), np.datetime64("2024-01-01", "s")), y20, {}), ("type complex", torch.ones(20, 2)*1j, y20, {})])
 def test_what_does_not_fit_is_refused(contains, inputs, targets, arguments): refused(contains, from_arrays, inputs, targets, **arguments)
 
 
-VARIANTS = {"fortran": np.asfortranarray, "big-endian": lambda a: a.astype(a.dtype.newbyteorder(">")), "strided": lambda a: np.repeat(a, 2, 0)[::2],
-            "reversed": lambda a: a[::-1][::-1], "object": lambda a: a.astype(object), "list": lambda a: a.tolist(), "longdouble": lambda a: a.astype(np.longdouble),
-            "fractions": lambda a: np.vectorize(lambda v: Fraction(float(v)), otypes=[object])(a), "frame": lambda a: pd.DataFrame(a.reshape(len(a), -1)),
+VARIANTS = {"fortran": np.asfortranarray, "big-endian": lambda a: a.astype(a.dtype.newbyteorder(">")),
+    "strided": lambda a: np.repeat(a, 2, 0)[::2],
+            "reversed": lambda a: a[::-1][::-1], "object": lambda a: a.astype(object), "list": lambda a: a.tolist(),
+            "longdouble": lambda a: a.astype(np.longdouble),
+            "fractions": lambda a: np.vectorize(lambda v: Fraction(float(v)), otypes=[object])(a),
+            "frame": lambda a: pd.DataFrame(a.reshape(len(a), -1)),
             "masked": lambda a: np.ma.array(a), "tensor": torch.tensor, "grad": lambda a: torch.tensor(a, requires_grad=True),
-            "bfloat16": lambda a: torch.tensor(a, dtype=torch.bfloat16), "float16": lambda a: a.astype(np.float16), "half": lambda a: torch.tensor(a).half()}
+            "bfloat16": lambda a: torch.tensor(a, dtype=torch.bfloat16), "float16": lambda a: a.astype(np.float16),
+            "half": lambda a: torch.tensor(a).half()}
 
 
 @few
@@ -350,11 +367,15 @@ def test_a_range_that_is_none(wrong): refused("Give the values that mean black a
 # files and tables of other programs
 
 letters = some.text(some.characters(exclude_characters="/\0", exclude_categories=("Cs",)), min_size=1, max_size=12)
-file_names = some.builds("{}{}{}".format, some.sampled_from(["", ".", " ", "a/", "50% #", "é"]), letters, some.sampled_from([".png", ".PNG", ".Png "]))
+def plain_name(name): return unicodedata.normalize("NFC", name).casefold().strip().replace("\\", "/")
+
+
+file_names = some.builds("{}{}{}".format, some.sampled_from(["", ".", " ", "a/", "50% #", "é"]), letters,
+    some.sampled_from([".png", ".PNG", ".Png "]))
 
 
 @few
-@given(some.lists(file_names, min_size=4, max_size=6, unique_by=lambda name: unicodedata.normalize("NFC", name).casefold().strip().replace("\\", "/")))
+@given(some.lists(file_names, min_size=4, max_size=6, unique_by=lambda name: plain_name(name)))
 def test_any_file_name(tmp_path_factory, names):
     assume(all(name.split("/")[-1].strip(" .") and len(name.encode()) < 200 and ".." not in name for name in names))
     folder = tmp_path_factory.mktemp("names")
@@ -370,7 +391,8 @@ def test_any_file_name(tmp_path_factory, names):
             assert [picture.getpixel((0, 0))[0] for picture in data.inputs[np.arange(len(names))]] == [40*row for row in range(len(names))]
 
 
-@pytest.mark.parametrize(("there", "named"), [("Zoë.png", unicodedata.normalize("NFD", "Zoë.png")), (unicodedata.normalize("NFD", "é/Zoë.png"), "é/Zoë.png"),
+@pytest.mark.parametrize(("there", "named"), [("Zoë.png", unicodedata.normalize("NFD", "Zoë.png")),
+                                              (unicodedata.normalize("NFD", "é/Zoë.png"), "é/Zoë.png"),
                                               ("a/b.png", r"a\b.png"), ("b.png", " b.png "), ("b.png", "./b.png")])
 def test_names_of_other_systems(tmp_path, there, named):
     (tmp_path/there).parent.mkdir(exist_ok=True)
@@ -384,7 +406,8 @@ cells = some.text(some.characters(exclude_characters="\0", exclude_categories=("
 
 
 @few
-@given(some.lists(some.tuples(cells, cells), min_size=1, max_size=4), some.sampled_from([",", ";", "\t"]), some.sampled_from(["\n", "\r\n", "\r"]),
+@given(some.lists(some.tuples(cells, cells), min_size=1, max_size=4), some.sampled_from([",", ";", "\t"]),
+    some.sampled_from(["\n", "\r\n", "\r"]),
        some.sampled_from(["utf-8", "utf-8-sig", "utf-16"]), some.booleans(), some.sampled_from([".csv", ".CSV", ".tsv"]))
 def test_tables_of_any_program(tmp_path_factory, rows, mark, end, encoding, quoted, suffix):
     assume(quoted or not any(end in cell for row in rows for cell in row for end in "\r\n")) # pandas leaves some of them unquoted
@@ -408,7 +431,8 @@ def predictions(rows=50, epochs=(1, 2), **columns):
     rng, parts = np.random.default_rng(0), []
     for epoch in epochs:
         y = rng.normal(size=rows)
-        parts.append(pd.DataFrame({"run": "r", "method": "HPL", "epoch": epoch, "index": np.arange(rows), "y_true": y, "pseudo_label": y + rng.normal(size=rows)}))
+        parts.append(pd.DataFrame({"run": "r", "method": "HPL", "epoch": epoch, "index": np.arange(rows), "y_true": y,
+            "pseudo_label": y + rng.normal(size=rows)}))
     return pd.concat(parts, ignore_index=True).assign(**columns)
 
 
@@ -434,7 +458,8 @@ fillings = some.sampled_from(["absent", "whole", "partly", "all missing", "pd.NA
 
 
 @settings(max_examples=12, deadline=None)
-@given(some.fixed_dictionaries({"log_variance": fillings, "strong_prediction": fillings}), some.integers(1, 4), some.integers(1, 2), some.booleans(), some.booleans())
+@given(some.fixed_dictionaries({"log_variance": fillings, "strong_prediction": fillings}), some.integers(1, 4), some.integers(1, 2),
+    some.booleans(), some.booleans())
 def test_explorer_draws_what_there_is(columns, rows, epochs, constant, zero):
     table = predictions(rows, range(1, epochs + 1))
     if constant: table["y_true"] = 3.
@@ -444,11 +469,13 @@ def test_explorer_draws_what_there_is(columns, rows, epochs, constant, zero):
         if filling == "absent": continue
         if filling == "huge": values += 1e6
         if filling in ("partly", "pd.NA", "None"): values[0] = np.nan
-        table[name] = {"all missing": np.nan, "pd.NA": values.astype("Float64"), "None": values.astype(object).where(values.notna(), None)}.get(filling, values)
+        table[name] = {"all missing": np.nan, "pd.NA": values.astype("Float64"),
+            "None": values.astype(object).where(values.notna(), None)}.get(filling, values)
     explorer, words = explored(table)
     assert explorer.height.options[-1] == "pseudo-label" and f"{rows} samples" in words
     known = {"whole", "partly", "pd.NA", "None"}
-    assert ("variance σ²" in explorer.height.options) == (columns["log_variance"] in known - ({"partly", "pd.NA", "None"} if len(table) == 1 else set()))
+    if len(table) == 1: known = {"whole"} # the others miss the first row
+    assert ("variance σ²" in explorer.height.options) == (columns["log_variance"] in known)
 
 
 def test_explorer_counts_the_rows_that_have_a_variance():
@@ -463,9 +490,12 @@ def test_explorer_counts_the_rows_that_have_a_variance():
 
 
 @pytest.mark.parametrize(("contains", "change"), [
-    ("has no rows", lambda t: t[:0]), ("no row has both", lambda t: t.assign(pseudo_label=np.nan)), ("no row has both", lambda t: t.assign(y_true=np.nan)),
-    ("has no column pseudo_label", lambda t: t.drop(columns="pseudo_label")), ("no output 0. Give one of [1]", lambda t: t.assign(output=1)),
-    ("rows without epoch", lambda t: t.assign(epoch=np.nan)), ("rows without run", lambda t: t.assign(run=None)), ("rows without index", lambda t: t.assign(index=np.nan))])
+    ("has no rows", lambda t: t[:0]), ("no row has both", lambda t: t.assign(pseudo_label=np.nan)),
+    ("no row has both", lambda t: t.assign(y_true=np.nan)),
+    ("has no column pseudo_label", lambda t: t.drop(columns="pseudo_label")),
+    ("no output 0. Give one of [1]", lambda t: t.assign(output=1)),
+    ("rows without epoch", lambda t: t.assign(epoch=np.nan)), ("rows without run", lambda t: t.assign(run=None)),
+    ("rows without index", lambda t: t.assign(index=np.nan))])
 def test_explorer_refuses_with_a_reason(contains, change):
     from hpl_nb.explorer import Explorer
     refused(contains, Explorer, change(predictions()))

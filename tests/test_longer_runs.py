@@ -1,7 +1,7 @@
 """Runs that go on, and what small data make of them.
 
-More epochs in a folder end with the bits of a run that was longer from the start, or a sentence says why not. The oracles of the other tests
-are PyTorch's own `DataLoader`, and the numbers of the authors' code.
+More epochs in a folder end with the bits of a run that was longer from the start, or a sentence says why not. The oracles of the other
+tests are PyTorch's own `DataLoader`, and the numbers of the authors' code.
 """
 import json
 import shutil
@@ -117,7 +117,7 @@ class TestMoreEpochs:
         assert not differences(one | {"files": 0}, other | {"files": 0})
 
     @pytest.mark.parametrize("name, moments", [("HPL previous", [*range(1, 9), -9, -5, -3, -2, -1]), ("PseudoLabel", [2, 4, 12, -7, -4])])
-    def test_killed_at_any_moment_of_going_on(self, name, moments, start, tmp_path):
+    def test_killed_at_any_moment_of_going_on(self, name, moments, start, tmp_path): # noqa: F811
         "What is left is the two epochs, finished, or a run that the same call ends."
         code, whole = finished(start, tmp_path/"whole", name, 0.)
         short = tmp_path/"short"
@@ -148,7 +148,8 @@ class TestMoreEpochs:
         assert tree(tmp_path) == before
 
     @pytest.mark.parametrize("change, says", [
-        ({"streams": StreamSettings(4, 16)}, "train.streams.labelled_batch is 8 there and 4 here"), ({"accumulate": 2}, "train.accumulate is 1"),
+        ({"streams": StreamSettings(4, 16)}, "train.streams.labelled_batch is 8 there and 4 here"),
+        ({"accumulate": 2}, "train.accumulate is 1 there and 2 here"),
         ({"optimizer": replace(SETTINGS.optimizer, decay=.9)}, "train.optimizer.decay is 0.5 there and 0.9 here")])
     def test_any_other_difference_is_named_by_its_key(self, change, says, tmp_path):
         "With more epochs or without them, and nothing else is said."
@@ -180,8 +181,8 @@ class TestWhereFoldersAreNamed:
         with pytest.raises(SystemExit, match="train.streams.labelled_batch is 32 there and 16 here"):
             hpl_train([*command, "3", "--labelled_batch", "16"])
 
-    def experiment(self, epochs, method=Supervised()):
-        return Experiment(RotatedDigits(), method, train=change(DATASETS[0].train, epochs=epochs, iterations_per_epoch=3))
+    def experiment(self, epochs):
+        return Experiment(RotatedDigits(), Supervised(), train=change(DATASETS[0].train, epochs=epochs, iterations_per_epoch=3))
 
     def test_experiment(self, tmp_path):
         "The folder's name says how long the run was at first, so only `train_experiment` goes on, and a store names it anew."
@@ -212,7 +213,8 @@ def test_watch_sees_every_step(tmp_path):
     "The last one too, with its row of the log; a true answer there changes nothing."
     for folder in (None, tmp_path):
         seen = []
-        _, run = train(folder, settings=replace(SETTINGS, record_every=0), watch=lambda at: seen.append((at.step, len(at.log))) or at.step == 15)
+        def watch(at): return seen.append((at.step, len(at.log))) or at.step == 15
+        _, run = train(folder, settings=replace(SETTINGS, record_every=0), watch=watch)
         assert seen == [(step, step//5) for step in range(1, 16)] and run.finished
 
 

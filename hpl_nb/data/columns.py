@@ -64,7 +64,7 @@ class FrameEncoder:
 
     def encode(self, frame:pd.DataFrame, name:str="frame")->np.ndarray:
         "Features (n, d) of `frame`, float64; missing and infinite ones are an `HplError`."
-        require_columns(frame, columns := [*self.medians, *self.categories], name)
+        require_columns(frame, [*self.medians, *self.categories], name)
         numbers = {column: number_column(frame, column, name) for column in self.medians}
         texts = {column: frame[column].astype(object).map(str).where(frame[column].notna(), None).to_numpy() for column in self.categories}
         if self.impute is None: refuse_missing(pd.DataFrame(numbers | texts), name)
@@ -92,8 +92,8 @@ def number_column(frame:pd.DataFrame, column:str, name:str)->np.ndarray:
     else:
         values, unknown = as_numbers(frame[column])
         if len(bad := np.flatnonzero(np.isnan(values) & ~unknown)):
-            raise row_error(f"{name}, column {column!r}", bad, f"{str(frame[column].iloc[bad[0]])!r:.100} is not a number; the column "
-                            "is not numeric any more", "Correct such rows.")
+            raise row_error(f"{name}, column {column!r}", bad, f"{str(frame[column].iloc[bad[0]])!r:.100} is not a number, so that "
+                            f"column {column!r} is not numeric any more", "Correct such rows.")
     if len(bad := np.flatnonzero(np.isinf(values))):
         raise row_error(f"{name}, column {column!r}", bad, "it is infinite", "Correct or drop such rows.")
     return values

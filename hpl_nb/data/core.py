@@ -478,7 +478,8 @@ def batch_sizes(streams:Streams)->dict[str, list[int]]:
 
 def not_divided(stream:str, size:int, s:StreamSettings)->str:
     "A batch of a stream in words."
-    if size == {"labelled": s.labelled_batch, "unlabelled": s.unlabelled_batch, "outer": s.outer}[stream]: return f"{stream}_batch is {size}"
+    whole = {"labelled": s.labelled_batch, "unlabelled": s.unlabelled_batch, "outer": s.outer}[stream]
+    if size == whole: return f"{stream}_batch is {size}"
     return f"with drop_last=False the last {stream} batch of a pass has {size} rows"
 
 # %% ../../nbs/10_data.core.ipynb #2808dcb1
@@ -488,10 +489,11 @@ def check_streams(streams:Streams)->None:
     if "unlabelled" in streams.needs and not len(data.unlabelled):
         raise HplError(f"{name}: the unlabelled set is empty; use the method `Supervised`, or a smaller label_ratio.")
     if s.labelled_batch > most["labelled"]: raise too_few_labelled(streams, most["labelled"])
+    if "outer" in streams.needs and s.outer > (rows := len(data.labelled)*s.labelled_copies):
+        raise HplError(f"{name}: {rows} labelled rows are fewer than the {s.outer} of outer_batch; lower outer_batch to at most {rows}.")
     if "unlabelled" in streams.needs and s.unlabelled_batch > most["unlabelled"]:
         raise HplError(f"{name}: {most['unlabelled']} unlabelled rows are fewer than the {s.unlabelled_batch} of unlabelled_batch; "
                        f"lower unlabelled_batch to at most {most['unlabelled']}.")
-    for stream, sizes in batch_sizes(streams).items():
-        for size in sizes:
-            if size % streams.processes: raise HplError(f"{name}: {not_divided(stream, size, s)}, which {streams.processes} processes cannot "
-                                                        "share equally.")
+    for stream, size in [(stream, size) for stream, sizes in batch_sizes(streams).items() for size in sizes]:
+        if size % streams.processes:
+            raise HplError(f"{name}: {not_divided(stream, size, s)}, which {streams.processes} processes cannot share equally.")

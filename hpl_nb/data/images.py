@@ -69,6 +69,13 @@ def tar_index(path:str|Path)->dict[str, ImageSource]:
     if any(m.offset_data + m.size > path.stat().st_size for m in members): raise HplError(f"{path} is cut off; get it again.")
     return {Path(m.name).name: ImageSource(path, m.offset_data, m.size, m.name) for m in members}
 
+# %% ../../nbs/11b_data.images.ipynb #5be111a9
+def spellings(name:str)->list[str]:
+    "A file name as it stands, without spaces around it, with Windows' separators as slashes, and in both forms of its accents."
+    bare = name.strip()
+    plain = bare.replace("\\", "/")
+    return list(dict.fromkeys([name, bare, plain, *(unicodedata.normalize(form, plain) for form in ("NFC", "NFD"))]))
+
 # %% ../../nbs/11b_data.images.ipynb #69a389b5
 def find_images(root:str|Path, names:Sequence[str], folders:Sequence[str]=("",), tars:str="")->list[ImageSource|None]:
     "Find each picture in `root`'s folders, then in its tar files (a pattern); None: nowhere. Each folder is listed once."
@@ -81,12 +88,6 @@ def find_images(root:str|Path, names:Sequence[str], folders:Sequence[str]=("",),
             if path.name in listings[path.parent]: return ImageSource(path)
         return packed.get(name)
     return [next((source for each in spellings(name) if (source := place(each))), None) for name in names]
-
-def spellings(name:str)->list[str]:
-    "A file name as it stands, without spaces around it, with Windows' separators as slashes, and in both forms of its accents."
-    bare = name.strip()
-    plain = bare.replace("\\", "/")
-    return list(dict.fromkeys([name, bare, plain, *(unicodedata.normalize(form, plain) for form in ("NFC", "NFD"))]))
 
 def is_below(root:str|Path, path:str|Path)->bool:
     "Whether a path stays within a folder as it is written; links below the folder may lead elsewhere, since its owner has set them."
@@ -121,12 +122,14 @@ def to_rgb(image:Image.Image, pixel_range:tuple[float, float]|None=None)->Image.
     if image.mode in ("P", "PA", "RGBa"): image = image.convert("RGBA")
     return shape_of(image).convert("RGB")
 
+# %% ../../nbs/11b_data.images.ipynb #508740cb
 def to_bytes(values:np.ndarray, pixel_range:tuple[float, float]|None)->np.ndarray:
     "Values of any range as 0 to 255; one beyond its range is an `HplError`."
     low, high = values.min(), values.max()
     found = f"its values run from {low:g} to {high:g}"
     if pixel_range is None:
-        raise HplError(f"{found}, and the file does not say which mean black and white. Pass pixel_range=(black, white), for 12 bits (0, 4095)")
+        raise HplError(f"{found}, and the file does not say which mean black and white. Pass pixel_range=(black, white), "
+                       "for 12 bits (0, 4095)")
     black, white = pixel_range
     if not black <= low <= high <= white: raise HplError(f"{found}, beyond pixel_range={black, white}. Pass the range of the whole data")
     return np.rint((values.astype(np.float64) - black)/(white - black)*255).astype(np.uint8)
@@ -137,6 +140,7 @@ def shape_of(image:Image.Image)->Image.Image:
     *colours, alpha = image.getextrema()
     return image.getchannel("A") if alpha[0] < alpha[1] and all(low == high for low, high in colours) else image
 
+# %% ../../nbs/11b_data.images.ipynb #72a53f5a
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp") # of files that are taken for pictures
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP") # no format that runs another program, as EPS does
 MOST_PIXELS = 150_000_000 # of one picture; cameras make fewer

@@ -132,7 +132,8 @@ def make_sets(labels:np.ndarray, split:Split, name:str, words:Words=FRAME_WORDS)
 def with_true_labels(labels:np.ndarray, true_labels:np.ndarray, name:str)->np.ndarray:
     "Fill unknown labels with true ones; two that contradict each other are an `HplError`."
     if true_labels.shape != labels.shape:
-        raise HplError(f"{name}: targets have {labels.shape[1]} column(s), but true_targets {true_labels.shape[1]}. Give both for each output.")
+        raise HplError(f"{name}: targets have {labels.shape[1]} column(s), but true_targets {true_labels.shape[1]}. "
+                       "Give both for each output.")
     contradict = np.flatnonzero(((labels != true_labels) & np.isfinite(labels) & np.isfinite(true_labels)).any(axis=1))
     if len(contradict):
         row = contradict[0]
@@ -146,7 +147,7 @@ def input_tensor(inputs:np.ndarray|Tensor|Sequence, name:str, text:str="from_fra
                  gaps:str="from_frame(..., impute='median') fills")->Tensor:
     "A copy of the inputs: (n, d) float64, or (n, C, H, W) uint8 or float32; what is not finite is an `HplError` that says where."
     array = as_array(inputs, f"{name}: inputs")
-    if array.dtype == object and all(is_real(value) or is_missing(value) for value in array.flat): array = _as_floats(array)
+    if array.ndim and array.dtype == object and all(is_real(value) or is_missing(value) for value in array.flat): array = _as_floats(array)
     if array.dtype.kind not in "buif":
         raise HplError(f"{name}: inputs are of type {array.dtype}, not numbers; {text}.")
     check_shape(array.shape, name)

@@ -208,13 +208,14 @@ def plan_randaugment(transform:Any, generator:Generator|None, width:int, height:
         steps.append(published_step(name, level, width, height))
     return steps
 
-# %% ../../nbs/11c_data.pixels.ipynb #f5adc4e4
+# %% ../../nbs/11c_data.pixels.ipynb #407fd787
 @lru_cache
 def planners()->dict[type, Callable[..., list[Step]]]:
     "What draws the steps of each kind of transform."
     from torchvision.transforms.v2 import RandAugment
     return {FlipCrop: plan_flip_crop, RandAugmentMC: plan_randaugment_mc, RandAugment: plan_randaugment}
 
+# %% ../../nbs/11c_data.pixels.ipynb #f5adc4e4
 def draw_plans(transforms:Sequence[Any], seeds:Sequence[int]|None, count:int, width:int, height:int)->list[list[Step]]:
     "One plan for each of `count` samples; without seeds they draw from torch's generator as it stands."
     plans, generator = [], None if seeds is None else Generator()

@@ -177,6 +177,7 @@ def read_place(path:Path)->dict[str, Any]:
     raise HplError(f"{path} cannot be read as a checkpoint to go on from (it holds weights alone). It is another file: delete it and "
                    "run the same command again, which goes on from the checkpoint before it or, without one, starts over.")
 
+# %% ../../nbs/50e_training.checkpoint.ipynb #4295dd1d
 def load_state(method:Trainable, state:Mapping[str, Any], source:Path|str)->None:
     "Load a method's state; one of another method or shape raises `HplError` and changes nothing."
     own = method.state_dict()

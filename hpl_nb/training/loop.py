@@ -98,6 +98,7 @@ def train_epochs(training:Training, guard:Guard, checkpoint:Checkpoint, log:Log,
     if not ended: save(guard, checkpoint, log)
     return ended
 
+# %% ../../nbs/51_training.loop.ipynb #3f443fd1
 def is_stopped(training:Training, watch:Callable|None, own:OwnGenerators)->bool:
     "Let the caller's `watch`, and threads that wait, have the process as it was; whether `watch` of any process stops the run."
     answer = False
@@ -270,8 +271,9 @@ def fitting_schedule(method:Trainable, data:SemiSupervisedData, settings:Train, 
     smaller = {name: there for name, (_, there) in differences(asked, fitting).items()}
     if smaller and accelerator.is_main_process:
         words = " and ".join(f"{name}={size}" for name, size in smaller.items())
-        warnings.warn(f"{data.name}: {len(data.labelled)} labelled and {len(data.unlabelled)} unlabelled rows are too few for batches of 32, "
-                      f"so that {words} is used. Give a size yourself to choose another.", stacklevel=4)
+        rows = f"{len(data.labelled)} labelled and {len(data.unlabelled)} unlabelled rows"
+        warnings.warn(f"{data.name}: {rows} are too few for batches of 32, so that {words} is used. Give a size yourself to choose "
+                      "another.", stacklevel=4)
     return change(settings, **smaller)
 
 # %% ../../nbs/51_training.loop.ipynb #1984b6b2

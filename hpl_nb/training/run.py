@@ -134,7 +134,7 @@ def run_config(method:Trainable, data:SemiSupervisedData, settings:Train, seed:i
 
 # %% ../../nbs/50b_training.run.ipynb #48e114c3
 def other_run(there:Mapping[str, Any], here:Mapping[str, Any], share_of_run:str="")->str:
-    "How the config of another run differs; empty where this one is longer, or only the experiment differs, which also says where files are."
+    "How the config of another run differs; empty where this one is longer. The experiment does not count: it also says where files are."
     found = differences(dict(there), dict(here))
     return differing({name: pair for name, pair in found.items() if name.split(".")[0] != "experiment"}, why_not_longer(share_of_run))
 
