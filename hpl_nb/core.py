@@ -311,6 +311,8 @@ def check_archive(
     with zipfile.ZipFile(path) as archive:
         packed = [member.filename for member in archive.infolist() if member.compress_type != zipfile.ZIP_STORED]
         if packed: raise zipfile.BadZipFile(f"{packed[0]} is compressed, which PyTorch does not do")
+        folders = [member.filename for member in archive.infolist() if member.external_attr & 16] # PyTorch reads nothing of these
+        if folders: raise zipfile.BadZipFile(f"{folders[0]} is marked as a folder")
         if wrong := archive.testzip(): raise zipfile.BadZipFile(f"{wrong} does not have its checksum")
         for name in archive.namelist():
             if name.endswith("data.pkl"): check_pickles(archive.open(name), 1)

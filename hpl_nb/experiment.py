@@ -50,7 +50,8 @@ DATASETS = (
                     optimizer=OptimizerSettings(weight_decay_body=1e-5, decay_every=10)),
               Released(unlabelled_weight=5., outer_regularizer=0.)),
     Benchmark(STSB(), BiLSTM(dropout=.2),
-              Train(epochs=200, optimizer=OptimizerSettings(weight_decay_body=1e-5, weight_decay_head=1e-5)),
+              Train(epochs=200, streams=StreamSettings(drop_last=False),
+                    optimizer=OptimizerSettings(weight_decay_body=1e-5, weight_decay_head=1e-5)),
               Released(unlabelled_weight=.5, outer_regularizer=1., learner_weight_decay=1e-5)))
 MODELS = (MLP, SmallCNN, ResNet, BiLSTM)
 

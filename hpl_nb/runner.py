@@ -22,7 +22,7 @@ from .experiment import Experiment, read_experiment, run_path
 from .settings import as_json, differences
 from .store import store_run
 from .training.loop import fit
-from .training.run import Run, load_run
+from .training.run import Run, differing, load_run, why_not_longer
 
 # %% auto #0
 __all__ = ['train_experiment', 'check_folder', 'is_finished', 'run_all', 'ray_cluster']
@@ -39,9 +39,9 @@ def train_experiment(
     trackers:Sequence[str]=(), # accelerate's trackers, such as ("tensorboard",)
     until:float|None=None, # stop, resumable, at this `time.time()`
 )->Run:
-    "Train (or resume) one run."
+    "Train (or resume) one run; a folder with fewer epochs of it goes on to all of them."
     folder = run_path(experiment) if folder is None else Path(folder)
-    check_folder(experiment, folder)
+    check_folder(experiment, folder, longer=True)
     if workers and getattr(experiment.data, "pixels", "") == "device":
         raise HplError(f"workers is {workers}, but with pixels='device' no other process makes batches; use workers=0, or pixels='disk'.")
     data = experiment.load()
@@ -53,6 +53,7 @@ def train_experiment(
 def check_folder(
     experiment:Experiment, # about to be trained
     folder:str|Path, # where
+    longer:bool=False, # may a run folder hold fewer epochs, from which training can go on
 )->None:
     "Raise `HplError` where a folder holds the run of another experiment."
     folder, own = RunFolder(folder), (type(experiment.data), type(experiment.method), type(experiment.model))
@@ -61,9 +62,9 @@ def check_folder(
     try: different = differences(read_experiment(content["experiment"], *own), experiment)
     except HplError as error:
         raise HplError(f"{folder.path} holds another run: {error} Choose another folder, or delete that one.") from error
-    if not different: return
-    words = ", ".join(f"{name}={there!r:.60} there, {here!r:.60} here" for name, (there, here) in different.items())
-    raise HplError(f"{folder.path} holds a run with other settings: {words}. Choose another folder, or delete that one.")
+    why_not = "train_experiment makes such a run longer" if not longer else why_not_longer(experiment.method.share_of_run)
+    words = differing(different, "a stored run has no checkpoint to go on from" if folder.stored.exists() else why_not)
+    if words: raise HplError(f"{folder.path} holds a run with other settings: {words}. Choose another folder, or delete that one.")
 
 def is_finished(
     folder:str|Path, # of a run

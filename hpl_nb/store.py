@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,9 +16,9 @@ import numpy as np
 import pandas as pd
 
 from .core import HplError, RunFolder, atomic_write, reading
-from .experiment import Experiment, read_experiment
-from .settings import as_json
-from .training.run import Run, load_run, selected
+from .experiment import Experiment, read_experiment, run_path
+from .settings import as_json, differences, flat
+from .training.run import Run, differing, load_run, selected
 
 # %% auto #0
 __all__ = ['store_run', 'run_folders', 'merge_runs']
@@ -94,16 +95,21 @@ def merge_runs(
     "Add finished runs to those that are stored, each at the same place below `store`."
     new = []
     for folder in run_folders([source]):
-        run, place = load_run(folder), Path(store)/folder.relative_to(source)
+        run = load_run(folder)
         with _storing(folder): summary = run_summary(run)
+        place = Path(store)/_own_place(folder.relative_to(source), summary["config"])
         if not RunFolder(place).stored.exists(): new.append(store_run(folder, place, summary["config"].get("seed") in seeds))
         elif different := _different(summary, load_run(place)):
             raise HplError(f"{folder} and {RunFolder(place).stored} are two results of one run: {different}. "
                            "Delete the one that you do not want.")
     return new
 
+def _own_place(place:Path, config:Mapping[str, Any])->Path:
+    "The place of `run_path`, also where a run has become longer since its folder was named."
+    if "experiment" not in config or not re.search("-[0-9a-f]{8}$", place.parent.name): return place
+    return place.parent.with_name(run_path(read_experiment(config["experiment"])).parent.name)/place.name
+
 def _different(ours, other):
-    parts = ("config", other.config), ("metrics", other.metrics)
-    pairs = [(f"{part} {name}", ours[part].get(name), theirs.get(name))
-             for part, theirs in parts for name in ours[part] if name != "seconds"]
-    return ", ".join(f"{name} is {a} and {b}" for name, a, b in pairs if a != b)
+    theirs, ours = ({"config": run["config"], "metrics": run["metrics"] | {"seconds": None}} for run in (vars(other), ours))
+    known = flat(theirs) # an earlier version does not name every setting
+    return differing({name: pair for name, pair in differences(theirs, ours).items() if name in known})

@@ -3,6 +3,7 @@ import io
 import os
 import random
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,13 +45,14 @@ class Trap:
         return call
 
 
-def train(name, folder, every, at, out):
+def train(name, folder, every, at, out, epochs=SETTINGS.epochs):
     "What a command does, in a process of its own, which may be killed."
     torch.set_num_threads(1)
     trap, method = Trap(at), make(name)
     method.training_step = trap.around(method.training_step)
-    os.fsync, os.replace, torch.save = trap.around(os.fsync), trap.around(os.replace), trap.torn(torch.save)
-    run = fit(method, digits(), SETTINGS, folder=folder, progress=False, checkpoint_seconds=every)
+    os.fsync, os.replace, os.unlink = map(trap.around, (os.fsync, os.replace, os.unlink))
+    torch.save = trap.torn(torch.save)
+    run = fit(method, digits(), replace(SETTINGS, epochs=epochs), folder=folder, progress=False, checkpoint_seconds=every)
     moments, last = trap.moments, torch.load(Path(folder)/"checkpoints"/"last.pt", weights_only=True)
     torch.save({"method": method.state_dict(), "last": without_seconds(last), "metrics": without_seconds(run.metrics), "moments": moments,
                 "log": without_seconds(run.log.to_dict("list")), "predictions": run.predictions.to_dict("list")}, out.open("wb"))
@@ -73,10 +75,10 @@ def start():
         yield start
 
 
-def finished(start, folder, name, every, at=0):
+def finished(start, folder, name, every, at=0, epochs=SETTINGS.epochs):
     "The exit code of a run that may die at moment `at`, and what it left when it did not."
     out = folder.with_suffix(".pt")
-    process = start(name, str(folder), every, at, out)
+    process = start(name, str(folder), every, at, out, epochs)
     process.join()
     return process.exitcode, torch.load(out, weights_only=False) if process.exitcode == 0 else None
 

@@ -78,7 +78,7 @@ class TestStore:
         assert len(merge_runs(store, tmp_path/"again")) == 4 # stored runs can be gathered as well
         content = json.loads(new[0].read_text())
         new[0].write_text(json.dumps(content | {"metrics": content["metrics"] | {"test_mae": 1.}}))
-        with pytest.raises(HplError, match="two results of one run: metrics test_mae"): merge_runs(out, store)
+        with pytest.raises(HplError, match="two results of one run: metrics.test_mae"): merge_runs(out, store)
         assert json.loads(new[0].read_text())["metrics"]["test_mae"] == 1.
 
     def test_conversion_reads_a_damaged_file_as_such(self, tmp_path):
@@ -99,7 +99,7 @@ class TestTraining:
     def test_a_folder_belongs_to_one_experiment(self, out, tmp_path):
         "Said before data are read, with the settings that differ; stored or not. Where data are does not count."
         other = replace(EXPERIMENTS[1], method=HPL.paper(outer_every=5), train=change(TRAIN, epochs=5))
-        says = "method.look_ahead.outer_every=1 there, 5 here, train.epochs=3 there, 5 here"
+        says = "settings: method.look_ahead.outer_every is 1 there and 5 here"
         store_run(run_path(EXPERIMENTS[1], out), tmp_path/"0")
         for folder in (run_path(EXPERIMENTS[1], out), tmp_path/"0"):
             with pytest.raises(HplError, match=says): train_experiment(other, folder)

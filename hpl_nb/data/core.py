@@ -357,9 +357,13 @@ def noise_view(
 def _add_noise(scale, x, generator): return x + scale*torch.randn(x.shape, generator=generator)
 
 # %% ../../nbs/10_data.core.ipynb #696208fe
-def stream_rows(rows:np.ndarray, batch_size:int, step:int, seed:int, stream:str, copies:int=1)->np.ndarray:
+def batches_per_pass(rows:int, batch_size:int, drop_last:bool=True)->int:
+    "How many batches there are in a pass; without `drop_last` the last one may be smaller."
+    return rows//batch_size if drop_last else -(-rows//batch_size)
+
+def stream_rows(rows:np.ndarray, batch_size:int, step:int, seed:int, stream:str, copies:int=1, drop_last:bool=True)->np.ndarray:
     "Rows of batch `step` of an endless shuffled stream."
-    per_pass = len(rows)*copies // batch_size
+    per_pass = batches_per_pass(len(rows)*copies, batch_size, drop_last)
     pass_number, position = divmod(step, per_pass)
     order = np.random.default_rng(derive_seed(seed, stream, pass_number)).permutation(len(rows)*copies)
     return rows[order[position*batch_size:(position + 1)*batch_size] % len(rows)]
@@ -374,11 +378,12 @@ def outer_rows(rows:np.ndarray, inner:np.ndarray, batch_size:int, step:int, seed
 @dataclass(frozen=True)
 class StreamSettings(Settings):
     "Batch sizes (of all processes together) and order of the three streams."
-    labelled_batch:int=32 # n
-    unlabelled_batch:int=32 # m
+    labelled_batch:int=32 # n; 32 becomes smaller where the rows are too few, another number is refused
+    unlabelled_batch:int=32 # m; likewise
     outer_batch:int|None=None # of the outer labelled batch; None: n
     labelled_copies:int=1 # passes hold each labelled row this often (release: 2, D12)
     outer_overlap:bool=False # may the outer batch share rows with the inner one (release: yes, D10)
+    drop_last:bool=True # leave out the rows at the end of a pass that fill no batch; False: a smaller one (release: on STS-B)
 
     def check(self)->None:
         for name in ("labelled_batch", "unlabelled_batch", "outer_batch", "labelled_copies"):
@@ -413,11 +418,11 @@ class Streams(Dataset):
 def batch_rows(streams:Streams, step:int)->dict[str, np.ndarray]:
     "Which rows are in the batches of `step`."
     data, s, seed = streams.data, streams.settings, streams.seed
-    rows = {"labelled": stream_rows(data.labelled, s.labelled_batch, step, seed, "labelled", s.labelled_copies)}
+    rows = {"labelled": stream_rows(data.labelled, s.labelled_batch, step, seed, "labelled", s.labelled_copies, s.drop_last)}
     if "unlabelled" in streams.needs:
-        rows["unlabelled"] = stream_rows(data.unlabelled, s.unlabelled_batch, step, seed, "unlabelled")
+        rows["unlabelled"] = stream_rows(data.unlabelled, s.unlabelled_batch, step, seed, "unlabelled", 1, s.drop_last)
     if "outer" in streams.needs:
-        rows["outer"] = (stream_rows(data.labelled, s.outer, step, seed, "outer", s.labelled_copies) if s.outer_overlap
+        rows["outer"] = (stream_rows(data.labelled, s.outer, step, seed, "outer", s.labelled_copies, s.drop_last) if s.outer_overlap
                          else outer_rows(data.labelled, rows["labelled"], s.outer, step, seed))
     return rows
 
@@ -435,19 +440,60 @@ def make_batch(streams:Streams, stream:str, rows:np.ndarray, step:int)->dict[str
         batch["y"] = torch.from_numpy(data.normalizer.normalize(data.targets[rows[mine]])).float()
     return batch
 
+# %% ../../nbs/10_data.core.ipynb #36d85519
+def parts_of_rows(needs:Mapping[str, Sequence[str]], s:StreamSettings)->bool:
+    "Whether inner and outer batch must be different rows."
+    return "outer" in needs and not s.outer_overlap
+
+def largest_batches(data:SemiSupervisedData, needs:Mapping[str, Sequence[str]], s:StreamSettings)->dict[str, int]:
+    "How large the labelled and the unlabelled batch may be; an outer batch of other rows, if there is one, takes its share."
+    rows = len(data.labelled)
+    apart = (rows - s.outer_batch if s.outer_batch else rows//2) if parts_of_rows(needs, s) else rows*s.labelled_copies
+    return {"labelled": min(apart, rows*s.labelled_copies), "unlabelled": len(data.unlabelled)}
+
+def fitting_streams(data:SemiSupervisedData, needs:Mapping[str, Sequence[str]], s:StreamSettings, parts:int=1)->StreamSettings:
+    "Default sizes as small as the rows make them, in multiples of `parts`; a size that somebody chose stays."
+    names, most = ("labelled_batch", "unlabelled_batch"), largest_batches(data, needs, s)
+    small = {name: most[name[:-6]]//parts*parts for name in names if name[:-6] in needs}
+    return replace(s, **{name: size for name, size in small.items()
+                         if 0 < size < getattr(s, name) and getattr(s, name) == getattr(StreamSettings, name)})
+
+# %% ../../nbs/10_data.core.ipynb #ca8ca41f
+def too_few_labelled(streams:Streams, most:int)->HplError:
+    "The sentence for labelled rows that do not fill a step's batches."
+    s, rows, apart = streams.settings, len(streams.data.labelled), parts_of_rows(streams.needs, streams.settings)
+    have, need = (rows, s.labelled_batch + s.outer) if apart else (rows*s.labelled_copies, s.labelled_batch)
+    words = f"labelled_batch={s.labelled_batch}" + (f" and an outer batch of {s.outer} other rows" if apart else "")
+    fix = f"lower labelled_batch to at most {most}" if most > 0 else "lower outer_batch"
+    return HplError(f"{streams.data.name}: {have} labelled rows are fewer than the {need} of {words}; raise label_ratio or {fix}.")
+
+def batch_sizes(streams:Streams)->dict[str, list[int]]:
+    "How many rows the batches of each stream have; without `drop_last` the last of a pass may have fewer."
+    data, s = streams.data, streams.settings
+    labelled = len(data.labelled)*s.labelled_copies
+    pairs = {"labelled": (labelled, s.labelled_batch), "unlabelled": (len(data.unlabelled), s.unlabelled_batch),
+             "outer": (labelled if s.outer_overlap else 0, s.outer)}
+    return {stream: [batch, rows % batch] if not s.drop_last and rows % batch else [batch]
+            for stream, (rows, batch) in pairs.items() if stream in streams.needs}
+
+def not_divided(stream:str, size:int, s:StreamSettings)->str:
+    "A batch of a stream in words."
+    whole = {"labelled": s.labelled_batch, "unlabelled": s.unlabelled_batch, "outer": s.outer}[stream]
+    if size == whole: return f"{stream}_batch is {size}"
+    return f"with drop_last=False the last {stream} batch of a pass has {size} rows"
+
 # %% ../../nbs/10_data.core.ipynb #2808dcb1
 def check_streams(streams:Streams)->None:
-    "Refuse batches larger than their rows, empty streams, and batches that the processes cannot share equally."
-    data, s, name = streams.data, streams.settings, streams.data.name
-    sizes = {"labelled": s.labelled_batch, "unlabelled": s.unlabelled_batch, "outer": s.outer}
-    have = {"labelled": len(data.labelled)*s.labelled_copies, "unlabelled": len(data.unlabelled), "outer": len(data.labelled)*(
-        s.labelled_copies if s.outer_overlap else 1)}
-    needed = sizes | ({} if s.outer_overlap else {"outer": s.outer + s.labelled_batch})
-    for stream in streams.needs:
-        if stream == "unlabelled" and not have[stream]:
-            raise HplError(f"{name}: the unlabelled set is empty; use the method `Supervised`, or a smaller label_ratio.")
-        if have[stream] < needed[stream]:
-            raise HplError(f"{name}: {have[stream]} {'labelled' if stream == 'outer' else stream} rows are fewer than the {needed[stream]} "
-                           f"that one step's {stream} batch needs; raise label_ratio or lower {stream}_batch.")
-        if sizes[stream] % streams.processes:
-            raise HplError(f"{name}: {stream}_batch is {sizes[stream]}, which {streams.processes} processes cannot share equally.")
+    "Refuse empty streams, batches larger than their rows, and batches that the processes cannot share equally."
+    data, s, name, most = streams.data, streams.settings, streams.data.name, largest_batches(streams.data, streams.needs, streams.settings)
+    if "unlabelled" in streams.needs and not len(data.unlabelled):
+        raise HplError(f"{name}: the unlabelled set is empty; use the method `Supervised`, or a smaller label_ratio.")
+    if s.labelled_batch > most["labelled"]: raise too_few_labelled(streams, most["labelled"])
+    if "outer" in streams.needs and s.outer > (rows := len(data.labelled)*s.labelled_copies):
+        raise HplError(f"{name}: {rows} labelled rows are fewer than the {s.outer} of outer_batch; lower outer_batch to at most {rows}.")
+    if "unlabelled" in streams.needs and s.unlabelled_batch > most["unlabelled"]:
+        raise HplError(f"{name}: {most['unlabelled']} unlabelled rows are fewer than the {s.unlabelled_batch} of unlabelled_batch; "
+                       f"lower unlabelled_batch to at most {most['unlabelled']}.")
+    for stream, size in [(stream, size) for stream, sizes in batch_sizes(streams).items() for size in sizes]:
+        if size % streams.processes:
+            raise HplError(f"{name}: {not_divided(stream, size, s)}, which {streams.processes} processes cannot share equally.")

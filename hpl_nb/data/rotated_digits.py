@@ -12,7 +12,6 @@ from typing import ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from torch import Tensor
 
 from ..core import HplError, derive_seed, usual_settings
@@ -32,6 +31,7 @@ def rotate(images:Tensor, degrees:Tensor)->Tensor:
 # %% ../../nbs/11_data.rotated_digits.ipynb #6797edd0
 def turned_digits(seed:int=0, limit:float=60., size:int=16)->tuple[Tensor, np.ndarray, np.ndarray]:
     "scikit-learn's digits, enlarged to `size` pixels and turned by angles uniform in [-limit, limit] degrees: images, angles, digits."
+    from sklearn.datasets import load_digits # here, because importing it takes longer than PyTorch
     digits = load_digits()
     images = torch.from_numpy(digits.images/16).float()[:, None]
     images = F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)

@@ -37,7 +37,7 @@ __all__ = ['Released', 'MethodSettings', 'Method', 'adam', 'Supervised', 'Superv
 # %% ../../nbs/60_methods.core.ipynb #7b0e5578
 @dataclass(frozen=True)
 class Released(Settings):
-    "Constants of the release that differ between datasets."
+    "Constants of the release that differ between datasets; these are of a dataset that it does not have."
     unlabelled_weight:float=1. # lambda times the weight at z = 0
     outer_regularizer:float=.1 # lambda2 (D1)
     learner_weight_decay:float=0. # of phi
@@ -54,6 +54,9 @@ class MethodSettings(Settings):
 
     @property
     def title(self)->str: return f"{type(self).__name__} ({self.label})" if self.label else type(self).__name__
+
+    @property
+    def share_of_run(self)->str: return "" # name of a setting that is a share of all epochs; empty: a longer run begins as this one does
 
     def build(self, regressor:Regressor)->Method: raise NotImplementedError(f"{type(self).__name__} has no build(regressor)")
     def suited_to(self:_M, released:Released)->_M: return self
@@ -100,11 +103,14 @@ class Method(nn.Module):
 
     @property
     def title(self)->str: return self.settings.title if self.settings else type(self).__name__ # in tables
+    @property
+    def share_of_run(self)->str: return self.settings.share_of_run if self.settings else "" # see `MethodSettings`
     def config(self)->dict[str, Any]: return as_json(self.settings) if self.settings else {} # for config.json
 
     def prepare(self, data:SemiSupervisedData)->SemiSupervisedData: return data
     def stream_settings(self, settings:StreamSettings)->StreamSettings: return settings
     def make_optimizers(self, settings:OptimizerSettings)->dict[str, Optimizer]: return {"regressor": adam(self.regressor, settings)}
+    def before_parts(self, parts:Sequence[Mapping[str, Mapping[str, Tensor]]])->None: "Called before the micro-batches of one step."
     def after_step(self)->None: "Called when the optimisers have stepped."
     def after_epoch(self)->None: "Called after the last step of an epoch, before validation."
     def predict(self, x:Tensor)->Tensor: return self.regressor(x)
@@ -173,11 +179,13 @@ def forward_batches(
     regressor:Regressor, # the network, in training mode
     batch:Mapping[str, Mapping[str, Tensor]], # labelled: weak, y; unlabelled: weak, strong
     guess:Callable[[Tensor], Tensor]|None=None, # weak view -> pseudo-labels; None: the network itself
+    labelled_first:bool=False, # the labelled batch before the weak view; batch norm's statistics and dropout's masks know the order
 )->Passes:
-    "Three forward passes: weak without gradient (first, while no graph is in memory), labelled, strong."
+    "Three forward passes: weak without gradient, labelled, strong."
     labelled, unlabelled = batch["labelled"], batch["unlabelled"]
+    if labelled_first: labelled_features = regressor.features(labelled["weak"])
     with torch.no_grad(): pseudo_label = (guess or regressor)(unlabelled["weak"])
-    labelled_features = regressor.features(labelled["weak"])
+    if not labelled_first: labelled_features = regressor.features(labelled["weak"])
     unlabelled_features = regressor.features(unlabelled["strong"])
     return Passes(labelled_features, regressor.head(labelled_features), labelled["y"],
                   unlabelled_features, regressor.head(unlabelled_features), pseudo_label)
@@ -200,7 +208,7 @@ def sample_record(
 class PseudoLabel(MethodSettings):
     "The paper's Baseline: every pseudo-label weighs the same."
     short:ClassVar[str] = "pseudo_label"
-    unlabelled_weight:float|None=None # lambda; None: the dataset's, or 1
+    unlabelled_weight:float|None=None # lambda; None: the dataset's in an `Experiment`, elsewhere 1 (weights of exp(-z)/2: 2)
 
     def build(self, regressor:Regressor)->PseudoLabelMethod: return PseudoLabelMethod(regressor, self)
 
@@ -276,11 +284,12 @@ def average_weights(
     average:nn.Module, # theta', changed in place
     module:nn.Module, # theta, of the same layers
     decay:float, # a
-    step:int, # updates before this one
+    step:int|None=None, # t of the warm-up; None: the decay is a from the first update
 )->None:
-    "One step of an exponential moving average with decay min(1 - 1/(step + 1), a)."
+    "One step of an exponential moving average with decay min(1 - 1/(t + 1), a)."
+    if step is not None: decay = min(1 - 1/(step + 1), decay)
     weights = [[*part.parameters()] for part in (average, module)]
-    get_ema_multi_avg_fn(min(1 - 1/(step + 1), decay))(*weights, step)
+    get_ema_multi_avg_fn(decay)(*weights, step)
 
 # %% ../../nbs/60_methods.core.ipynb #f29746bc
 def frozen_copy(

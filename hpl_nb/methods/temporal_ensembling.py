@@ -59,6 +59,9 @@ class TemporalEnsembling(MethodSettings):
     decay:float=.6 # alpha
     view:Literal["weak", "strong"]="weak" # of the unlabelled rows
 
+    @property
+    def share_of_run(self)->str: return "ramp_share" if self.ramp_share else ""
+
     def build(self, regressor:Regressor)->TemporalEnsemblingMethod: return TemporalEnsemblingMethod(regressor, self)
     def candidates(self)->list[TemporalEnsembling]:
         "A smaller weight on either view, and a shorter memory that counts later."

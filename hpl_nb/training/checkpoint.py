@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..core import HplError, RunFolder, atomic_write, check_archive, random_states, reading, set_random_states
 from .predict import renew
-from .run import other_run
+from .run import can_lengthen, lengthen, other_run
 from .state import Progress, Trainable, any_process
 
 # %% auto #0
@@ -94,10 +94,19 @@ def own_state(self:Checkpoint)->dict[str, Any]:
 # %% ../../nbs/50e_training.checkpoint.ipynb #1a623b94
 @patch
 def resume(self:Checkpoint)->None:
-    "Go on from the folder's checkpoint, exactly; without one, start at the beginning."
-    if self.folder is None or not (found := self.last()): return
-    path, content, device = *found, self.accelerator.device
+    "Go on from the folder's checkpoint, exactly; without one, start at the beginning. The run there may have been a shorter one."
+    if self.folder is None: return
+    if found := self.last(): self.restore(*found)
+    longer = can_lengthen(self.folder, self.config, self.progress.step)
+    self.accelerator.wait_for_everyone()
+    if longer and self.accelerator.is_main_process: lengthen(self.folder, self.config)
+    self.accelerator.wait_for_everyone()
+
+@patch
+def restore(self:Checkpoint, path:Path, content:Mapping[str, Any])->None:
+    "Put everything back as a checkpoint has it."
     self.check_origin(content, path)
+    device = self.accelerator.device
     own = send_to_device(content["processes"][self.accelerator.process_index], device)
     load_state(self.method, {**send_to_device(content["method"], device), **own["method"]}, path)
     for name, optimizer in self.method.optimizers.items(): optimizer.load_state_dict(content["optimizers"][name])
@@ -131,7 +140,7 @@ def last(self:Checkpoint)->tuple[Path, dict[str, Any]]|None:
 @patch
 def check_origin(self:Checkpoint, content:Mapping[str, Any], path:Path)->None:
     "Refuse a checkpoint that another run has written."
-    if different := other_run(json.loads(content.get("config", "{}")), self.config):
+    if different := other_run(json.loads(content.get("config", "{}")), self.config, self.method.share_of_run):
         raise HplError(f"{path} is the checkpoint of another run: {different}. Put the run's own back, or delete it to start over.")
 
 # %% ../../nbs/50e_training.checkpoint.ipynb #29a1b320

@@ -95,6 +95,7 @@ def refuse(self:Guard, rows:np.ndarray)->None:
     shown = name_rows(self.data, rows[:10].tolist()) + (f" and {len(rows) - 10} more" if len(rows) > 10 else "")
     raise self.halted(f"the predictions of rows {shown} are NaN or infinite", blamed)
 
+# %% ../../nbs/50d_training.guard.ipynb #b1a4e502
 @patch
 @contextmanager
 def blaming_samples(self:Guard)->Iterator[None]:
@@ -102,6 +103,9 @@ def blaming_samples(self:Guard)->Iterator[None]:
     try: yield
     except (HplError, RuntimeError, ValueError) as error:
         step = self.progress.step
+        if "more than 1 value per channel" in str(error):
+            raise HplError(f"step {step + 1} has a batch of one row, and the network's batch norm needs two. Raise labelled_batch, "
+                           "unlabelled_batch or outer_batch to 2 or more, or lower accumulate.") from error
         if not (blamed := self.broken_samples(step) or self.broken_inputs(self.data.labelled)): raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise self.halted(f"step {step + 1} failed ({reason})", blamed, step) from error

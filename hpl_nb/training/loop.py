@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -24,8 +25,9 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..core import PREDICTION_COLUMNS, TURNS, HplError, OwnGenerators, RunFolder, seed_everything
-from ..data.core import SemiSupervisedData, Streams, batch_rows
+from ..data.core import SemiSupervisedData, Streams, batch_sizes, fitting_streams
 from ..data.pixels import DeviceView, Pixels
+from ..settings import change, differences
 from .checkpoint import Checkpoint
 from .guard import Guard
 from .predict import Evaluator, as_trainable, selected_metrics
@@ -52,7 +54,7 @@ def fit(
     watch:Callable[[Progress], bool]|None=None, # called after every step, on every process; a true answer stops, resumable
     experiment:Mapping[str, Any]|None=None, # JSON of the experiment, for config.json
 )->Run:
-    "Train, select on validation, and measure on the test set once. The same call with the same folder resumes."
+    "Train, select on validation, and measure on the test set once. The same call with the same folder resumes; more epochs go on."
     settings, folder, place = settings or Train(), RunFolder(folder) if folder else None, next(method.parameters()).device
     check_place(data, settings, folder, workers)
     try:
@@ -60,11 +62,11 @@ def fit(
             as_trainable(method, data)
             training = open_training(method, data, settings, seed, make_accelerator(settings.precision, trackers, folder))
             accelerator, at, guard = training.accelerator, training.progress, training.guard
-            config = run_config(method, training.data, settings, seed, accelerator.num_processes, experiment)
+            config = run_config(method, training.data, training.settings, seed, accelerator.num_processes, experiment)
             shown = progress and accelerator.is_main_process
             log = Log(Evaluator(method, training.data, accelerator, seed, guard.refuse, shown), at, folder, config, settings.record_every)
             checkpoint = Checkpoint(folder, method, training.schedulers, accelerator, at, config, checkpoint_seconds)
-            with explain_lost_processes(accelerator, workers), claimed(folder, config, accelerator, trackers):
+            with explain_lost_processes(accelerator, workers), claimed(folder, config, accelerator, trackers, method.share_of_run):
                 seed_everything(seed, accelerator.process_index)
                 checkpoint.resume()
                 last = min(at.steps, at.step + (at.steps if stop_after is None else stop_after))
@@ -91,7 +93,8 @@ def train_epochs(training:Training, guard:Guard, checkpoint:Checkpoint, log:Log,
                 ended = training.has_ended()
             advance()
             if at.at_epoch_end or checkpoint.is_due(): save(guard, checkpoint, log)
-            if ended or is_stopped(training, watch, own): break
+            stop = is_stopped(training, watch, own)
+            if ended or stop: break
     if not ended: save(guard, checkpoint, log)
     return ended
 
@@ -126,15 +129,15 @@ class Training:
     def step(self, batch:dict[str, dict[str, Tensor]])->None:
         "Lines 8-11 of Algorithm 1, on this process's batches."
         method, accelerator, count = self.method, self.accelerator, self.settings.accumulate
-        method.clock = self.progress.clock
-        for part in micro_batches(batch, count):
+        method.clock, parts = self.progress.clock, micro_batches(batch, count)
+        if count > 1:
+            with self.guard.blaming_samples(), accelerator.autocast(): method.before_parts(parts)
+        for part in parts:
             with self.guard.blaming_samples(), accelerator.autocast(): losses = method.training_step(part)
             accelerator.backward(sum(losses.values())/count)
             self.keep_record(losses)
         self.guard.watch(average_gradients(accelerator, method.optimizers["regressor"], self.guard.flags()))
-        for name, optimizer in method.optimizers.items():
-            if name != "regressor" and count > 1: scale_gradients(optimizer, 1/count)
-            optimizer.step()
+        for optimizer in method.optimizers.values(): optimizer.step()
         for optimizer in method.optimizers.values(): optimizer.zero_grad()
         method.after_step()
         self.progress.step += 1
@@ -159,17 +162,10 @@ def end_epoch(self:Training)->None:
     for scheduler in self.schedulers.values(): scheduler.step()
 
 # %% ../../nbs/51_training.loop.ipynb #cb66a16a
-def micro_batches(batch:Mapping[str, Mapping[str, Tensor]], count:int)->Iterator[dict[str, dict[str, Tensor]]]:
+def micro_batches(batch:Mapping[str, Mapping[str, Tensor]], count:int)->list[dict[str, dict[str, Tensor]]]:
     "Cut every stream's batch into `count` equal parts."
-    for i in range(count):
-        yield {stream: {key: value[i*len(value)//count:(i + 1)*len(value)//count] for key, value in tensors.items()}
-               for stream, tensors in batch.items()}
-
-def scale_gradients(optimizer:Optimizer, factor:float)->None:
-    "The gradients that a method leaves in .grad are sums over micro-batches; one over their number makes them means."
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is not None: parameter.grad *= factor
+    return [{stream: {key: value[i*len(value)//count:(i + 1)*len(value)//count] for key, value in tensors.items()}
+             for stream, tensors in batch.items()} for i in range(count)]
 
 def average_gradients(accelerator:Accelerator, optimizer:Optimizer, flags:Tensor)->Tensor:
     "Average gradients over the processes, all in one message with the flags: above zero where the flag of any process is."
@@ -263,9 +259,22 @@ def make_accelerator(precision:str="no", trackers:Sequence[str]=(), folder:RunFo
     return accelerator
 
 def check_accumulate(count:int, streams:Streams)->None:
-    for stream, rows in batch_rows(streams, 0).items():
-        if (share := len(rows)//streams.processes) % count:
-            raise HplError(f"accumulate is {count}, which does not divide the {stream} batch of {share}.")
+    for stream, sizes in batch_sizes(streams).items():
+        for share in [size//streams.processes for size in sizes]:
+            if share % count: raise HplError(f"accumulate is {count}, which does not divide the {stream} batch of {share}.")
+
+# %% ../../nbs/51_training.loop.ipynb #f17b5a7e
+def fitting_schedule(method:Trainable, data:SemiSupervisedData, settings:Train, accelerator:Accelerator)->Train:
+    "The schedule with batches that few rows can fill, after a warning; a batch size that somebody chose stays."
+    asked = method.stream_settings(settings.streams)
+    fitting = fitting_streams(data, method.needs, asked, accelerator.num_processes*settings.accumulate)
+    smaller = {name: there for name, (_, there) in differences(asked, fitting).items()}
+    if smaller and accelerator.is_main_process:
+        words = " and ".join(f"{name}={size}" for name, size in smaller.items())
+        rows = f"{len(data.labelled)} labelled and {len(data.unlabelled)} unlabelled rows"
+        warnings.warn(f"{data.name}: {rows} are too few for batches of 32, so that {words} is used. Give a size yourself to choose "
+                      "another.", stacklevel=4)
+    return change(settings, **smaller)
 
 # %% ../../nbs/51_training.loop.ipynb #1984b6b2
 def open_training(
@@ -277,7 +286,9 @@ def open_training(
 )->Training:
     "The method on its device with its optimisers and batches, ready to `step`; nothing is written."
     accelerator = accelerator or make_accelerator(settings.precision)
-    data, batches = method.prepare(data), method.stream_settings(settings.streams)
+    data = method.prepare(data)
+    settings = fitting_schedule(method, data, settings, accelerator)
+    batches = method.stream_settings(settings.streams)
     per_epoch, place = epoch_length(data, settings, batches), (accelerator.process_index, accelerator.num_processes)
     streams = Streams(data, method.needs, batches, per_epoch*settings.epochs, seed, *place)
     check_accumulate(settings.accumulate, streams)
@@ -302,11 +313,11 @@ def place_method(method:Trainable, settings:Train, accelerator:Accelerator)->dic
 
 # %% ../../nbs/51_training.loop.ipynb #db6cab58
 @contextmanager
-def claimed(folder:RunFolder|None, config:Mapping[str, Any], accelerator:Accelerator, trackers:Sequence[str])->Iterator[None]:
+def claimed(folder:RunFolder|None, config:Mapping, accelerator:Accelerator, trackers:Sequence[str], share_of_run:str="")->Iterator[None]:
     "Hold and claim the run folder within the block."
     mine = folder is not None and accelerator.is_main_process
     with run_lock(folder) if mine else nullcontext():
-        if mine: claim_run(folder, config)
+        if mine: claim_run(folder, config, share_of_run)
         accelerator.wait_for_everyone()
         if trackers: accelerator.init_trackers("hpl_nb", config={k: str(v) for k, v in config.items()})
         try: yield

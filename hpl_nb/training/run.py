@@ -105,6 +105,20 @@ def stored_run(folder:RunFolder)->Run:
     table = read_table(parquet) if os.path.lexists(parquet) else pd.DataFrame(columns=PREDICTION_COLUMNS)
     return Run(content["config"], log, content["metrics"], table, True, content["environment"])
 
+# %% ../../nbs/50b_training.run.ipynb #197289eb
+def differing(found:Mapping[str, tuple[Any, Any]], why_not:str="")->str:
+    "Differences in words, the first nine; more epochs are none, unless it is said why not."
+    words = {name: f"{name} is {there!r:.60} there and {here!r:.60} here" for name, (there, here) in found.items()}
+    if epochs := found.get("train.epochs"):
+        if not isinstance(epochs[0], int) or epochs[0] > epochs[1]: why_not = "a run goes on for more epochs, never for fewer"
+        if why_not: words["train.epochs"] += f" ({why_not})"
+        else: del words["train.epochs"]
+    return "; ".join([*words.values()][:9]) + (f"; and {len(words) - 9} more" if len(words) > 9 else "")
+
+def why_not_longer(share_of_run:str)->str:
+    "Why a method's run does not go on for more epochs; empty where it does."
+    return f"{share_of_run} is a share of all epochs, so that a longer run differs from its first step on" if share_of_run else ""
+
 # %% ../../nbs/50b_training.run.ipynb #4b54b519
 def run_config(method:Trainable, data:SemiSupervisedData, settings:Train, seed:int, processes:int=1, experiment:Mapping|None=None)->dict:
     "Everything that decides a run's numbers, as plain values, and the JSON of its experiment."
@@ -119,23 +133,35 @@ def run_config(method:Trainable, data:SemiSupervisedData, settings:Train, seed:i
     return json.loads(json.dumps(config | ({} if experiment is None else {"experiment": experiment}), default=str))
 
 # %% ../../nbs/50b_training.run.ipynb #48e114c3
-def other_run(there:Mapping[str, Any], here:Mapping[str, Any])->str:
-    "How the config of another run differs; empty where only its experiment does, whose JSON also says where files are."
+def other_run(there:Mapping[str, Any], here:Mapping[str, Any], share_of_run:str="")->str:
+    "How the config of another run differs; empty where this one is longer. The experiment does not count: it also says where files are."
     found = differences(dict(there), dict(here))
-    if all(name.split(".")[0] == "experiment" for name in found): return ""
-    words = [f"{name} is {a!r:.60} there and {b!r:.60} here" for name, (a, b) in found.items()]
-    return "; ".join(words[:9]) + (f"; and {len(words) - 9} more" if len(words) > 9 else "")
+    return differing({name: pair for name, pair in found.items() if name.split(".")[0] != "experiment"}, why_not_longer(share_of_run))
 
-def claim_run(folder:RunFolder, config:Mapping[str, Any])->bool:
-    "Write `config.json`, or check that the one there is equal (True); clears what a killed process left half-written."
+def claim_run(folder:RunFolder, config:Mapping[str, Any], share_of_run:str="")->bool:
+    "Write `config.json`, or check that the one there is this run's (True); clears what a killed process left half-written."
     there = folder.read_json("config.json")
     if there is not None:
         check_format(there, folder.path/"config.json")
-        if different := other_run(there, config):
+        if different := other_run(there, config, share_of_run):
             raise HplError(f"{folder.path} holds another run (config.json): {different}. Choose another folder, or delete that one.")
     for left in folder.path.rglob(".writing-*"): shutil.rmtree(left, ignore_errors=True)
     if there is None: folder.write_json("config.json", dict(config))
     return there is not None
+
+# %% ../../nbs/50b_training.run.ipynb #0823354b
+def can_lengthen(folder:RunFolder, config:Mapping[str, Any], step:int)->bool:
+    "Whether the folder's run is shorter than `config` says; refuses to lose its results where no checkpoint has them."
+    there = folder.read_json("config.json") or config
+    if there["train"]["epochs"] == config["train"]["epochs"]: return False
+    if step or not folder.metrics.exists(): return True
+    raise HplError(f"{folder.path} holds a finished run of {there['train']['epochs']} epochs and no checkpoint to go on from. "
+                   "Choose another folder, or put its folder checkpoints back.")
+
+def lengthen(folder:RunFolder, config:Mapping[str, Any])->None:
+    "Make the folder's run, which is shorter, the one of `config`."
+    folder.metrics.unlink(missing_ok=True)
+    folder.write_json("config.json", dict(config))
 
 # %% ../../nbs/50b_training.run.ipynb #6b3771d1
 def lock_path(folder:RunFolder)->Path:

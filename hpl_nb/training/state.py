@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..core import HplError, not_negative, whole_number
-from ..data.core import SemiSupervisedData, StreamSettings
+from ..data.core import SemiSupervisedData, StreamSettings, batches_per_pass
 from ..models import Regressor
 from ..settings import Settings
 
@@ -45,6 +45,7 @@ class Trainable(Protocol):
     record:dict[str, Tensor] # per-sample values of the last step, for monitoring; may be empty
     clock:Clock # where training is, set by the trainer before each step
     title:str # its name in tables
+    share_of_run:str # name of a setting that is a share of the whole run, such as a ramp; empty: a longer run begins as this one does
     processes:int # how many processes train together, set by the trainer
     reduce:Callable[[Tensor], Tensor] # average over them, set by the trainer
     gather:Callable[[Tensor], Tensor] # their rows joined, set by the trainer
@@ -54,6 +55,7 @@ class Trainable(Protocol):
     def stream_settings(self, settings:StreamSettings)->StreamSettings: "The streams as the method wants them."
     def make_optimizers(self, settings:OptimizerSettings)->dict[str, Optimizer]: "All optimisers."
     def training_step(self, batch:dict[str, dict[str, Tensor]])->dict[str, Tensor]: "Named losses; their sum is minimised."
+    def before_parts(self, parts:Sequence[dict[str, dict[str, Tensor]]])->None: "Called before the micro-batches of one step (`accumulate`)."
     def after_step(self)->None: "Called when the optimisers have stepped."
     def after_epoch(self)->None: "Called after the last step of an epoch, before validation."
     def predict(self, x:Tensor)->Tensor: "Predictions in normalised units, (b, K)."
@@ -101,8 +103,9 @@ def epoch_length(
 )->int: # iterations
     "Iterations of one epoch: a pass over the unlabelled rows, or over the labelled ones where there are no others (D13)."
     if settings.iterations_per_epoch: return settings.iterations_per_epoch
-    if settings.epoch_of == "unlabelled" and len(data.unlabelled): return max(1, len(data.unlabelled)//streams.unlabelled_batch)
-    return max(1, len(data.labelled)*streams.labelled_copies//streams.labelled_batch)
+    if settings.epoch_of == "unlabelled" and len(data.unlabelled): rows, batch = len(data.unlabelled), streams.unlabelled_batch
+    else: rows, batch = len(data.labelled)*streams.labelled_copies, streams.labelled_batch
+    return max(1, batches_per_pass(rows, batch, streams.drop_last))
 
 # %% ../../nbs/50_training.state.ipynb #23b22b82
 @dataclass
