@@ -235,7 +235,7 @@ def numbers(method, tmp_path):
     model.save(tmp_path/"model.safetensors")
     found["load"] = SemiSupervisedRegressor.load(tmp_path/"model.safetensors", network=dropout_net).predict(x)
     found["copy"], found["pickle"] = copy.deepcopy(model).predict(x), pickle.loads(pickle.dumps(model)).predict(x)
-    found["calibrate"] = model.calibrate(x[40:80], t[40:80]).predict_interval(x[:30], .5)
+    found["calibrate"] = model.calibrate(x[40:80] + 1., t[40:80]).predict_interval(x[:30], .5)
     return {name: np.asarray(values).tolist() for name, values in found.items()}
 
 

@@ -417,6 +417,7 @@ def warn_of_repeats(data:SemiSupervisedData)->None:
                   "deduplicate=True to drop such training rows.", stacklevel=3)
 
 # %% ../../nbs/14_data.stsb.ipynb #affdc7a3
+@usual_settings()
 def _inputs(pairs:pd.DataFrame, split:Callable[[str], list[str]], wordnet:WordNet|None, max_tokens:int,
             )->tuple[SentencePairs, dict[int, list[tuple[int, ...]]]]:
     "Both versions of all pairs as numbers, and the synonyms of all their words."
@@ -432,7 +433,6 @@ def _inputs(pairs:pd.DataFrame, split:Callable[[str], list[str]], wordnet:WordNe
                                                 for word, others in table.items() if word in index}
 
 # %% ../../nbs/14_data.stsb.ipynb #321d8014
-@usual_settings()
 def stsb(
     root:str|Path, # folder with sts.tsv, see `find_table`
     label_ratio:float=.05, # share of the 5,249 training rows that is labelled
