@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from numbers import Integral, Real
@@ -132,8 +132,8 @@ def only_column(X:Any)->list:
 def are_files(X:Any)->bool:
     "Whether most values that are not missing are paths of pictures."
     values = pd.Series(only_column(X), dtype=object).dropna()
-    is_list = getattr(X, "ndim", 1) == 1 and not any(isinstance(x, (list, tuple)) for x in X[:1])
-    ends = SUFFIXES if not is_list else ""
+    is_table = getattr(X, "ndim", 1) > 1 or isinstance(X, (list, tuple)) and any(isinstance(x, (list, tuple)) for x in X[:1])
+    ends = SUFFIXES if is_table else ""
     return 2*sum(isinstance(x, os.PathLike) or isinstance(x, str) and x.lower().endswith(ends) for x in values) > len(values)
 
 def are_pixels(X:Any)->bool:
@@ -452,6 +452,7 @@ def fitted_estimator(model:SemiSupervisedRegressor, content:Mapping[str, Any], p
                                          for name, column in own["pseudo_labels"].items()})
     return model
 
+# %% ../nbs/83_estimator.ipynb #2012a353
 def predictor_in(model:SemiSupervisedRegressor, content:Mapping[str, Any], path:str|Path)->Predictor:
     with OwnGenerators(): method = build_method(model.method_, model.shape_, len(content["normalizer"].mean), model.network_)
     return predictor_of(content, method, path)

@@ -14,7 +14,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as some
 from PIL import Image
 from scipy import sparse
@@ -255,6 +255,7 @@ VARIANTS = {"fortran": np.asfortranarray, "big-endian": lambda a: a.astype(a.dty
 
 
 @few
+@example("fortran", "fortran", True)
 @given(some.sampled_from(list(VARIANTS)), some.sampled_from(list(VARIANTS)), some.booleans())
 def test_any_type_of_array_gives_the_same_data(kind, other, picture):
     x = np.random.default_rng(0).integers(-100, 100, (20, 2, 5, 6) if picture else (20, 3)).astype(float) # which every type can hold

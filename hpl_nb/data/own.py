@@ -152,7 +152,7 @@ def input_tensor(inputs:np.ndarray|Tensor|Sequence, name:str, text:str="from_fra
         raise HplError(f"{name}: inputs are of type {array.dtype}, not numbers; {text}.")
     check_shape(array.shape, name)
     kind = np.float64 if array.ndim == 2 else np.uint8 if array.dtype == np.uint8 else np.float32
-    with np.errstate(over="ignore"): array = array.astype(kind)
+    with np.errstate(over="ignore"): array = array.astype(kind, order="C")
     bad = np.argwhere(~np.isfinite(array))
     if len(bad):
         raise row_error(f"{name}, inputs", [*dict.fromkeys(bad[:, 0].tolist())], f"position {bad[0][1:].tolist()} is "

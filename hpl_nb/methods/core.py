@@ -103,8 +103,6 @@ class Method(nn.Module):
 
     @property
     def title(self)->str: return self.settings.title if self.settings else type(self).__name__ # in tables
-    @property
-    def share_of_run(self)->str: return self.settings.share_of_run if self.settings else "" # see `MethodSettings`
     def config(self)->dict[str, Any]: return as_json(self.settings) if self.settings else {} # for config.json
 
     def prepare(self, data:SemiSupervisedData)->SemiSupervisedData: return data
@@ -118,6 +116,12 @@ class Method(nn.Module):
     def inspect(self, weak:Tensor, strong:Tensor)->dict[str, Tensor]:
         "What the method makes of an unlabelled sample's two views; (m, K) each, normalised units."
         return {"pseudo_label": self.regressor(weak), "strong_prediction": self.regressor(strong)}
+
+# %% ../../nbs/60_methods.core.ipynb #5ba2e0f1
+@patch(as_prop=True)
+def share_of_run(self:Method)->str:
+    "Name of a setting that is a share of all epochs; empty: a longer run begins as this one does."
+    return self.settings.share_of_run if self.settings else ""
 
 # %% ../../nbs/60_methods.core.ipynb #9d1dd057
 def adam(
