@@ -378,12 +378,12 @@ def outer_rows(rows:np.ndarray, inner:np.ndarray, batch_size:int, step:int, seed
 @dataclass(frozen=True)
 class StreamSettings(Settings):
     "Batch sizes (of all processes together) and order of the three streams."
-    labelled_batch:int=32 # n; 32 becomes smaller where the rows are too few, another number is refused
+    labelled_batch:int=32 # n; 32 shrinks to fit few rows
     unlabelled_batch:int=32 # m; likewise
-    outer_batch:int|None=None # of the outer labelled batch; None: n
+    outer_batch:int|None=None # of the outer batch; None: n
     labelled_copies:int=1 # passes hold each labelled row this often (release: 2, D12)
     outer_overlap:bool=False # may the outer batch share rows with the inner one (release: yes, D10)
-    drop_last:bool=True # leave out the rows at the end of a pass that fill no batch; False: a smaller one (release: on STS-B)
+    drop_last:bool=True # leave out a pass's last rows that fill no batch (release: not on STS-B)
 
     def check(self)->None:
         for name in ("labelled_batch", "unlabelled_batch", "outer_batch", "labelled_copies"):
