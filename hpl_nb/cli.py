@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 import tyro
 
 # %% auto #0
-__all__ = ['describe_run', 'hpl_train', 'hpl_compare', 'hpl_queue', 'hpl_store', 'hpl_figures', 'hpl_demo', 'hpl_bench']
+__all__ = ['hpl_train', 'hpl_compare', 'hpl_queue', 'hpl_store', 'hpl_figures', 'hpl_demo', 'hpl_bench']
 
 # %% ../nbs/90_cli.ipynb #eb9fa2a5
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class _TrainFlags(_Scheduled):
         folder = Path(self.out) if self.out else run_path(experiment)
         run = train_experiment(experiment, folder, workers=self.workers, stop_after=self.stop_after,
                                checkpoint_seconds=self.checkpoint_seconds, trackers=self.track)
-        if PartialState().is_main_process: print(describe_run(run, folder))
+        if PartialState().is_main_process: print(_described(run, folder))
 
 # %% ../nbs/90_cli.ipynb #277ea155
 def _changes(base:Settings, value:Settings)->dict[str, Any]:
@@ -159,10 +159,7 @@ def _labelled(method:MethodSettings)->MethodSettings:
     return base.but(**_changes(base, method))
 
 # %% ../nbs/90_cli.ipynb #ace4182d
-def describe_run(
-    run:Run, # finished or stopped
-    folder:str|Path, # where it is
-)->str:
+def _described(run:Run, folder:str|Path)->str:
     "What a command prints at the end of a run."
     if not run.finished: return f"Stopped before the end; the same command goes on. The run is in {folder}."
     m = run.metrics
