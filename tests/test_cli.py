@@ -93,7 +93,11 @@ def test_train_stops_resumes_and_draws(tmp_path, capsys):
     assert not differences(load_run(run).predictions, load_run(tmp_path/"whole").predictions)
     typed(f"hpl_figures {run} --out {page}")
     assert "outer=previous" in page.read_text()
-    with pytest.raises(SystemExit, match="train.epochs=2 there, 3 here"): typed(f"{line.replace('--epochs 2', '--epochs 3')} {run}")
+    longer = line.replace("--epochs 2", "--epochs 3")
+    typed(f"{longer} {run}")
+    assert "of 3 by validation" in capsys.readouterr().out and len(pd.read_csv(run/"log.csv")) == 3, "more epochs go on"
+    other = longer.replace("--iterations_per_epoch 5", "--iterations_per_epoch 6")
+    with pytest.raises(SystemExit, match="train.iterations_per_epoch is 5 there and 6 here"): typed(f"{other} {run}")
 
 
 def test_flags_are_settings(monkeypatch):
@@ -119,7 +123,7 @@ def test_help_fits_a_screen(command, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "140")
     with pytest.raises(SystemExit, match="0"): typed(f"{command} --help")
     page = capsys.readouterr().out
-    assert 5 < len(page.splitlines()) <= 66, page
+    assert 5 < len(page.splitlines()) <= 72, page
 
 
 @pytest.mark.parametrize("line, says, code", [
