@@ -472,10 +472,10 @@ class STSB(FolderSettings):
     strong:Literal["stored", "wordnet", "none"]="stored" # synonyms of the table, or fresh ones in every epoch (D15); none: no strong view
     wordnet:str=field(default="", compare=False) # folder of WordNet's files, for fresh synonyms
     lowercase:bool=True # False for cased word vectors (the release with GloVe 840B)
-    split_underscores:bool=False # True: take break_down as two words
-    fit_normalizer:bool=False # True: mean and scale of the labelled rows; False: score / 5 (as released)
+    split_underscores:bool=False # break_down as two words
+    fit_normalizer:bool=False # mean and scale of the labelled rows, not score / 5 (released)
     split:Literal["release", "dir"]="release" # the release's sts.tsv, or the three tables of STS-B-DIR (D14)
-    deduplicate:bool=False # True: drop training pairs that are held out or stand twice; False: as published
+    deduplicate:bool=False # drop training pairs that are held out or stand twice
 
     def load(self)->SemiSupervisedData:
         return stsb(self.require_root(), self.label_ratio, self.wordnet or None, self.lowercase, self.split_underscores,
