@@ -93,8 +93,7 @@ def test_train_stops_resumes_and_draws(tmp_path, capsys):
     assert not differences(load_run(run).predictions, load_run(tmp_path/"whole").predictions)
     typed(f"hpl_figures {run} --out {page}")
     assert "outer=previous" in page.read_text()
-    other = line.replace("--out", "--lr_head 0.5 --out")
-    with pytest.raises(SystemExit, match="lr_head is 0.003 there and 0.5 here"): typed(f"{other} {run}")
+    with pytest.raises(SystemExit, match="lr_head is 0.003 there and 0.5 here"): typed(f"{line} {run} --lr_head 0.5")
     typed(f"{line.replace('--epochs 2', '--epochs 3')} {run}") # more epochs go on
     assert len(pd.read_csv(run/"log.csv")) == 3
 
@@ -122,7 +121,7 @@ def test_help_fits_a_screen(command, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "140")
     with pytest.raises(SystemExit, match="0"): typed(f"{command} --help")
     page = capsys.readouterr().out
-    assert 5 < len(page.splitlines()) <= 72, page
+    assert 5 < len(page.splitlines()) <= 70, page # without its frames; the longest is STS-B's
 
 
 @pytest.mark.parametrize("line, says, code", [

@@ -469,7 +469,7 @@ def stsb(
 class STSB(FolderSettings):
     "STS-B as an experiment names it; see `stsb`."
     short:ClassVar[str] = "stsb"
-    strong:Literal["stored", "wordnet", "none"]="stored" # synonyms of the table, or fresh ones in every epoch (D15); none: no strong view
+    strong:Literal["stored", "wordnet", "none"]="stored" # synonyms of the table, fresh ones each epoch (D15), or no strong view
     wordnet:str=field(default="", compare=False) # folder of WordNet's files, for fresh synonyms
     lowercase:bool=True # False for cased word vectors (the release with GloVe 840B)
     split_underscores:bool=False # break_down as two words
