@@ -30,10 +30,16 @@ def is_same(stored, fresh):
     "Equal words, and numbers that are equal to rounding."
     if NUMBER.sub("#", stored) != NUMBER.sub("#", fresh): return False
     pairs = zip(NUMBER.findall(stored), NUMBER.findall(fresh))
-    return all(a == b or math.isclose(number(a), number(b), rel_tol=TOLERANCE, abs_tol=1e-6) for a, b in pairs)
+    return all(a == b or math.isclose(number(a), number(b), rel_tol=TOLERANCE, abs_tol=last_digit(a)) for a, b in pairs)
 
 
 def number(text): return float(text.replace(",", ""))
+
+
+def last_digit(text):
+    "One unit of the last digit of a decimal fraction; 0 of a whole number."
+    decimals = re.search(r"\.(\d+)$", text)
+    return 1.01*10.**-len(decimals[1]) if decimals else 0.
 
 
 def stale(stored, fresh):
