@@ -209,10 +209,10 @@ def test_another_run_and_a_method_without_a_variance(explorer):
     choice(page, "Run").select_option(label="digits/HPL/1")
     wait_for(lambda: values(page, 0, "x") != before)
     choice(page, "Method").select_option(label="PseudoLabel")
-    wait_for(lambda: "disagreement" in words(page) and choice(page, "Vertical").locator("option").count() == 1)
+    wait_for(lambda: "disagreement" in words(page) and choice(page, "Vertical").locator("option").count() == 2)
     assert choice(page, "Run").locator("option").all_inner_texts() == ["digits/PseudoLabel/0"]
     choice(page, "Method").select_option(label="HPL")
-    wait_for(lambda: choice(page, "Vertical").locator("option").count() == 2)
+    wait_for(lambda: choice(page, "Vertical").locator("option").count() == 3)
     assert not ours(errors)
 
 
