@@ -106,7 +106,7 @@ def as_text(X:pd.DataFrame, preprocessor:ColumnTransformer)->pd.DataFrame:
 # %% ../nbs/83_estimator.ipynb #9a35840f
 def table(model:SemiSupervisedRegressor, X:Any, train:np.ndarray|None=None)->np.ndarray:
     "A table as numbers (n, d'); with rows that train the preprocessor is fitted, without them X is compared with what was fitted."
-    fitting, X = train is not None, dense(unmasked(X))
+    fitting, X = train is not None, dense(X)
     if fitting and model.preprocessor is not None: model.preprocessor_ = clone(model.preprocessor)
     if model.preprocessor_ is None and not (fitting and isinstance(X, pd.DataFrame)):
         return validate_data(model, X, dtype=np.float64, reset=fitting, ensure_min_samples=1 + fitting)

@@ -53,12 +53,13 @@ class Module:
     "Symbols of a Python text: their code, and what each of them names."
     def __init__(self, name, text):
         self.name, self.code, self.uses, self.imports, self.stars = name, defaultdict(str), defaultdict(set), {}, []
-        for node in ast.parse(text).body:
+        tree = ast.parse(text)
+        for node in tree.body:
             if isinstance(node, (ast.Import, ast.ImportFrom)): continue
             for symbol in owner(node):
                 self.code[symbol] += ast.unparse(node)
                 self.uses[symbol] |= names_in(node)
-        for node in ast.walk(ast.parse(text)):
+        for node in ast.walk(tree):
             if isinstance(node, ast.Import): self.imports |= {a.asname or a.name: (a.name, None) for a in node.names}
             if isinstance(node, ast.ImportFrom):
                 origin = absolute(name, node)

@@ -33,8 +33,8 @@ def environment(folder):
     return environ
 
 
-def run(*command, folder=ROOT, quiet=False, timeout=None):
-    "Run a command in `folder`; one sentence if it fails."
+def run(*command, folder=ROOT, quiet=False, timeout=None, passing=(0,)):
+    "Run a command in `folder`; one sentence if it ends with another code than the `passing` ones."
     options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) if quiet else {}
     command = [str(word) for word in command]
     options |= dict(cwd=folder, env=environment(folder), stdin=subprocess.DEVNULL, start_new_session=True)
@@ -43,7 +43,7 @@ def run(*command, folder=ROOT, quiet=False, timeout=None):
         except BaseException: # out of time, or Ctrl-C: its own processes end with it
             os.killpg(done.pid, signal.SIGKILL)
             raise
-    if done.returncode in (0, NO_TESTS): return []
+    if done.returncode in passing: return []
     if quiet: print(output)
     return [f"`{' '.join(command)}` ended with {done.returncode}"]
 
@@ -145,7 +145,7 @@ def run_item(path, tests, until):
     tests = [f"{path}::{test}" for test in tests] or [path]
     command = ["tests/notebooks.py", path] if path.endswith(".ipynb") else ["-m", "pytest", "-q", *tests]
     if (seconds := until - time.monotonic()) <= 0: return None
-    try: return run(sys.executable, *command, quiet=True, timeout=seconds)
+    try: return run(sys.executable, *command, quiet=True, timeout=seconds, passing=(0, NO_TESTS))
     except subprocess.TimeoutExpired: return None
 
 

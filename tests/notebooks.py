@@ -54,6 +54,7 @@ def stale(stored, fresh):
 def run(path):
     "Run one notebook: (whether it passed, seconds, cells whose stored output is stale)."
     import nbdev.test
+    from nbdev.config import get_config
     found = []
     class Comparing(nbdev.test.CaptureShell):
         def cell(self, cell, **options):
@@ -63,7 +64,7 @@ def run(path):
             if not self.exc and VARIES not in (cell.directives_ or {}) and (why := stale(stored, cell.outputs)):
                 found.append(f"{path.relative_to(ROOT).as_posix()}, cell {cell.idx_}: {why}")
     nbdev.test.CaptureShell = Comparing # what `test_nb` runs notebooks in
-    passed, seconds = nbdev.test.test_nb(path, skip_flags=["slow", "cuda"], basepath=ROOT)
+    passed, seconds = nbdev.test.test_nb(path, skip_flags=get_config().tst_flags.split(), basepath=ROOT)
     return passed, seconds, found
 
 

@@ -1,5 +1,8 @@
 "What the maintainer's own tools find: what a change can break, and outputs that are stale."
+import sys
+
 import changed
+import check
 import notebooks
 import pytest
 
@@ -55,3 +58,9 @@ def test_stale_outputs_are_named():
     assert notebooks.stale(cell("a\n  b"), cell("a b") + warning) == ""
     assert notebooks.stale(cell("R2 of 0.9"), cell("R2 of 0.7")) == "stored '0.9', now '0.7'"
     assert "stored" in notebooks.stale(cell("a"), []) and "now" in notebooks.stale([], cell("a"))
+
+
+def test_a_step_without_tests_has_not_passed():
+    "pytest ends with 5 where it finds none: that is right only where --changed has named tests that are slow or need a GPU."
+    nothing = sys.executable, "-c", f"raise SystemExit({check.NO_TESTS})"
+    assert check.run(*nothing, quiet=True) and not check.run(*nothing, quiet=True, passing=(0, check.NO_TESTS))

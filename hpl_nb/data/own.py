@@ -21,7 +21,8 @@ from torch import Tensor
 from ..core import HplError, derive_seed, usual_settings
 from .columns import FRAME_WORDS, Words, fit_encoder, require_columns
 from .core import (
-    SPLITS, BatchView, SemiSupervisedData, StreamSettings, View, announce, content_keys, row_error, row_numbers, row_owners, split_rows)
+    SPLITS, BatchView, SemiSupervisedData, StreamSettings, View, announce, content_keys, largest_batches, row_error, row_numbers,
+    row_owners, split_rows)
 from hpl_nb.data.images import (
     ImageFiles, ImageSource, ImageViews, exact_count, find_images, image_data, is_below, randaugment_mc_views, repeated_rows,
     require_images,
@@ -305,8 +306,9 @@ def batches_for(
     unlabelled_batch:int=32, # largest unlabelled batch
 )->StreamSettings: # for `Train(streams=...)`
     "The largest batches, up to the given ones, that the rows allow for every method."
-    return StreamSettings(labelled_batch=max(1, min(labelled_batch, len(data.labelled)//2)),
-                          unlabelled_batch=max(1, min(unlabelled_batch, len(data.unlabelled))))
+    most = largest_batches(data, {"outer": ()}, StreamSettings())
+    return StreamSettings(labelled_batch=max(1, min(labelled_batch, most["labelled"])),
+                          unlabelled_batch=max(1, min(unlabelled_batch, most["unlabelled"])))
 
 # %% ../../nbs/15_data.own.ipynb #b5a80d8a
 def frame_labels(frame:pd.DataFrame, target:str|Sequence[str], split:Any, name:str)->tuple[np.ndarray, Split, set[str]]:
