@@ -103,7 +103,7 @@ def explorer(lab, browser):
         page.wait_for_selector(".js-plotly-plot .nsewdrag", state="attached")
         idle(page)
         choice(page, "Method").select_option(label="HPL")
-        wait_for(lambda: choice(page, "Vertical").locator("option").count() == 2)
+        wait_for(lambda: choice(page, "Vertical").locator("option").count() == 3)
         choice(page, "Vertical").select_option(index=0)
         page.get_by_role("button", name="All labels").click()
         press(page, "Epoch", "End")
