@@ -87,7 +87,9 @@ def test_train_stops_resumes_and_draws(tmp_path, capsys):
     assert not differences(load_run(run).predictions, load_run(tmp_path/"whole").predictions)
     typed(f"hpl_figures {run} --out {page}")
     assert "outer=previous" in page.read_text()
-    with pytest.raises(SystemExit, match="train.epochs=2 there, 3 here"): typed(f"{line.replace('--epochs 2', '--epochs 3')} {run}")
+    typed(f"{line.replace('--epochs 2', '--epochs 3')} {run}")
+    assert len(pd.read_csv(run/"log.csv")) == 3
+    with pytest.raises(SystemExit, match="train.epochs is 3 there and 2 here"): typed(f"{line} {run}")
 
 
 def test_flags_are_settings(monkeypatch):
