@@ -5,67 +5,111 @@
 # %% ../nbs/90_cli.ipynb #356b29d8
 from __future__ import annotations
 
+import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, make_dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, replace
+from importlib.resources import files
+from io import StringIO
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_type_hints
 
 import tyro
-from accelerate import PartialState
-
-from .bench import Bench, measure
-from .convert import convert_runs
-from .core import HplError
-from .experiment import DATASETS, Benchmark, Experiment, benchmark_of, run_path, text_schedule
-from .methods.core import MethodSettings
-from .methods.known import known_methods, method_named
-from .protocols import Files, cpu_protocol, gpu_protocol, what_is_missing
-from .report import finished_runs, report, write_results
-from .runner import Backend, ray_cluster, run_all, train_experiment
-from .search import search, tuned
-from .settings import Settings, change, differences, unknown_name
-from .store import merge_runs
-from .training.run import Run
-from .training.state import Train
 
 # %% auto #0
-__all__ = ['describe_run', 'hpl_train', 'hpl_compare', 'hpl_queue', 'hpl_store', 'hpl_figures', 'hpl_demo', 'hpl_bench']
+__all__ = ['hpl_train', 'hpl_compare', 'hpl_queue', 'hpl_store', 'hpl_figures', 'hpl_demo', 'hpl_bench']
+
+# %% ../nbs/90_cli.ipynb #eb9fa2a5
+if TYPE_CHECKING:
+    from hpl_nb.experiment import Experiment
+    from hpl_nb.methods.core import MethodSettings
+    from hpl_nb.runner import Backend
+    from hpl_nb.settings import Settings
+    from hpl_nb.training.run import Run
+    from hpl_nb.training.state import Train
 
 # %% ../nbs/90_cli.ipynb #5910435e
 _FLAT = tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff
 
-def _command(kind:Any, name:str, arguments:Sequence[str]|None, about:str|None=None, first:Sequence[str]=())->None:
+def _command(name:str, words:Sequence[str], made:Callable[[], Any], about:str="")->None: # about: of one with subcommands
     "Parse a command line and carry it out; an `HplError` is printed without a traceback, Ctrl-C says how to go on."
-    words = sys.argv[1:] if arguments is None else [*arguments]
+    kind = None
+    if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="backslashreplace") # a terminal may lack a folder's letters
     try:
-        if first and words and not words[0].startswith("-") and words[0] not in first:
-            raise unknown_name(words[0], [*first], name, "command")
-        tyro.cli(kind, prog=name, args=words, description=about, use_underscores=True, config=_FLAT).run()
-    except HplError as error: sys.exit(f"hpl_nb: {error}")
+        kind = _subcommands(name, words, made) if about else made()
+        _parsed(kind, name, words, about).run()
     except KeyboardInterrupt: sys.exit("Interrupted. What was checkpointed is kept; the same command goes on from there.")
+    except ValueError as error:
+        if not _is_ours(error): raise
+        sys.exit(f"hpl_nb: {_in_options(str(error), kind)}")
 
-def _choice(values:Mapping[str, Any])->Any:
-    "A subcommand for each dataclass, or for each value, which gives its defaults."
-    def about(value): return re.split("[;:,.(]", value.__doc__)[0]
-    if all(isinstance(value, type) for value in values.values()):
-        kinds = [Annotated[value, tyro.conf.subcommand(name, description=about(value), prefix_name=False)]
-                 for name, value in values.items()]
-        return Union[tuple(kinds)] # noqa: UP007
-    return tyro.extras.subcommand_type_from_defaults(values, {name: about(value) for name, value in values.items()}, prefix_names=False,
-                                                     sort_subcommands=False)
+def _typed(arguments:Sequence[str]|None, otherwise:str="--help")->list[str]:
+    "The words of a command line; what to do where there are none."
+    return [*(sys.argv[1:] if arguments is None else arguments)] or otherwise.split()
 
-# %% ../nbs/90_cli.ipynb #53e1bef6
-def _on_each_dataset(flags:Any)->Any:
-    "A subcommand for each known dataset, with its own defaults; `flags.run` gets all of it."
-    def command(known:Benchmark):
-        parts = [("flags", type(flags), flags), ("data", type(known.data), known.data), ("model", type(known.model), known.model),
-                 ("train", Train, known.train)]
-        made = make_dataclass(known.data.short, [(name, kind, field(default=value)) for name, kind, value in parts], frozen=True,
-                              namespace={"__doc__": type(known.data).__doc__, "run": lambda self, *more: self.flags.run(self, *more)})
-        return made()
-    return _choice({known.data.short: command(known) for known in DATASETS})
+# %% ../nbs/90_cli.ipynb #e3c35403
+def _is_ours(error:BaseException)->bool:
+    "Whether an error is an `HplError`, by its name: the class's module imports PyTorch."
+    return any(kind.__name__ == "HplError" for kind in type(error).__mro__)
+
+def _parsed(kind:Any, name:str, words:Sequence[str], about:str)->Any:
+    "What a command line says. tyro prints the error of a settings class in a box and exits; here it is raised as it was."
+    printed = StringIO()
+    try:
+        with redirect_stderr(printed):
+            return tyro.cli(kind, prog=name, args=words, description=about or None, use_underscores=True, config=_FLAT)
+    except SystemExit as ended:
+        error:BaseException|None = ended
+        while error and not _is_ours(error): error = error.__context__
+        if error: raise error from None
+        sys.stderr.write(printed.getvalue())
+        raise
+
+# %% ../nbs/90_cli.ipynb #48794a5c
+def _about(kind:type)->str: return re.split(r"[;:,.(](?!\d)", kind.__doc__)[0].strip()
+
+def _choice(kinds:Mapping[str, type])->Any:
+    "A subcommand for each class."
+    return Union[tuple(Annotated[kind, tyro.conf.subcommand(name, description=_about(kind), prefix_name=False)] # noqa: UP007
+                       for name, kind in kinds.items())]
+
+def _with_parts(name:str, about:str, flags:Any, **parts:Any)->type:
+    "A command that has the fields of several dataclasses, with these values as defaults; `flags.run` gets all of it."
+    given = [(part, type(value), field(default=value)) for part, value in {"flags": flags, **parts}.items()]
+    return make_dataclass(name, given, frozen=True, namespace={"__doc__": about, "run": lambda self, *more: self.flags.run(self, *more)})
+
+# %% ../nbs/90_cli.ipynb #2607e3bf
+def _listed(name:str)->dict[str, str]:
+    "What is known about a command's subcommands without importing them."
+    return json.loads((files("hpl_nb")/"resources"/"commands.json").read_text(encoding="utf-8"))[name]
+
+def _subcommands(name:str, words:Sequence[str], made:Callable[[], Mapping[str, type]])->Any:
+    "All subcommands of a command; where only their list is wanted, empty ones."
+    if words in (["-h"], ["--help"]): return _choice({word: make_dataclass(word, (), namespace={"__doc__": about})
+                                                      for word, about in _listed(name).items()})
+    kinds = made()
+    if words[0].startswith("-") or words[0] in kinds: return _choice(kinds)
+    from hpl_nb.settings import unknown_name
+    raise unknown_name(words[0], [*kinds], name, "command")
+
+# %% ../nbs/90_cli.ipynb #dca49a0a
+def _options(kind:Any)->set[str]:
+    "The names of all options of a command."
+    hints = get_type_hints(kind) if isinstance(kind, type) and is_dataclass(kind) else {}
+    parts = [(each.name, hints[each.name]) for each in fields(kind)] if hints else [("", part) for part in get_args(kind)]
+    return {name for key, part in parts for name in (_options(part) - {""} or {key})}
+
+def _in_options(text:str, kind:Any)->str:
+    "A message with options for settings: a name with an underscore anywhere, other words at the start or with a value."
+    known = _options(kind)
+    def option(found):
+        name, value = found[1], found[2] or found[3]
+        meant = "_" in name or value or found.start() == 0 and text[found.end():].startswith(" is ")
+        if name not in known or not meant: return found[0]
+        return f"--{name} {value}" if value else f"--{name}"
+    return re.sub(r"(?<![\w./'\"-])(\w+)(?:=(?:['\"](\w+)['\"]|(\d+|None)))?(?![\w/=]|\.\w)", option, text)
 
 # %% ../nbs/90_cli.ipynb #f7e36e88
 @dataclass(frozen=True)
@@ -73,6 +117,8 @@ class _Scheduled:
     schedule:Literal["release", "paper"]="release" # paper: what its text says (D12, D13)
 
     def train_of(self, given:Any)->Train:
+        from hpl_nb.experiment import benchmark_of, text_schedule
+        from hpl_nb.settings import change
         released = benchmark_of(given.data).train
         return given.train if self.schedule == "release" else change(text_schedule(released), **_changes(released, given.train))
 
@@ -87,18 +133,23 @@ class _TrainFlags(_Scheduled):
     track:tuple[str, ...]=() # accelerate's trackers, such as tensorboard wandb
 
     def experiment(self, given:Any, method:MethodSettings)->Experiment:
+        from hpl_nb.experiment import Experiment
         return Experiment(given.data, _labelled(method), given.model, self.train_of(given), self.seed)
 
     def run(self, given:Any, method:MethodSettings)->None:
+        from accelerate import PartialState
+        from hpl_nb.experiment import run_path
+        from hpl_nb.runner import train_experiment
         experiment = self.experiment(given, method)
         folder = Path(self.out) if self.out else run_path(experiment)
         run = train_experiment(experiment, folder, workers=self.workers, stop_after=self.stop_after,
                                checkpoint_seconds=self.checkpoint_seconds, trackers=self.track)
-        if PartialState().is_main_process: print(describe_run(run, folder))
+        if PartialState().is_main_process: print(_described(run, folder))
 
 # %% ../nbs/90_cli.ipynb #277ea155
 def _changes(base:Settings, value:Settings)->dict[str, Any]:
     "What is different, by the settings' own names."
+    from hpl_nb.settings import differences
     return {name.split(".")[-1]: new for name, (_, new) in differences(base, value).items()}
 
 def _labelled(method:MethodSettings)->MethodSettings:
@@ -108,10 +159,7 @@ def _labelled(method:MethodSettings)->MethodSettings:
     return base.but(**_changes(base, method))
 
 # %% ../nbs/90_cli.ipynb #ace4182d
-def describe_run(
-    run:Run, # finished or stopped
-    folder:str|Path, # where it is
-)->str:
+def _described(run:Run, folder:str|Path)->str:
     "What a command prints at the end of a run."
     if not run.finished: return f"Stopped before the end; the same command goes on. The run is in {folder}."
     m = run.metrics
@@ -119,16 +167,28 @@ def describe_run(
             f"test MAE {m['test_mae']:.3f}, MSE {m['test_mse']:.3f}, R2 {m['test_r2']:.3f} ({run.config['unit']}).\n"
             f"Predictions: {Path(folder)/'predictions.parquet'}. Figures: hpl_figures {folder}")
 
-# %% ../nbs/90_cli.ipynb #0f85aee6
+# %% ../nbs/90_cli.ipynb #53e1bef6
+def _on_each_dataset(flags:Any)->dict[str, type]:
+    "A command for each known dataset, with its own defaults."
+    from hpl_nb.experiment import DATASETS
+    return {known.data.short: _with_parts(known.data.short, type(known.data).__doc__, flags, data=known.data, model=known.model,
+                                          train=known.train) for known in DATASETS}
+
+def _of_each_method()->dict[str, type]:
+    "A command for each known method, with all datasets."
+    from hpl_nb.methods.known import known_methods
+    datasets = _choice(_on_each_dataset(_TrainFlags()))
+    def command(method:MethodSettings):
+        return make_dataclass(method.short, [("on", datasets), ("method", type(method), field(default=method))], frozen=True,
+                              namespace={"__doc__": type(method).__doc__, "run": lambda self: self.on.run(self.method)})
+    return {name: command(method) for name, method in known_methods().items()}
+
+# %% ../nbs/90_cli.ipynb #d5fce4d2
 def hpl_train(
     arguments:Sequence[str]|None=None, # as typed; None: of this process
 )->None:
     "Train one run; the same command resumes it."
-    methods, datasets = known_methods(), _on_each_dataset(_TrainFlags())
-    def command(method:MethodSettings):
-        return make_dataclass(method.short, [("on", datasets), ("method", type(method), field(default=method))], frozen=True,
-                              namespace={"__doc__": type(method).__doc__, "run": lambda self: self.on.run(self.method)})
-    _command(_choice({name: command(method) for name, method in methods.items()}), "hpl_train", arguments, hpl_train.__doc__, [*methods])
+    _command("hpl_train", _typed(arguments), _of_each_method, hpl_train.__doc__)
 
 # %% ../nbs/90_cli.ipynb #335205a5
 @dataclass(frozen=True)
@@ -138,12 +198,15 @@ class _Many:
     per_gpu:int=1 # ray: runs that share a GPU
     minutes:float|None=None # stop after this time; the same command goes on
 
-    def backend_of(self)->Backend|None: return ray_cluster(self.per_gpu) if self.backend == "ray" else None
+    def backend_of(self)->Backend|None:
+        from hpl_nb.runner import ray_cluster
+        return ray_cluster(self.per_gpu) if self.backend == "ray" else None
 
 DEMO_METHODS = ("supervised", "pseudo_label", "joint_uncertainty", "hpl_paper", "hpl_release", "fully_supervised")
 
 def _named(names:Sequence[str])->dict[str, MethodSettings]:
     "Methods by their short names, or all."
+    from hpl_nb.methods.known import known_methods, method_named
     return known_methods() if tuple(names) == ("all",) else {name: method_named(name) for name in names}
 
 # %% ../nbs/90_cli.ipynb #29eea2e5
@@ -157,6 +220,9 @@ class _CompareFlags(_Scheduled, _Many):
     store:str="" # folder of stored runs; what is there is skipped
 
     def run(self, given:Any)->None:
+        from hpl_nb.experiment import Experiment
+        from hpl_nb.report import write_results
+        from hpl_nb.runner import run_all
         ratios, name = self.label_ratios or (given.data.label_ratio,), given.data.short
         todo = [Experiment(replace(given.data, label_ratio=ratio), method, given.model, self.train_of(given), seed)
                 for ratio in ratios for seed in self.seeds for method in _named(self.methods).values()]
@@ -169,30 +235,39 @@ def hpl_compare(
     arguments:Sequence[str]|None=None, # as typed; None: of this process
 )->None:
     "Methods x label ratios x seeds as a table beside the paper's numbers; what is done is skipped."
-    _command(_on_each_dataset(_CompareFlags()), "hpl_compare", arguments, hpl_compare.__doc__, [known.data.short for known in DATASETS])
+    _command("hpl_compare", _typed(arguments), lambda: _on_each_dataset(_CompareFlags()), hpl_compare.__doc__)
+
+# %% ../nbs/90_cli.ipynb #8d07a1aa
+def write_commands(path:str|Path="")->None: # empty: where help reads it
+    "Write the list of methods and datasets that help reads."
+    made = {"hpl_train": _of_each_method(), "hpl_compare": _on_each_dataset(_CompareFlags())}
+    sentences = {command: {name: _about(kind) for name, kind in kinds.items()} for command, kinds in made.items()}
+    Path(path or files("hpl_nb")/"resources"/"commands.json").write_text(json.dumps(sentences, indent=1) + "\n", encoding="utf-8")
 
 # %% ../nbs/90_cli.ipynb #2b310ba7
 @dataclass(frozen=True)
-class _Queue(_Many):
-    "Train what is missing of a protocol, the most valuable first."
+class _QueueFlags(_Many):
+    "Of a protocol, the most valuable first."
     protocol:tyro.conf.Positional[Literal["cpu", "gpu"]]="cpu" # see the notebook Protocols
-    files:Files=Files() # where the data are; what has no folder is left out
     out:str="" # top folder of the runs; empty: runs/PROTOCOL
     store:str="" # folder that keeps one small file per run; empty: data/results/PROTOCOL
     show:bool=False # only say what is missing
 
-    def run(self)->None:
-        protocol = {"cpu": cpu_protocol, "gpu": gpu_protocol}[self.protocol](self.files)
+    def run(self, given:Any)->None:
+        from hpl_nb.protocols import cpu_protocol, gpu_protocol, what_is_missing
+        from hpl_nb.runner import run_all
+        protocol = {"cpu": cpu_protocol, "gpu": gpu_protocol}[self.protocol](given.files)
         store = self.store or f"data/results/{self.protocol}"
         todo = [each for entry in protocol for each in entry.experiments if each.data.root]
-        for each in todo: _require_files(each, self.files)
+        for each in todo: _require_files(each, given.files)
         if not self.show:
             run_all(todo, self.out or f"runs/{self.protocol}", self.jobs, store=store, minutes=self.minutes, backend=self.backend_of())
         print(what_is_missing(protocol, store).to_string(index=False))
 
 # %% ../nbs/90_cli.ipynb #f527c1c4
-def _require_files(experiment:Experiment, files:Files)->None:
+def _require_files(experiment:Experiment, files:Any)->None:
     "Refuse a missing file of weights or vectors before the first run."
+    from hpl_nb.core import HplError
     for name in ("weights", "vectors"):
         if hasattr(experiment.model, name) and not Path(path := getattr(files, name)).is_file():
             raise HplError(f"the protocol needs {name} for {experiment.data.short}, and there is no file {path}; pass --{name} with one.")
@@ -202,7 +277,10 @@ def hpl_queue(
     arguments:Sequence[str]|None=None, # as typed; None: of this process
 )->None:
     "Train what is missing of a protocol, the most valuable first."
-    _command(_Queue, "hpl_queue", arguments)
+    def command():
+        from hpl_nb.protocols import Files
+        return _with_parts("hpl_queue", hpl_queue.__doc__, _QueueFlags(), files=Files())
+    _command("hpl_queue", _typed(arguments, ""), command)
 
 # %% ../nbs/90_cli.ipynb #beb564cc
 @dataclass(frozen=True)
@@ -213,6 +291,8 @@ class _Store:
     convert:bool=False # rewrite the runs of an earlier version in place, and store nothing
 
     def run(self)->None:
+        from hpl_nb.convert import convert_runs
+        from hpl_nb.store import merge_runs
         if self.convert: return print(f"{len(convert_runs(self.sources))} run(s) converted.")
         new = [path for source in self.sources for path in merge_runs(source, self.store)]
         print(f"{len(new)} new run(s) in {self.store}.")
@@ -222,7 +302,7 @@ def hpl_store(
     arguments:Sequence[str]|None=None, # as typed; None: of this process
 )->None:
     "Gather runs that were made elsewhere, or convert those of an earlier version."
-    _command(_Store, "hpl_store", arguments)
+    _command("hpl_store", _typed(arguments), lambda: _Store)
 
 # %% ../nbs/90_cli.ipynb #d90d08c1
 @dataclass(frozen=True)
@@ -232,6 +312,8 @@ class _Figures:
     out:str="report.html" # the HTML file
 
     def run(self)->None:
+        from hpl_nb.core import HplError
+        from hpl_nb.report import finished_runs, report
         found = finished_runs(self.runs)
         if not found: raise HplError(f"no finished run below {', '.join(self.runs)}; train one with hpl_train.")
         print(f"Report of {len(found)} run(s): {report(found, self.out, 'Runs')}")
@@ -241,7 +323,7 @@ def hpl_figures(
     arguments:Sequence[str]|None=None, # as typed; None: of this process
 )->None:
     "The paper's figures of finished runs, in one self-contained file."
-    _command(_Figures, "hpl_figures", arguments)
+    _command("hpl_figures", _typed(arguments), lambda: _Figures)
 
 # %% ../nbs/90_cli.ipynb #299dc93c
 @dataclass(frozen=True)
@@ -255,6 +337,10 @@ class _Demo:
     search:bool=False # tune the methods again (minutes each) and write rotated_digits_search.csv
 
     def run(self)->None:
+        from hpl_nb.report import write_results
+        from hpl_nb.runner import run_all
+        from hpl_nb.search import search, tuned
+        from hpl_nb.settings import change
         names, out = _named(self.methods), Path(self.out)
         if self.search: return search(names, out/"search", self.jobs).to_csv(out/"rotated_digits_search.csv", index=False)
         shorter = {} if self.iterations is None else {"iterations_per_epoch": self.iterations}
@@ -266,16 +352,17 @@ def hpl_demo(
     arguments:Sequence[str]|None=None, # as typed; None: of this process
 )->None:
     "Six methods (or all) on rotated digits."
-    _command(_Demo, "hpl_demo", arguments)
+    _command("hpl_demo", _typed(arguments, ""), lambda: _Demo)
 
 # %% ../nbs/90_cli.ipynb #e3fc4a3a
 @dataclass(frozen=True)
-class _Bench(Bench):
-    "Time and memory per iteration of each method beside the paper's (Table 5), or the speed of the whole loop."
+class _BenchFlags:
+    "Where to write."
     out:str="" # CSV file for the table
 
-    def run(self)->None:
-        table, words = measure(self)
+    def run(self, given:Any)->None:
+        from hpl_nb.bench import measure
+        table, words = measure(given.bench)
         if self.out: table.round(3).to_csv(self.out, index=False)
         print(words)
 
@@ -283,5 +370,8 @@ class _Bench(Bench):
 def hpl_bench(
     arguments:Sequence[str]|None=None, # as typed; None: of this process
 )->None:
-    "Time and memory per iteration of each method."
-    _command(_Bench, "hpl_bench", arguments)
+    "Time and memory per iteration of each method beside the paper's (Table 5), or the speed of the whole loop."
+    def command():
+        from hpl_nb.bench import Bench
+        return _with_parts("hpl_bench", hpl_bench.__doc__, _BenchFlags(), bench=Bench())
+    _command("hpl_bench", _typed(arguments, ""), command)

@@ -12,9 +12,10 @@ import os
 import pickletools
 import random
 import tempfile
+import threading
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
@@ -99,6 +100,72 @@ def set_random_states(
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(states["torch"].cpu())
     if len(states["cuda"]) == torch.cuda.device_count(): torch.cuda.set_rng_state_all([s.cpu() for s in states["cuda"]])
+
+# %% ../nbs/00_core.ipynb #e828c0d4
+class Turns:
+    "A lock for which threads wait in a queue; the thread that holds it may take it again."
+    def __init__(self): self.queue, self.lock, self.holder, self.depth = threading.Lock(), threading.Lock(), None, 0
+
+    def __enter__(self):
+        if self.holder != threading.get_ident():
+            with self.queue: self.lock.acquire()
+            self.holder = threading.get_ident()
+        self.depth += 1
+
+    def __exit__(self, *error):
+        self.depth -= 1
+        if self.depth: return
+        self.holder = None
+        self.lock.release()
+
+    @property
+    def is_awaited(self)->bool: return self.queue.locked()
+
+TURNS = Turns() # PyTorch's generator and switches are the whole process's, and so is their lock
+if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=TURNS.__init__) # the thread that held it is not in the child
+
+# %% ../nbs/00_core.ipynb #abb6ed05
+def other_modes()->list[AbstractContextManager]:
+    "What undoes a default device, and autocast, of the caller's; empty where there is none, since a device costs time in each call."
+    casts = [torch.autocast(device, enabled=False) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+    return casts + ([torch.device("cpu")] if torch.get_default_device().type != "cpu" else [])
+
+@contextmanager
+def usual_settings()->Iterator[None]:
+    "PyTorch and NumPy as they start, for one thread at a time: float32, gradients, new tensors on the CPU; after the block as before."
+    with TURNS, ExitStack() as stack:
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)
+        numpy = np.errstate(divide="warn", over="warn", under="ignore", invalid="warn")
+        for mode in (torch.inference_mode(False), torch.enable_grad(), numpy, *other_modes()): stack.enter_context(mode)
+        yield
+
+# %% ../nbs/00_core.ipynb #caaf8111
+class OwnGenerators:
+    "Global generators of one's own, a copy of those that are there: within `with own:` they are in place, after it the others are again."
+    def __init__(self): self.states, self.held = None, ExitStack()
+    def __enter__(self)->OwnGenerators:
+        self.held.enter_context(self._in_place())
+        return self
+
+    def __exit__(self, *error): self.held.close()
+
+    @contextmanager
+    def outside(self)->Iterator[None]:
+        "Within the block the process is as it was, and threads that wait have their turn."
+        self.held.close()
+        try: yield
+        finally: self.held.enter_context(self._in_place())
+
+    @contextmanager
+    def _in_place(self):
+        with usual_settings():
+            before = random_states()
+            if self.states: set_random_states(self.states)
+            try: yield
+            finally:
+                self.states = random_states()
+                set_random_states(before)
 
 # %% ../nbs/00_core.ipynb #22396d14
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@
 # %% ../nbs/83_estimator.ipynb #90b75e7f
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +19,33 @@ import pandas as pd
 import skops.io
 import torch
 from fastcore.basics import patch
-from pandas.api.types import is_numeric_dtype
 from scipy.sparse import issparse
 from sklearn.base import BaseEstimator, RegressorMixin, TransformerMixin, clone
+from sklearn.compose import ColumnTransformer
 from sklearn.metrics import r2_score
-from sklearn.utils import check_array, check_random_state
+from sklearn.model_selection import KFold
+from sklearn.utils import check_array, check_consistent_length, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
+from torch import Tensor, nn
 
-from .core import HplError, random_states, reading, seed_everything, set_random_states
-from .data.columns import ESTIMATOR_WORDS, default_preprocessor, refuse_missing
-from .data.core import SemiSupervisedData
-from .data.images import ImageFiles, image_data, randaugment_mc_views
+from .core import HplError, OwnGenerators, reading, reason, seed_everything, usual_settings
+from .data.columns import ESTIMATOR_WORDS, default_preprocessor, dense, refuse_missing
+from .data.core import SemiSupervisedData, content_keys, row_error
+from .data.images import SUFFIXES, ImageFiles, broken_images, image_data, randaugment_mc_views
 from .data.own import PixelStrengths, RowStrengths, Split, array_data, batches_for, input_tensor, label_array, make_sets
+from .data.tables import unmasked
 from .methods.core import Method, MethodSettings, Released, Supervised, require_dropout
 from .methods.known import method_named
 from .models import Regressor, mlp, resnet, small_cnn
-from .predictor import (
-    Interval, Pictures, Predictor, calibrated, interval_of, not_saved, predictor_content, predictor_of, read_content, write_content)
+from hpl_nb.predictor import (
+    Interval, Pictures, Predictor, calibrated, check_outputs, interval_of, not_saved, predictor_content, predictor_of, read_content,
+    write_content)
 from .training.loop import fit as fit_method
 from .training.run import Run, selected
 from .training.state import OptimizerSettings, Train, epoch_length
 
 # %% auto #0
-__all__ = ['SemiSupervisedRegressor']
+__all__ = ['SemiSupervisedRegressor', 'LabelledKFold']
 
 # %% ../nbs/83_estimator.ipynb #23fd25e6
 class SemiSupervisedRegressor(RegressorMixin, BaseEstimator):
@@ -53,17 +57,22 @@ class SemiSupervisedRegressor(RegressorMixin, BaseEstimator):
         preprocessor:TransformerMixin|None=None, # for tables; None: `default_preprocessor` for a data frame, nothing for an array
         strengths:RowStrengths|PixelStrengths|None=None, # of the views of tables and of picture arrays; None: the defaults
         size:int=64, # of pictures in files: the side to which they are squeezed, pixels
+        pixel_range:tuple[float, float]|None=None, # of files with more than 8 bits: black and white, such as (0, 4095); None: refuse them
+        skip_broken:bool=False, # leave out, with a warning, the rows of `fit` whose picture file cannot be read
         epochs:int|None=None, # after each, the validation rows are predicted; None: those of `train`
         train:Train|None=None, # schedule; None: 30 epochs of 50 iterations or more, batches of 32, Adam at 1e-3
         validation_fraction:float=.2, # of the labelled rows: they select the epoch and make the intervals
+        missing_label:float=np.nan, # a number that says in y that a row has no label, as NaN always does
         deduplicate:bool=False, # leave out training rows that are repeated, or are validation rows too
         folder:str|Path|None=None, # run folder: the same call resumes a killed run; None: in memory
         random_state:int|np.random.RandomState|None=None, # of everything; None: NumPy's own
         verbose:bool=False, # show a progress bar
     ):
         self.method, self.network, self.preprocessor, self.strengths, self.size = method, network, preprocessor, strengths, size
+        self.pixel_range = pixel_range
         self.epochs, self.train, self.validation_fraction, self.deduplicate = epochs, train, validation_fraction, deduplicate
         self.folder, self.random_state, self.verbose = folder, random_state, verbose
+        self.skip_broken, self.missing_label = skip_broken, missing_label
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -74,17 +83,30 @@ class SemiSupervisedRegressor(RegressorMixin, BaseEstimator):
 def row_count(X:Any)->int:
     return X.shape[0] if getattr(X, "shape", None) else len(X if hasattr(X, "__len__") else np.asarray(X))
 
-def label_columns(y:Any, rows:int)->np.ndarray:
-    "Labels (n, K) as numbers; text and infinity are refused."
+def label_columns(y:Any, rows:int, missing_label:float=np.nan)->np.ndarray:
+    "Labels (n, K) as numbers, NaN where there is none; text and infinity are refused."
+    if not isinstance(missing_label, Real): raise HplError(f"missing_label is {missing_label!r}; give a number that no label has, or nan.")
     if y is None: raise HplError("This estimator requires y to be passed, but the target y is None; give labels, NaN where there is none.")
-    array = y.to_numpy(dtype=object, copy=True, na_value=np.nan) if isinstance(y, (pd.Series, pd.DataFrame)) else np.asarray(y)
+    array = y.to_numpy(dtype=object, copy=True, na_value=np.nan) if isinstance(y, (pd.Series, pd.DataFrame)) else np.asarray(unmasked(y))
     if array.dtype.kind in "biufc": check_array(array, ensure_2d=False, ensure_all_finite="allow-nan", input_name="y")
-    return label_array(array, rows, "y")
+    labels = label_array(array, rows, "y")
+    marked = labels == missing_label
+    if len(partly := np.flatnonzero(marked.any(axis=1) & ~marked.all(axis=1))):
+        raise row_error("y", partly, f"some of its labels are {missing_label:g}, the missing_label", "Give all or none.")
+    return np.where(marked, np.nan, labels)
+
+# %% ../nbs/83_estimator.ipynb #eb1dbb93
+def as_text(X:pd.DataFrame, preprocessor:ColumnTransformer)->pd.DataFrame:
+    "The columns that a default preprocessor takes for text as text: a file holds no `Interval`, `Period` or other type of pandas."
+    X = X.copy(deep=False)
+    for place in [place for name, _, places in preprocessor.transformers if name == "texts" for place in places]:
+        X.isetitem(place, X.iloc[:, place].astype(object).map(str))
+    return X
 
 # %% ../nbs/83_estimator.ipynb #9a35840f
 def table(model:SemiSupervisedRegressor, X:Any, train:np.ndarray|None=None)->np.ndarray:
     "A table as numbers (n, d'); with rows that train the preprocessor is fitted, without them X is compared with what was fitted."
-    fitting = train is not None
+    fitting, X = train is not None, dense(unmasked(X))
     if fitting and model.preprocessor is not None: model.preprocessor_ = clone(model.preprocessor)
     if model.preprocessor_ is None and not (fitting and isinstance(X, pd.DataFrame)):
         return validate_data(model, X, dtype=np.float64, reset=fitting, ensure_min_samples=1 + fitting)
@@ -92,27 +114,59 @@ def table(model:SemiSupervisedRegressor, X:Any, train:np.ndarray|None=None)->np.
     names = getattr(model, "feature_names_in_", None)
     if names is not None: X = X.set_axis(names, axis=1) if isinstance(X, pd.DataFrame) else pd.DataFrame(X, columns=names)
     if not isinstance(X, pd.DataFrame): X = check_array(X, dtype=None, ensure_all_finite=False, input_name="X")
-    if model.preprocessor is None: refuse_missing(X, "X", ESTIMATOR_WORDS)
-    if fitting:
-        rows = X.iloc[train] if isinstance(X, pd.DataFrame) else X[train]
-        model.preprocessor_ = (model.preprocessor_ or default_preprocessor(X, train)).fit(rows)
+    if model.preprocessor is None:
+        refuse_missing(X := pd.DataFrame(X), "X", ESTIMATOR_WORDS)
+        if fitting: model.preprocessor_ = default_preprocessor(X, train)
+        X = as_text(X, model.preprocessor_)
+    if fitting: model.preprocessor_.fit(X.iloc[train] if isinstance(X, pd.DataFrame) else X[train])
     encoded = check_array(model.preprocessor_.transform(X), accept_sparse=True, dtype=np.float64, input_name="X after the preprocessor")
     return encoded.toarray() if issparse(encoded) else encoded
 
 # %% ../nbs/83_estimator.ipynb #79c36597
+def only_column(X:Any)->list:
+    "The values of a list, a series or a table with one column; else none."
+    if isinstance(X, (list, tuple)): return [x[0] if isinstance(x, (list, tuple)) and len(x) == 1 else x for x in X]
+    if not isinstance(X, (np.ndarray, pd.Series, pd.Index, pd.DataFrame)): return []
+    return np.asarray(X, dtype=object).reshape(-1).tolist() if X.ndim == 1 or X.ndim == 2 and X.shape[1] == 1 else []
+
 def are_files(X:Any)->bool:
-    "Whether they are paths of pictures."
-    is_list = isinstance(X, (list, tuple, np.ndarray, pd.Series, pd.Index)) and getattr(X, "ndim", 1) == 1
-    return is_list and len(X) > 0 and all(isinstance(x, (str, Path)) for x in X)
+    "Whether most values that are not missing are paths of pictures."
+    values = pd.Series(only_column(X), dtype=object).dropna()
+    is_table = getattr(X, "ndim", 1) > 1 or isinstance(X, (list, tuple)) and any(isinstance(x, (list, tuple)) for x in X[:1])
+    ends = SUFFIXES if is_table else ""
+    return 2*sum(isinstance(x, os.PathLike) or isinstance(x, str) and x.lower().endswith(ends) for x in values) > len(values)
 
 def are_pixels(X:Any)->bool:
     "Whether they are pictures (n, H, W) or (n, C, H, W)."
     return isinstance(X, (np.ndarray, torch.Tensor)) and X.ndim in (3, 4)
 
-def samples_of(model:SemiSupervisedRegressor, X:Any, train:np.ndarray|None=None)->Any:
-    "Inputs as the predictor's reader wants them."
-    if are_files(X): return list(X)
-    return input_tensor(X, "X") if are_pixels(X) else table(model, X, train)
+# %% ../nbs/83_estimator.ipynb #34082e71
+def picture_paths(X:Any)->list[str|Path]:
+    "Paths of pictures; a row without one is refused."
+    paths = only_column(X)
+    named = [isinstance(path, os.PathLike) or isinstance(path, str) and path.strip() != "" for path in paths]
+    if len(bad := np.flatnonzero(~np.array(named, dtype=bool))):
+        raise row_error("X", bad, f"{paths[bad[0]]!r} is no path of a picture", "Name the picture, or drop the row.")
+    return [Path(path) for path in paths]
+
+def readable_pictures(X:Any, model:SemiSupervisedRegressor)->ImageFiles:
+    "Pictures in files, all decoded once and kept; one that cannot be read is refused by its row, unless rows may be skipped."
+    files = ImageFiles(picture_paths(X), model.size, True, model.pixel_range)
+    for row, why in ({} if model.skip_broken else broken_images(files, model.verbose)).items():
+        raise HplError(f"X, row {row} (the first is 0): {why}")
+    return files
+
+# %% ../nbs/83_estimator.ipynb #aeb53123
+def kind_of(X:Any)->str: return "picture files" if are_files(X) else "an array of pictures" if are_pixels(X) else "a table"
+
+def fitted_kind(model:SemiSupervisedRegressor)->str:
+    reader = model.predictor_.reader
+    return "picture files" if isinstance(reader, Pictures) else "an array of pictures" if len(reader.shape) > 1 else "a table"
+
+def samples_of(model:SemiSupervisedRegressor, X:Any)->Any:
+    "New rows as the predictor's reader wants them; another kind than that of `fit` is refused."
+    if (kind := kind_of(X)) != (fitted := fitted_kind(model)): raise HplError(f"X is {kind}, but fit was given {fitted}; give {fitted}.")
+    return picture_paths(X) if kind == "picture files" else unmasked(X) if kind == "an array of pictures" else table(model, X)
 
 # %% ../nbs/83_estimator.ipynb #a90c4471
 def forget_table(model:SemiSupervisedRegressor)->None:
@@ -123,24 +177,28 @@ def forget_table(model:SemiSupervisedRegressor)->None:
 def training_data(model:SemiSupervisedRegressor, X:Any, labels:np.ndarray, seed:int)->SemiSupervisedData:
     "The dataset that a method is trained on."
     forget_table(model)
-    from_files = are_files(X)
-    if (from_files or are_pixels(X)) and model.preprocessor is not None:
-        raise HplError("preprocessor is for tables, and X are pictures; leave it out, and change the pictures before.")
+    if (kind := kind_of(X)) != "a table" and model.preprocessor is not None:
+        raise HplError(f"preprocessor is for tables, and X is {kind}; leave it out, and change the pictures before.")
     if not 0 <= model.validation_fraction < 1:
         raise HplError(f"validation_fraction is {model.validation_fraction}; give a share of at least 0 and below 1.")
     sets = make_sets(labels, Split(val_share=model.validation_fraction, test_share=0., seed=seed), "y", ESTIMATOR_WORDS)
-    samples = samples_of(model, X, np.sort(np.concatenate([sets["labelled"], sets["unlabelled"]])))
-    if not from_files: return array_data(torch.as_tensor(samples), labels, sets, model.strengths, "X", None, model.deduplicate)
-    files = ImageFiles(Pictures(model.size)(samples).sources, model.size, cache_in_memory=True)
+    if kind == "picture files": return file_data(model, X, labels, sets)
+    train = np.sort(np.concatenate([sets["labelled"], sets["unlabelled"]]))
+    pixels = kind != "a table"
+    samples = input_tensor(X, "X", "make them numbers", "no method takes them") if pixels else torch.as_tensor(table(model, X, train))
+    return array_data(samples, labels, sets, model.strengths, "X", None, model.deduplicate)
+
+def file_data(model:SemiSupervisedRegressor, X:Any, labels:np.ndarray, sets:Mapping[str, np.ndarray])->SemiSupervisedData:
+    files = readable_pictures(X, model)
     views = randaugment_mc_views(round(.04*model.size), "reflect", round(.08*model.size))
-    return image_data("X", files, labels, sets, views, model.deduplicate, compare=True)
+    return image_data("X", files, labels, sets, views, model.deduplicate, model.skip_broken, compare=True)
 
 # %% ../nbs/83_estimator.ipynb #46f87adf
 def default_network(shape:tuple[int, ...], outputs:int, dropout:float=0.)->Regressor:
     "A network that suits the inputs."
     if len(shape) == 1: return mlp(shape[0], (64, 64), outputs, dropout)
     if max(shape[1:]) <= 64: return small_cnn(shape[0], 32, outputs, dropout)
-    return resnet(18, outputs, dropout=dropout)
+    return resnet(18, outputs, dropout=dropout, channels=shape[0])
 
 # %% ../nbs/83_estimator.ipynb #d7730b15
 def method_of(method:MethodSettings|str)->MethodSettings:
@@ -154,55 +212,94 @@ def method_for(model:SemiSupervisedRegressor, data:SemiSupervisedData)->MethodSe
     method = method_of(model.method).suited_to(Released())
     if len(data.unlabelled) or isinstance(method, Supervised): return method
     warnings.warn(f"every row of y has a label, so that {method.title} has nothing to guess: Supervised is trained. Pass rows "
-                  "without a label, with NaN in y.", stacklevel=4)
+                  "without a label, with NaN or the missing_label in y.", stacklevel=4)
     return Supervised()
 
 def build_method(settings:MethodSettings, shape:tuple[int, ...], outputs:int,
                  network:Callable[[tuple[int, ...], int], Regressor]|None=None)->Method:
     "A method that is not trained yet, for rows of a shape and K outputs."
-    def make(): return network(shape, outputs) if network else default_network(shape, outputs, .05*settings.needs_dropout)
+    def make():
+        if network is not None: return made_network(network, shape, outputs)
+        return default_network(shape, outputs, .05*settings.needs_dropout)
     method = settings.build(*[make() for _ in range(settings.networks)])
     if settings.needs_dropout: require_dropout(method, method.regressor)
     return method
 
-# %% ../nbs/83_estimator.ipynb #2e62afe4
-@contextmanager
-def random_states_kept()->Iterator[None]:
-    "The global generators, as they were before the block, after it."
-    states = random_states()
-    try: yield
-    finally: set_random_states(states)
+# %% ../nbs/83_estimator.ipynb #c777d4d6
+def made_network(network:Callable[[tuple[int, ...], int], Regressor], shape:tuple[int, ...], outputs:int)->Regressor:
+    "A new network of the user's own, in float32; what is no `Regressor` is an `HplError`."
+    if isinstance(network, nn.Module) or not callable(network):
+        raise HplError(f"network is of type {type(network).__name__}; give a function that builds a network, such as "
+                       "network=lambda shape, outputs: mlp(shape[0], (32,), outputs).")
+    try: regressor = network(shape, outputs)
+    except Exception as error: raise HplError(f"network{shape, outputs} fails ({reason(error)}); give a function of these two.") from error
+    if isinstance(regressor, Regressor): return regressor.float()
+    raise HplError(f"network{shape, outputs} returns a {type(regressor).__name__}; return a Regressor of hpl_nb.models, such as "
+                   f"Regressor(Body(module, d), nn.Linear(d, {outputs})) for a module that makes d features.")
 
+def try_network(network:Callable[[tuple[int, ...], int], Regressor], method:Method, x:Tensor, outputs:int)->None:
+    "Predict a batch in training mode by another copy of the user's network; what training could not use is an `HplError`."
+    call = f"network{tuple(x.shape[1:]), outputs}"
+    with OwnGenerators(), torch.no_grad():
+        copy = made_network(network, tuple(x.shape[1:]), outputs)
+        if {*map(id, copy.parameters())} & {*map(id, method.parameters())}:
+            raise HplError(f"{call} returns the same parameters again; build a new network in each call.")
+        try: found = tuple(copy.train()(x).shape)
+        except Exception as error:
+            raise HplError(f"{call} fails on a training batch of shape {tuple(x.shape)} ({reason(error)}); change the network, or give "
+                           "more rows where the batch is too small for it.") from error
+    if found != (len(x), outputs): raise HplError(f"{call} predicts shape {found} for {len(x)} rows; it must be {len(x), outputs}.")
+
+# %% ../nbs/83_estimator.ipynb #2e62afe4
 def seed_of(random_state:int|np.random.RandomState|None)->int:
     "A whole number is the seed itself."
     return int(random_state) if isinstance(random_state, Integral) else int(check_random_state(random_state).randint(2**31 - 1))
 
-def schedule(model:SemiSupervisedRegressor, data:SemiSupervisedData)->Train:
-    "The schedule as the parameters say; batches are no larger than the rows allow."
+def schedule(model:SemiSupervisedRegressor, data:SemiSupervisedData, method:Method)->Train:
+    "The schedule as the parameters say; batches are no larger than the rows allow, and hold two labelled rows where they can."
     if not isinstance(model.train, Train|None): raise HplError(f"train is {model.train!r:.100}; give Train(...), or None for the default.")
     train = model.train or Train(optimizer=OptimizerSettings(lr_body=1e-3, lr_head=1e-3))
     fitting = batches_for(data, train.streams.labelled_batch, train.streams.unlabelled_batch)
     streams = replace(train.streams, labelled_batch=fitting.labelled_batch, unlabelled_batch=fitting.unlabelled_batch)
+    if "outer" not in method.needs:
+        least = min(2, len(data.labelled), train.streams.labelled_batch)
+        streams = replace(streams, labelled_batch=max(streams.labelled_batch, least))
+    elif len(data.labelled) < 2 and not method.stream_settings(streams).outer_overlap:
+        raise HplError(f"{method.title} needs two labelled rows that train, and there is one; label more rows, or use "
+                       "method='pseudo_label'.")
     train = replace(train, streams=streams, epochs=train.epochs if model.epochs is None else model.epochs)
     return replace(train, iterations_per_epoch=train.iterations_per_epoch or max(50, epoch_length(data, train, streams)))
+
+# %% ../nbs/83_estimator.ipynb #027c7148
+def smallest_batch(data:SemiSupervisedData, train:Train, method:Method)->Tensor:
+    "The smallest batch that the network will see, with labelled rows."
+    sizes = {"labelled": train.streams.labelled_batch, "unlabelled": train.streams.unlabelled_batch, "outer": train.streams.outer}
+    return data.plain(data.inputs[data.labelled[:max(1, min(sizes[stream] for stream in method.needs)//train.accumulate)]], None)
+
+def training_content(data:SemiSupervisedData)->list:
+    "What rows that trained can be recognised by: fingerprints of their content, or where their pictures are."
+    rows = np.concatenate([data.labelled, data.unlabelled])
+    return [data.inputs.sources[row] for row in rows] if isinstance(data.inputs, ImageFiles) else content_keys(data.inputs, rows)
 
 # %% ../nbs/83_estimator.ipynb #02c54998
 @patch
 def fit(self:SemiSupervisedRegressor,
     X:Any, # (n, d) numbers, a data frame, pictures (n, H, W) or (n, C, H, W), or n paths of pictures
-    y:Any, # (n,) or (n, K); NaN: unlabelled
+    y:Any, # (n,) or (n, K); NaN or `missing_label`: unlabelled
 )->SemiSupervisedRegressor: # itself
     "Train. What is left: `predictor_`, `pseudo_labels_`, and `run_` with the curves."
     if self.folder is not None and not isinstance(self.random_state, Integral):
         raise HplError(f"random_state is {self.random_state!r}; a run folder goes on with the same numbers only if it is a whole number.")
-    labels, seed = label_columns(y, row_count(X)), seed_of(self.random_state)
-    data = training_data(self, X, labels, seed)
-    settings, shape = method_for(self, data), tuple(data.plain(data.inputs[np.array([0])], None).shape[1:])
-    with random_states_kept():
+    labels, seed = label_columns(y, row_count(X), self.missing_label), seed_of(self.random_state)
+    with OwnGenerators():
+        data = training_data(self, X, labels, seed)
+        settings, shape = method_for(self, data), tuple(data.plain(data.inputs[np.array([0])], None).shape[1:])
         seed_everything(seed)
         method = build_method(settings, shape, data.outputs, self.network)
-        self.run_ = fit_method(method, data, schedule(self, data), folder=self.folder, seed=seed, progress=self.verbose)
-    self.predictor_ = Predictor.from_method(method, data)
+        train = schedule(self, data, method)
+        if self.network is not None: try_network(self.network, method, smallest_batch(data, train, method), data.outputs)
+    self.run_ = fit_method(method, data, train, folder=self.folder, seed=seed, progress=self.verbose)
+    self.predictor_, self._trained = Predictor.from_method(method, data), training_content(data)
     self.pseudo_labels_ = pseudo_labels(self.run_, X.index if isinstance(X, (pd.Series, pd.DataFrame)) else None)
     self.method_, self.shape_, self.network_, self.is_column_ = settings, shape, self.network, np.asarray(y).ndim == 1
     return self
@@ -222,6 +319,14 @@ def as_fitted(model:SemiSupervisedRegressor, values:np.ndarray)->np.ndarray:
     "One column (n,) or a table (n, K), as y was."
     return values.reshape(len(values)) if model.is_column_ else values.reshape(len(values), -1)
 
+def known_labels(model:SemiSupervisedRegressor, X:Any, y:Any)->tuple[np.ndarray, np.ndarray]:
+    "Labels (n, K) such as those of `fit`, and the rows that have one; none at all is an `HplError`."
+    labels = label_columns(y, row_count(X), model.missing_label)
+    check_outputs(model.predictor_, labels)
+    if len(known := np.flatnonzero(np.isfinite(labels).all(axis=1))): return labels, known
+    raise HplError("no row of y has a label, so that there is nothing to compare with; give rows that have one, and cross-validate with "
+                   "cv=LabelledKFold().")
+
 # %% ../nbs/83_estimator.ipynb #00b79dcf
 @patch
 def predict(self:SemiSupervisedRegressor,
@@ -234,16 +339,25 @@ def predict(self:SemiSupervisedRegressor,
 @patch
 def score(self:SemiSupervisedRegressor,
     X:Any, # rows such as those of `fit`
-    y:Any, # (n,) or (n, K); rows with NaN do not count
+    y:Any, # (n,) or (n, K); rows without a label do not count
     sample_weight:np.ndarray|None=None, # (n,)
 )->float:
     "R2 over the rows that have a label."
     check_is_fitted(self)
-    labels = label_columns(y, row_count(X))
-    known = np.isfinite(labels).all(axis=1)
-    if not known.any(): raise HplError("no row of y has a label, so that there is nothing to compare with; score rows that have one.")
+    labels, known = known_labels(self, X, y)
+    check_consistent_length(labels, sample_weight)
     prediction = np.reshape(self.predict(X), labels.shape)
     return r2_score(labels[known], prediction[known], sample_weight=None if sample_weight is None else np.asarray(sample_weight)[known])
+
+# %% ../nbs/83_estimator.ipynb #7f998686
+def rows_that_trained(model:SemiSupervisedRegressor, samples:Any, rows:np.ndarray)->np.ndarray:
+    "A mask: which of the rows have the content of a row that trained; files do not say."
+    trained = getattr(model, "_trained", [])
+    if isinstance(samples, ImageFiles):
+        keys = ImageFiles([*trained, *(samples.sources[row] for row in rows)]).content_keys(np.arange(len(trained) + len(rows)))
+        trained, keys = keys[:len(trained)], keys[len(trained):]
+    else: keys = content_keys(samples, rows)
+    return pd.Series(keys).isin(trained).to_numpy()
 
 # %% ../nbs/83_estimator.ipynb #79af9b29
 @patch
@@ -260,12 +374,15 @@ def predict_interval(self:SemiSupervisedRegressor,
 @patch
 def calibrate(self:SemiSupervisedRegressor,
     X:Any, # rows that were not in `fit`
-    y:Any, # their labels, (n,) or (n, K); rows with NaN are left out
+    y:Any, # their labels, (n,) or (n, K); rows without a label are left out
 )->SemiSupervisedRegressor: # itself
     "Let other rows' errors make the intervals."
     check_is_fitted(self)
-    labels, samples = label_columns(y, row_count(X)), self.predictor_.reader(samples_of(self, X))
-    known = np.flatnonzero(np.isfinite(labels).all(axis=1))
+    (labels, known), samples = known_labels(self, X, y), self.predictor_.reader(samples_of(self, X))
+    if len(trained := known[rows_that_trained(self, samples, known)]):
+        warnings.warn(f"{len(trained)} of {len(known)} calibration rows are equal to a row that trained (the first is row {trained[0]} of "
+                      "X), and their errors are too small. Leave such rows out, unless features are so coarse that different samples are "
+                      "equal.", stacklevel=2)
     self.predictor_ = calibrated(self.predictor_, samples, known, labels[known])
     return self
 
@@ -273,10 +390,11 @@ def calibrate(self:SemiSupervisedRegressor,
 NOT_IN_FILES = ("network", "preprocessor", "folder", "random_state") # parameters
 FITTED = ("method_", "shape_", "is_column_", "n_features_in_")
 
+@usual_settings()
 def estimator_content(model:SemiSupervisedRegressor)->dict[str, Any]:
     "What an estimator's file holds: that of its predictor, and what is the estimator's own."
     frame, names = model.pseudo_labels_, getattr(model, "feature_names_in_", None)
-    columns = {name: torch.from_numpy(np.array(column)) if is_numeric_dtype(column) else list(map(str, column))
+    columns = {name: torch.from_numpy(np.array(column)) if column.dtype.kind in "biuf" else list(map(str, column))
                for name, column in frame.items()}
     transformer = None if model.preprocessor_ is None else torch.tensor(bytearray(skops.io.dumps(model.preprocessor_)), dtype=torch.uint8)
     return predictor_content(model.predictor_) | {"estimator": {
@@ -289,10 +407,14 @@ def estimator_content(model:SemiSupervisedRegressor)->dict[str, Any]:
 @patch
 def save(self:SemiSupervisedRegressor,
     path:str|Path, # such as model.safetensors
+    trusted:Sequence[str]=(), # types of a preprocessor of your own that `load` will be told to trust
 )->Path: # `path`
     "Write one file that `load` reads; an existing one is replaced at once or not at all."
     check_is_fitted(self)
-    return write_content(path, estimator_content(self))
+    content = estimator_content(self)
+    if (transformer := content["estimator"]["preprocessor"]) is not None:
+        refuse_untrusted(transformer.numpy().tobytes(), path, trusted, "save")
+    return write_content(path, content)
 
 @patch(cls_method=True)
 def load(cls:SemiSupervisedRegressor,
@@ -307,9 +429,9 @@ def load(cls:SemiSupervisedRegressor,
         own = content["estimator"]
         if own["own_network"] and network is None:
             raise HplError(f"{path} was trained with a network of your own: pass the same function, load(path, network=...).")
-        if different := set(own["parameters"]) ^ {name for name in cls().get_params(deep=False) if name not in NOT_IN_FILES}:
-            raise HplError(f"{path} is of another version of hpl_nb: {sorted(different)[0]!r:.50} is a parameter of one of them only. "
-                           "Save it again.")
+        if unknown := set(own["parameters"]) - {name for name in cls().get_params(deep=False) if name not in NOT_IN_FILES}:
+            raise HplError(f"{path} is of another version of hpl_nb: it has the parameter {sorted(unknown)[0]!r:.50}, which this one does "
+                           "not know. Save it again.")
         return fitted_estimator(cls(**own["parameters"], network=network), content, path, trusted)
 
 # %% ../nbs/83_estimator.ipynb #5b451569
@@ -324,20 +446,31 @@ def fitted_estimator(model:SemiSupervisedRegressor, content:Mapping[str, Any], p
     if own["feature_names"] is not None: model.feature_names_in_ = np.array(own["feature_names"], dtype=object)
     model.preprocessor_ = None if own["preprocessor"] is None else read_transformer(own["preprocessor"].numpy().tobytes(), path, trusted)
     if own["own_preprocessor"]: model.preprocessor = clone(model.preprocessor_)
+    elif model.preprocessor_ is not None: categories_as_text(model.preprocessor_)
     model.predictor_ = predictor_in(model, content, path)
     model.pseudo_labels_ = pd.DataFrame({name: column.numpy() if isinstance(column, torch.Tensor) else column
                                          for name, column in own["pseudo_labels"].items()})
     return model
 
+# %% ../nbs/83_estimator.ipynb #2012a353
 def predictor_in(model:SemiSupervisedRegressor, content:Mapping[str, Any], path:str|Path)->Predictor:
-    with random_states_kept(): method = build_method(model.method_, model.shape_, len(content["normalizer"].mean), model.network_)
+    with OwnGenerators(): method = build_method(model.method_, model.shape_, len(content["normalizer"].mean), model.network_)
     return predictor_of(content, method, path)
 
-def read_transformer(content:bytes, path:str|Path, trusted:Sequence[str])->TransformerMixin:
-    "A preprocessor; types that are not trusted are named and not built."
+def categories_as_text(preprocessor:ColumnTransformer)->None:
+    "Text in place of the categories that files of hpl_nb 0.1.0 hold, which may be numbers."
+    for encoder in [step for name, step, _ in preprocessor.transformers_ if name == "texts" and hasattr(step, "categories_")]:
+        encoder.categories_ = [np.array([*map(str, values)], dtype=object) for values in encoder.categories_]
+
+def refuse_untrusted(content:bytes, path:str|Path, trusted:Sequence[str], call:str)->None:
+    "Name the types of a preprocessor that are not trusted; nothing is built."
     if others := [name for name in skops.io.get_untrusted_types(data=content) if name not in trusted]:
         raise HplError(f"the preprocessor in {path} is made of {', '.join(others)}, which might do anything when it is read. If you know "
-                       f"where the file comes from: load(path, trusted={others}).")
+                       f"where it comes from: {call}(path, trusted={others}).")
+
+def read_transformer(content:bytes, path:str|Path, trusted:Sequence[str])->TransformerMixin:
+    "A preprocessor of trusted types."
+    refuse_untrusted(content, path, trusted, "load")
     return skops.io.loads(content, trusted=list(trusted))
 
 # %% ../nbs/83_estimator.ipynb #16cd0c6f
@@ -354,3 +487,26 @@ def __setstate__(self:SemiSupervisedRegressor,
     "The inverse of `__getstate__`."
     BaseEstimator.__setstate__(self, state)
     if "predictor_" in state: self.predictor_ = predictor_in(self, state["predictor_"], "the pickled estimator")
+
+# %% ../nbs/83_estimator.ipynb #c2acdc15
+class LabelledKFold(KFold):
+    "Folds of the labelled rows, in random order; rows without a label are in every training set."
+    def __init__(self,
+        n_splits:int=5, # folds, at least 2
+        *,
+        missing_label:float=np.nan, # as that of the estimator
+        random_state:int|np.random.RandomState|None=None, # of the order; None: NumPy's own
+    ):
+        super().__init__(n_splits, shuffle=True, random_state=random_state)
+        self.missing_label = missing_label
+
+    def split(self,
+        X:Any, # rows such as those of `fit`
+        y:Any=None, # (n,) or (n, K), as for `fit`
+        groups:Any=None, # not used
+    )->Iterator[tuple[np.ndarray, np.ndarray]]: # rows of each fold that train, and rows that test
+        "Row numbers of each fold."
+        known = np.flatnonzero(np.isfinite(label_columns(y, row_count(X), self.missing_label)).all(axis=1))
+        if len(known) < self.n_splits:
+            raise HplError(f"{len(known)} rows have a label, fewer than the {self.n_splits} folds; label more, or lower n_splits.")
+        for _, test in super().split(known): yield np.setdiff1d(np.arange(row_count(X)), known[test]), known[test]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .core import HplError, reason, seed_everything
+from .core import HplError, OwnGenerators, reason, seed_everything
 from .data.core import DataSettings, SemiSupervisedData, StreamSettings
 from .data.imdb_wiki import IMDBWiki
 from .data.rotated_digits import RotatedDigits
@@ -97,8 +97,9 @@ class Experiment(Settings):
 
     def build(self, data:SemiSupervisedData)->Method:
         "A new method with new networks; all weights follow from the seed."
-        seed_everything(self.seed)
-        return self.method.build(*[self.model.build(data) for _ in range(self.method.networks)])
+        with OwnGenerators():
+            seed_everything(self.seed)
+            return self.method.build(*[self.model.build(data) for _ in range(self.method.networks)])
 
 # %% ../nbs/76_experiment.ipynb #ea2aedd0
 def read_experiment(

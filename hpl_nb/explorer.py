@@ -19,20 +19,31 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .core import HplError
 from .data.core import SemiSupervisedData
 from .drawing import palette
 from .figures import pseudo_label_boxplots
-from .metrics import known_rows, mean_absolute_error, require_columns, spearman
+from .metrics import known_rows, require_columns, spearman
 
 # %% auto #0
 __all__ = ['Explorer']
 
 # %% ../nbs/22_explorer.ipynb #9fc1cf2b
+MEASURES = ("y_true", "pseudo_label", "log_variance", "strong_prediction")
+
+def as_floats(column)->np.ndarray: return pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+
 def explorable(predictions, output=0)->dict[str, dict[int, pd.DataFrame]]:
     "The rows that have a pseudo-label and a true label, by run and epoch, in the order of `index`."
     require_columns(predictions, ["run", "method", "epoch", "index", "y_true", "pseudo_label"])
     rows = predictions[predictions["output"] == output] if "output" in predictions else predictions
-    rows = known_rows(rows.dropna(subset="pseudo_label"), "pseudo_label").sort_values("index", kind="stable")
+    if rows.empty:
+        raise HplError(f"the predictions table has no output {output}. Give one of {sorted(predictions['output'].unique().tolist())}.")
+    for column in ("run", "method", "epoch", "index"):
+        if missing := rows[column].isna().sum():
+            raise HplError(f"the predictions table has {missing} rows without {column}. Fill them, or leave these rows out.")
+    rows = rows.assign(**{name: as_floats(rows[name]) for name in MEASURES if name in rows})
+    rows = known_rows(rows, "pseudo_label").sort_values("index", kind="stable")
     runs = {}
     for (run, epoch), part in rows.groupby(["run", "epoch"], sort=False, observed=True): runs.setdefault(run, {})[int(epoch)] = part
     first = rows["run"].drop_duplicates() if len(runs) == 1 else predictions["run"].drop_duplicates()
@@ -42,13 +53,19 @@ def explorable(predictions, output=0)->dict[str, dict[int, pd.DataFrame]]:
 def _column(rows, name): return rows[name] if name in rows else pd.Series(np.nan, rows.index)
 
 HEIGHTS = {"variance σ²": lambda rows: np.exp(_column(rows, "log_variance")),
-           "disagreement |r − pseudo-label|": lambda rows: (_column(rows, "strong_prediction") - rows["pseudo_label"]).abs()}
+           "disagreement |r − pseudo-label|": lambda rows: (_column(rows, "strong_prediction") - rows["pseudo_label"]).abs(),
+           "pseudo-label": lambda rows: rows["pseudo_label"]}
+
+def height_of(rows, name)->np.ndarray:
+    "One of `HEIGHTS` for each row, NaN where it is not known."
+    with np.errstate(over="ignore"): values = HEIGHTS[name](rows).to_numpy()
+    return np.where(np.isfinite(values), values, np.nan)
 
 def point_errors(rows)->np.ndarray: return (rows["pseudo_label"] - rows["y_true"]).abs().to_numpy()
 
 def heights_of(run)->list[str]:
-    "Which of `HEIGHTS` are known of a run at every epoch."
-    return [name for name, height in HEIGHTS.items() if all(height(rows).notna().all() for rows in run.values())]
+    "Which of `HEIGHTS` are known of some row of a run."
+    return [name for name in HEIGHTS if any(np.isfinite(height_of(rows, name)).any() for rows in run.values())]
 
 # %% ../nbs/22_explorer.ipynb #97dac85f
 def as_picture(sample)->Image.Image|None:
@@ -172,6 +189,15 @@ class _Figures(_Controls):
                 if new is not None: trace.update(new.data[i].to_plotly_json(), overwrite=True)
             if new is not None: self.boxes.layout.shapes, self.boxes.layout.selections = new.layout.shapes, ()
 
+# %% ../nbs/22_explorer.ipynb #73fc58b1
+def in_words(epoch, error, height, name, unit="")->str:
+    "Errors and heights of an epoch's rows, as a paragraph."
+    if not len(error): return "<p>No sample has a label in this range.</p>"
+    drawn = np.isfinite(height)
+    return (f"<p>Epoch {epoch}: {len(error)} samples, mean absolute error of their pseudo-labels <b>{error.mean():.3g}</b> "
+            f"{html.escape(unit)}, rank correlation of error and {name}: <b>{spearman(error[drawn], height[drawn]):.2f}</b>"
+            f"{'' if drawn.all() else f' ({drawn.sum()} samples have a {name})'}</p>")
+
 # %% ../nbs/22_explorer.ipynb #8f671b30
 class _Views(_Figures):
     def rows(self)->pd.DataFrame:
@@ -183,17 +209,14 @@ class _Views(_Figures):
     def draw(self)->None:
         "Bring all views to the state of the controls."
         rows = self.rows()
-        error, height = point_errors(rows), HEIGHTS[self.height.value](rows).to_numpy()
+        error, height = point_errors(rows), height_of(rows, self.height.value)
         chosen, known = np.flatnonzero(rows["index"].isin(self.chosen)), rows[["index", "y_true", "pseudo_label"]].to_numpy()
         with self.scatter.batch_update():
             for trace, some in zip(self.scatter.data, (slice(None), chosen)):
                 trace.update(x=error[some], y=height[some], customdata=known[some], selectedpoints=None)
         self._draw_boxes(rows)
         self.cards.value = _CARD_STYLE + sample_cards(rows.iloc[chosen], self.view, self.unit, self.most)
-        self.words.value = "<p>No sample has a label in this range.</p>" if rows.empty else (
-            f"<p>Epoch {self.epoch.value}: {len(rows)} samples, mean absolute error of their pseudo-labels "
-            f"<b>{mean_absolute_error(rows['y_true'], rows['pseudo_label']):.3g}</b> {html.escape(self.unit)}, "
-            f"rank correlation of error and {self.height.value}: <b>{spearman(error, height):.2f}</b></p>")
+        self.words.value = in_words(self.epoch.value, error, height, self.height.value, self.unit)
 
     def _moved(self, _=None):
         if not self.drawing: return
@@ -206,12 +229,14 @@ class _Events(_Views):
     def _fit_axes(self):
         "Axes of the scatter plot that hold all epochs; logarithmic where the heights spread over a factor of thirty."
         right = max(point_errors(rows).max() for rows in self._epochs().values())
-        heights = np.concatenate([HEIGHTS[self.height.value](rows).to_numpy() for rows in self._epochs().values()])
-        positive = heights[heights > 0]
-        logarithmic = "variance" in self.height.value and positive.max() > 30*positive.min()
-        ends = np.log10([positive.min()*.8, positive.max()*1.25]) if logarithmic else [min(0, heights.min()), heights.max()*1.05]
+        heights = np.concatenate([height_of(rows, self.height.value) for rows in self._epochs().values()])
+        heights = heights[np.isfinite(heights)]
+        positive, low, high = heights[heights > 0], heights.min(), heights.max()
+        logarithmic = "variance" in self.height.value and positive.size and positive.max() > 30*positive.min()
+        if self.height.value == "pseudo-label": ends = [low - .05*(high - low or 1), high + .05*(high - low or 1)]
+        else: ends = np.log10([positive.min()*.8, positive.max()*1.25]) if logarithmic else [0, (high or 1)*1.05]
         with self.scatter.batch_update():
-            self.scatter.layout.xaxis.range = [0, right*1.05]
+            self.scatter.layout.xaxis.range = [0, (right or 1)*1.05]
             kind, title = "log" if logarithmic else "linear", self.height.value.capitalize()
             self.scatter.layout.yaxis.update(type=kind, range=list(ends), title_text=title)
 

@@ -43,7 +43,8 @@ def append_one(features:Tensor)->Tensor:
 # %% ../nbs/42_hypergrad.ipynb #2980c88f
 def head_matrix(head:nn.Linear)->Tensor:
     "The head's weight and bias as one detached matrix, shape (K, d + 1)."
-    if head.bias is None: raise HplError("head is a linear layer without bias. Make it with nn.Linear(..., bias=True).")
+    if not isinstance(head, nn.Linear) or head.bias is None:
+        raise HplError(f"head is {head!r}, which is no linear layer with a bias. Make it with nn.Linear(..., bias=True).")
     return torch.cat([head.weight.detach(), head.bias.detach()[:, None]], 1)
 
 # %% ../nbs/42_hypergrad.ipynb #4b2922d0
@@ -129,7 +130,7 @@ def _adam_parameter(group:dict[str, Any], state:dict[str, Any], parameter:Tensor
     m, u = (state["exp_avg"], b2 * state["exp_avg_sq"]) if state else (torch.zeros_like(eta), torch.zeros_like(eta))
     u_new, c2 = torch.addcmul(u, g, g, value=1 - b2), math.sqrt(1 - b2**t)
     largest = torch.maximum(state.get("max_exp_avg_sq", u_new), u_new) if group["amsgrad"] else u_new
-    root, epsilon, a = largest.sqrt(), c2 * group["eps"], rate * c2 / (1 - b1**t)
+    root, epsilon, a = largest.sqrt(), group["eps"] * (1 if group["eps_first"] else c2), rate * c2 / (1 - b1**t)
     q, kappa = root + epsilon, b1 * (1 - b2) / (1 - b1)
     bracket = torch.addcmul(u, m, g, value=-kappa) / root.clamp_min(torch.finfo(root.dtype).tiny) + epsilon
     if group["amsgrad"]: bracket = torch.where(largest > u_new, q, bracket)
@@ -150,7 +151,7 @@ def _group_and_state(optimizer:torch.optim.Optimizer, parameter:Tensor)->tuple[d
         if any(p is parameter for p in group["params"]):
             state = {key: value for key, value in optimizer.state.get(parameter, {}).items() if value is not None}
             return group, {key: value[:, None] if key != "step" and value.dim() == 1 else value for key, value in state.items()}
-    raise HplError("optimizer: it does not train this head. Give it head.weight and head.bias.")
+    raise HplError("optimizer: it does not train this head. Give it head.weight and head.bias, and freeze neither.")
 
 # %% ../nbs/42_hypergrad.ipynb #6cf7ba51
 def _parts(optimizer:torch.optim.Optimizer, head:nn.Linear)->list[tuple[dict[str, Any], dict[str, Any], slice]]:
@@ -168,6 +169,7 @@ def optimizer_step(
     optimizer:torch.optim.Optimizer, # SGD, Adam or AdamW (or accelerate's wrapper); read, never changed
     head:nn.Linear, # its weight and bias are trained by the optimiser
     gradient:Tensor, # G, shape (K, d + 1)
+    eps_first:bool=False, # Adam adds eps before its bias correction, as the package `higher` does; torch adds it after
 )->VirtualStep: # what `optimizer.step()` would make of the head with this gradient, and D
     "The optimiser's next step of the head, with its live state. HplError for any other optimiser."
     wrapped = getattr(optimizer, "optimizer", optimizer)
@@ -176,7 +178,8 @@ def optimizer_step(
         raise HplError(f"optimizer: {type(wrapped).__name__} has no virtual step. Use SGD, Adam or AdamW, "
                        "or give a step of your own: (eta, gradient) -> VirtualStep.")
     eta = head_matrix(head)
-    parts = [update(group, state, eta[:, columns], gradient[:, columns]) for group, state, columns in _parts(wrapped, head)]
+    parts = [update({**group, "eps_first": eps_first}, state, eta[:, columns], gradient[:, columns])
+             for group, state, columns in _parts(wrapped, head)]
     return VirtualStep(*(torch.cat(part, 1) if len(part) > 1 else part[0] for part in zip(*parts)))
 
 # %% ../nbs/42_hypergrad.ipynb #100fbd1f
@@ -237,7 +240,7 @@ def hypergradient(
 )->Hypergradient: # its `weights` go into weights.backward(...)
     "d L_out / d omega through one virtual step of the head (eq. 8), in O((n + m) d) and without a graph."
     features, pseudo_label, weights = unlabelled
-    with torch.autocast(weights.device.type, enabled=False): r = F.linear(features, head.weight, head.bias)
+    with torch.autocast(weights.device.type, enabled=False): r = apply_head(head_matrix(head), features)
     twice = 2 * _error(r, pseudo_label, "pseudo_label")
     omega = _weight_matrix(weights, twice)
     result = slope_hypergradient(head, step, labelled, Sloped(features, omega * twice), outer, unlabelled_weight, reduction, reduce,

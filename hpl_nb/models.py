@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
-import torchvision
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -143,10 +142,22 @@ class _ChannelsLast(nn.Module):
     "Reorder the memory of a batch of pictures; the values stay."
     def forward(self, x:Tensor)->Tensor: return x.contiguous(memory_format=torch.channels_last)
 
+# %% ../nbs/30_models.ipynb #01420a1f
+class _Halved(nn.MaxPool2d):
+    "Halve height and width; a side of one pixel stays."
+    def __init__(self): super().__init__(2)
+    def forward(self, x:Tensor)->Tensor: return nn.functional.max_pool2d(x, 2, ceil_mode=min(x.shape[2:]) < 2)
+
+class _BatchNorm(nn.BatchNorm2d):
+    "Batch norm by the running statistics where a channel has one value, which has no variance."
+    def forward(self, x:Tensor)->Tensor:
+        if x.numel() > x.shape[1]: return super().forward(x)
+        return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
 # %% ../nbs/30_models.ipynb #d2e3905d
 def _convolution(channels_in:int, channels_out:int)->list[nn.Module]:
     "3 x 3 convolution, batch norm, ReLU."
-    return [nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False), nn.BatchNorm2d(channels_out), nn.ReLU()]
+    return [nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False), _BatchNorm(channels_out), nn.ReLU()]
 
 # %% ../nbs/30_models.ipynb #287dabf4
 def small_cnn(
@@ -155,10 +166,10 @@ def small_cnn(
     outputs:int=1, # K
     dropout:float=0.0, # before the head
     grid:int=1, # the last feature map is averaged to grid x grid; 1 = global average
-)->Regressor: # takes x of shape (B, channels, H, W), H and W at least 4
+)->Regressor: # takes x of shape (B, channels, H, W), of any height and width
     "A small convolutional network for small pictures."
-    layers = [_ChannelsLast(), *_convolution(channels, width), nn.MaxPool2d(2), *_convolution(width, width),
-              nn.MaxPool2d(2), *_convolution(width, 2*width), *_convolution(2*width, 2*width),
+    layers = [_ChannelsLast(), *_convolution(channels, width), _Halved(), *_convolution(width, width),
+              _Halved(), *_convolution(width, 2*width), *_convolution(2*width, 2*width),
               nn.AdaptiveAvgPool2d(grid), nn.Flatten(), nn.Dropout(dropout)]
     num_features = 2*width*grid*grid
     return Regressor(Body(nn.Sequential(*layers), num_features), Head(num_features, outputs))
@@ -187,7 +198,7 @@ class ResNetBody(nn.Module):
     "A torchvision ResNet without `fc`, run with channels last (faster), with dropout after layers 1-3 and before the head."
 
     def __init__(self,
-        trunk:torchvision.models.ResNet, # without fc
+        trunk:nn.Module, # torchvision's ResNet without fc
         num_features:int, # d, 512 or 2048
         dropout:float, # probability
         strides:str="v1.5", # "v1.5": torchvision's; "v1": stride on conv1
@@ -272,9 +283,10 @@ def _load_trunk(
 def _torchvision_trunk(
     depth:int, # 18, 34, 50, 101 or 152
     weights:str|None, # torchvision's name of the weights, or None
-)->torchvision.models.ResNet: # with its classifier fc
+)->nn.Module: # with its classifier fc
     "Torchvision's ResNet of this depth."
     if depth not in (18, 34, 50, 101, 152): raise HplError(f"depth must be 18, 34, 50, 101 or 152, got {depth}")
+    import torchvision.models # here, because importing it takes as long as PyTorch
     try:
         trunk = torchvision.models.get_model(f"resnet{depth}", weights=None)
         if weights: # torchvision itself would unpickle them
@@ -294,6 +306,13 @@ def add_spectral_norm(
         if isinstance(layer, (nn.Conv2d, nn.Linear)): parametrizations.spectral_norm(layer)
     return module
 
+# %% ../nbs/30_models.ipynb #6190afbe
+def _first_convolution(channels:int)->nn.Conv2d:
+    "Torchvision's first convolution, for pictures of so many channels."
+    convolution = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
+    nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+    return convolution
+
 # %% ../nbs/30_models.ipynb #1b8e9cde
 def resnet(
     depth:int=50, # 18, 34, 50, 101 or 152
@@ -301,9 +320,14 @@ def resnet(
     weights:str|Path|None=None, # None: random; "torchvision": IMAGENET1K_V1, downloaded; a path: .pth or .safetensors
     dropout:float=0.05, # after layer1, layer2, layer3 and before the head (released code)
     spectral_norm:bool=False, # spectral normalisation of the body's convolutions (appendix A.3)
-)->Regressor: # takes pictures (B, 3, H, W)
+    channels:int=3, # of the pictures; a weights file must have been made for as many, and torchvision's have 3
+)->Regressor: # takes pictures (B, channels, H, W)
     "Torchvision's ResNet as a regressor; raises `HplError` where a weights file does not fit, and loads nothing then."
+    if channels != 3 and weights == "torchvision":
+        raise HplError(f"weights='torchvision' are for pictures of 3 channels, and these have {channels}; use weights=None, or a weights "
+                       f"file made for {channels} channels.")
     trunk = _torchvision_trunk(depth, "IMAGENET1K_V1" if weights == "torchvision" else None)
+    if channels != 3: trunk.conv1 = _first_convolution(channels)
     num_features, trunk.fc = trunk.fc.in_features, nn.Identity()
     strides = "v1.5" if weights in (None, "torchvision") else _load_trunk(trunk, Path(weights))
     body = ResNetBody(trunk, num_features, dropout, strides)
@@ -319,7 +343,8 @@ class ResNet(ModelSettings):
     spectral_norm:bool=False # of the body's convolutions (appendix A.3)
 
     def network(self, data:SemiSupervisedData)->Regressor:
-        return resnet(self.depth, data.outputs, self.weights or None, self.dropout or 0., self.spectral_norm)
+        channels = data.plain(data.inputs[data.labelled[:1]], None).shape[1]
+        return resnet(self.depth, data.outputs, self.weights or None, self.dropout or 0., self.spectral_norm, channels)
 
 # %% ../nbs/30_models.ipynb #ba55a045
 class BiLSTMBody(nn.Module):

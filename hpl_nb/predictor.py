@@ -19,15 +19,16 @@ import pandas as pd
 import torch
 from accelerate.utils import send_to_device
 from fastcore.basics import patch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from . import __version__
-from .core import HplError, LabelNormalizer, RunFolder, atomic_write, reading, seed_everything
+from .core import HplError, LabelNormalizer, RunFolder, atomic_write, reading, seed_everything, usual_settings
 from .data.columns import FrameEncoder
-from .data.core import SemiSupervisedData, View, plain_view
-from .data.images import ImageFiles, ImageSource, ImageView
+from .data.core import SemiSupervisedData, View, plain_view, row_error, row_numbers, row_owners
+from .data.images import ImageFiles, ImageSource, ImageView, decode_image
 from .data.own import PixelStrengths, RowStrengths, Standardizer, input_tensor
 from .methods.core import Method
 from .methods.known import METHODS
@@ -63,10 +64,12 @@ class Arrays:
     shape:tuple[int, ...] # of one row
     dtype:str # torch's name of the samples' type
 
+    @usual_settings()
     def __call__(self, inputs:np.ndarray|Tensor|Sequence)->Tensor:
         "The rows as a tensor of this type; another number of features or another size is refused."
         known = self.dtype in ("uint8", "float32", "float64")
-        x = input_tensor(inputs, "new rows") if known else torch.as_tensor(inputs)
+        words = "give numbers, as for training", "the model predicts complete rows only"
+        x = input_tensor(inputs, "new rows", *words) if known else torch.as_tensor(inputs)
         if tuple(x.shape[1:]) != self.shape:
             raise HplError(f"new rows have shape {tuple(x.shape)}; the model was trained on rows of shape {self.shape}: "
                            f"give (n, {', '.join(map(str, self.shape))}).")
@@ -86,11 +89,19 @@ class Frames:
             raise HplError(f"new rows are {type(inputs).__name__}; the model was trained on a data frame: give one with columns {columns}.")
         return torch.from_numpy(self.encoder.encode(inputs, "new rows"))
 
+# %% ../nbs/75_predictor.ipynb #266463aa
+class NewPictures(ImageFiles):
+    "Pictures of new rows; an error names the row, which nothing can skip here."
+    def __getitem__(self, rows:np.ndarray|int)->list[Image.Image]:
+        return [decode_image(self.sources[row], self.size, self.pixel_range, f"replace the file, or leave out new row {row}.")
+                for row in np.atleast_1d(rows)]
+
 # %% ../nbs/75_predictor.ipynb #c0c985f7
 @dataclass(frozen=True)
 class Pictures:
     "New rows as a list of picture files."
     size:int|None # side in pixels, to which they are squeezed
+    pixel_range:tuple[float, float]|None=None # black and white of pictures with more than 8 bits
 
     def __call__(self, inputs:Sequence[str|Path|ImageSource]|ImageFiles)->ImageFiles:
         "The pictures, decoded as they are needed; a missing file is refused."
@@ -101,12 +112,12 @@ class Pictures:
                 raise HplError(f"new row {row} is {type(source).__name__}; the model was trained on picture files: give their paths.")
             if not (path := Path(source.path if isinstance(source, ImageSource) else source)).is_file():
                 raise HplError(f"new row {row}: there is no picture {path}; correct its name, or leave it out.")
-        return ImageFiles(sources, self.size)
+        return NewPictures(sources, self.size, pixel_range=self.pixel_range)
 
 def reader_for(data:SemiSupervisedData)->Arrays|Frames|Pictures:
     "The reader that makes samples such as those of `data`."
     if "encoder" in data.notes: return Frames(FrameEncoder(**data.notes["encoder"]))
-    if isinstance(data.inputs, ImageFiles): return Pictures(data.inputs.size)
+    if isinstance(data.inputs, ImageFiles): return Pictures(data.inputs.size, data.inputs.pixel_range)
     if isinstance(data.inputs, Tensor): return Arrays(tuple(data.inputs.shape[1:]), str(data.inputs.dtype).removeprefix("torch."))
     raise HplError(f"{data.name}: a predictor reads tensors, data frames and picture files, and these inputs are "
                    f"{type(data.inputs).__name__}; make the data with hpl_nb.data.own.")
@@ -165,6 +176,7 @@ def not_saved(path:str|Path, why:str)->HplError:
     "The sentence for a file whose checksum is right, and that is no predictor all the same: somebody has made or changed it."
     return HplError(f"{path} does not hold what predictor.save(...) writes ({why}); use a file from somebody you trust, or save again.")
 
+@usual_settings()
 def read_content(path:str|Path)->dict[str, Any]:
     "What `write_content` wrote, on the CPU; a missing, damaged or foreign file is an `HplError`."
     if not Path(path).is_file(): raise HplError(f"there is no file {path}; predictor.save(...) writes one.")
@@ -282,9 +294,12 @@ class Predictor:
 def _squeezed(values:np.ndarray)->np.ndarray: return values if values.shape[1] > 1 else values[:, 0]
 
 def predictions(predictor:Predictor, samples:Any, rows:np.ndarray)->np.ndarray:
-    "Label units, (len(rows), K)."
+    "Label units, (len(rows), K); a network of another number of outputs is refused, which numpy would broadcast."
     p = predictor
-    return p.normalizer.denormalize(map_samples(p.method, p.method.predict, samples, rows, p.view))
+    y, outputs = map_samples(p.method, p.method.predict, samples, rows, p.view), len(p.normalizer.mean)
+    if y.shape[1] != outputs:
+        raise HplError(f"the network predicts shape {y.shape}, but the labels are {outputs} to a row; build it with outputs={outputs}.")
+    return p.normalizer.denormalize(y)
 
 def deviations(predictor:Predictor, samples:Any, rows:np.ndarray)->np.ndarray|None:
     "The method's own sigma, (len(rows), K), label units; None where it has no log-variance."
@@ -292,16 +307,26 @@ def deviations(predictor:Predictor, samples:Any, rows:np.ndarray)->np.ndarray|No
     def inspect(x):
         seed_everything(0) # some methods draw masks; the same rows get the same answer
         return p.method.inspect(x, x)
-    first = p.view(samples[np.array([0])], None).to(next(p.method.parameters()).device)
     with evaluating(p.method):
+        first = p.view(samples[np.array([0])], None).to(next(p.method.parameters()).device)
         if "log_variance" not in inspect(first): return None
     z = map_samples(p.method, lambda x: inspect(x)["log_variance"], samples, rows, p.view)
     return np.exp(z/2)*np.asarray(p.normalizer.scale)
 
+# %% ../nbs/75_predictor.ipynb #3754f2b5
+def check_outputs(predictor:Predictor, labels:np.ndarray)->None:
+    "Refuse labels (n, K) of another K than the model's, which numpy would broadcast."
+    if labels.shape[1] != (outputs := len(predictor.normalizer.mean)):
+        raise HplError(f"the labels have shape {labels.shape}, but the model was trained on labels of shape (n, {outputs}); give {outputs} "
+                       "to a row, in the order of training.")
+
 # %% ../nbs/75_predictor.ipynb #14f6313d
 def calibrated(predictor:Predictor, samples:Any, rows:np.ndarray, labels:np.ndarray)->Predictor:
     "With the errors on rows whose labels, (len(rows), K), are known."
+    check_outputs(predictor, labels)
     errors = np.abs(labels - predictions(predictor, samples, rows))
+    if len(bad := rows[~np.isfinite(errors).all(axis=1)]):
+        raise row_error("calibration", bad, "its prediction is NaN or infinite", "Leave it out, or give inputs in the unit of training.")
     return replace(predictor, errors=errors, deviations=deviations(predictor, samples, rows))
 
 def interval_of(predictor:Predictor, inputs:Any, coverage:float, scaled:bool, arguments:str="val_share, or calibration=")->Interval:
@@ -320,18 +345,20 @@ def interval_of(predictor:Predictor, inputs:Any, coverage:float, scaled:bool, ar
 def from_method(cls:Predictor,
     method:Method, # trained
     data:SemiSupervisedData, # on what
-    calibration:np.ndarray|None=None, # rows with labels that were not trained on, for the intervals; None: `data.val`
+    calibration:np.ndarray|None=None, # rows (or a mask) with labels that were not trained on, for the intervals; None: `data.val`
 )->Predictor:
     "A predictor of a trained method; its errors on the calibration rows make the intervals."
-    rows = data.val if calibration is None else np.asarray(calibration, dtype=np.int64)
+    rows = data.val if calibration is None else row_numbers(f"{data.name}: calibration", calibration, len(data.targets))
+    row_owners(data.name, {"calibration": rows}, len(data.targets))
     if len(trained := np.intersect1d(rows, [*data.labelled, *data.unlabelled])):
         raise HplError(f"calibration names row {trained[0]}, which was trained on: its error is too small. Leave such rows out.")
     if not np.isfinite(y := data.targets[rows]).all():
         raise HplError(f"calibration names row {rows[~np.isfinite(y).all(1)][0]}, whose label is not known; leave such rows out.")
-    x = data.plain(data.inputs[np.array([0])], None)
-    shape = tuple(x.shape[1:]) if x.is_floating_point() else None
-    predictor = cls(method, reader_for(data), data.plain, data.normalizer, np.empty(0), shape, data.name, data.unit)
-    return calibrated(predictor, data.inputs, rows, y)
+    with usual_settings():
+        x = data.plain(data.inputs[np.array([0])], None)
+        shape = tuple(x.shape[1:]) if x.is_floating_point() else None
+        predictor = cls(method, reader_for(data), data.plain, data.normalizer, np.empty(0), shape, data.name, data.unit)
+        return calibrated(predictor, data.inputs, rows, y)
 
 # %% ../nbs/75_predictor.ipynb #6f33af4f
 @patch(cls_method=True)
@@ -405,4 +432,4 @@ def load(cls:Predictor,
 )->Predictor:
     "Read a predictor; a damaged file or another method or network is refused."
     content = read_content(path)
-    with reading(path, partial(not_saved, path)): return predictor_of(content, method, path, data)
+    with reading(path, partial(not_saved, path)), usual_settings(): return predictor_of(content, method, path, data)

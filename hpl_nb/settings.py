@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
 from numbers import Integral, Real
@@ -19,7 +19,8 @@ import numpy as np
 from .core import HplError, derive_seed
 
 # %% auto #0
-__all__ = ['FILE', 'unknown_name', 'Settings', 'change', 'setting_names', 'as_json', 'from_json', 'digest', 'differences']
+__all__ = ['FILE', 'nearest_name', 'unknown_name', 'Settings', 'change', 'setting_names', 'as_json', 'from_json', 'digest',
+           'differences']
 
 # %% ../nbs/01_settings.ipynb #ad25af51
 def _fits(value:Any, hint:Any)->bool:
@@ -53,6 +54,12 @@ def _wanted(hint:Any)->str:
     return _WORDS.get(hint, getattr(hint, "__name__", str(hint)))
 
 # %% ../nbs/01_settings.ipynb #33e7a361
+def nearest_name(name:str, known:Iterable[str])->str|None:
+    "The known name that is most like a typed one, whatever its case; dashes are underscores."
+    written = {each.lower(): each for each in known}
+    nearest = get_close_matches(name.lower().replace("-", "_"), written, 1, 0)
+    return written[nearest[0]] if nearest else None
+
 def unknown_name(
     name:str, # as typed
     known:list[str], # what there is
@@ -60,8 +67,8 @@ def unknown_name(
     kind:str="setting", # what is named
 )->HplError: # to be raised
     "The error for a name that does not exist: it suggests the nearest one."
-    nearest = get_close_matches(name, known, 1, 0)
-    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    nearest = nearest_name(name, known)
+    hint = f"did you mean {nearest!r}? " if nearest else ""
     return HplError(f"{owner} has no {kind} {name!r:.60}; {hint}It has {', '.join(known) or 'none'}.")
 
 # %% ../nbs/01_settings.ipynb #c4b1674d

@@ -2,21 +2,26 @@
 
     python tests/check.py                     # everything
     python tests/check.py --only ruff pytest  # some steps
+    python tests/check.py --changed           # in three minutes: what your change can break, the nearest first
     python tests/check.py --fix               # first clean, export and write README.md, as nbdev_prepare would; then check
 """
 import argparse
 import difflib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = Path(sys.executable).parent # nbdev's commands are beside this Python
+WORKERS = ("-n", "2", "--dist", "loadfile") # two processes, each with whole files
+NO_TESTS = 5 # pytest's code where all that was named is slow or needs a GPU
 SOURCES = ("nbs", "hpl_nb", "data", "tests", "settings.ini", "pyproject.toml", "README.md", "_quarto.yml")
 
 
@@ -28,12 +33,19 @@ def environment(folder):
     return environ
 
 
-def run(*command, folder=ROOT, quiet=False):
+def run(*command, folder=ROOT, quiet=False, timeout=None):
     "Run a command in `folder`; one sentence if it fails."
-    capture = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) if quiet else {}
-    done = subprocess.run([str(word) for word in command], cwd=folder, env=environment(folder), stdin=subprocess.DEVNULL, **capture)
-    if done.returncode and quiet: print(done.stdout)
-    return [f"`{' '.join(str(word) for word in command)}` ended with {done.returncode}"] if done.returncode else []
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) if quiet else {}
+    command = [str(word) for word in command]
+    options |= dict(cwd=folder, env=environment(folder), stdin=subprocess.DEVNULL, start_new_session=True)
+    with subprocess.Popen(command, **options) as done:
+        try: output, _ = done.communicate(timeout=timeout)
+        except BaseException: # out of time, or Ctrl-C: its own processes end with it
+            os.killpg(done.pid, signal.SIGKILL)
+            raise
+    if done.returncode in (0, NO_TESTS): return []
+    if quiet: print(output)
+    return [f"`{' '.join(command)}` ended with {done.returncode}"]
 
 
 @contextmanager
@@ -104,16 +116,37 @@ def pages():
 
 
 def nbdev_test():
-    "Every notebook runs, and its assertions hold."
-    return run(SCRIPTS/"nbdev_test", "--n_workers", 2, "--timing")
+    "Every notebook runs, its assertions hold, and its outputs are those that are stored."
+    return run(sys.executable, "tests/notebooks.py")
 
 
 def pytest():
     "What is not a lesson."
-    return run(sys.executable, "-m", "pytest", "--durations=5")
+    return run(sys.executable, "-m", "pytest", "--durations=5", *WORKERS)
 
 
 STEPS = dict(clean=clean, export=export, readme=readme, ruff=ruff, pages=pages, nbdev_test=nbdev_test, pytest=pytest)
+
+
+def affected(base, until):
+    "Notebooks and tests that reach what differs from a commit, the nearest first, as long as there is time."
+    import changed
+    items = changed.affected(base)
+    with ThreadPoolExecutor(2) as pool: problems = list(pool.map(lambda item: run_item(*item[1:], until), items))
+    late = [(distance, path) for (distance, path, _), found in zip(items, problems) if found is None]
+    if late:
+        names = ", ".join(Path(path).name for _, path in late[:9]) + (f" and {len(late) - 9} more" if len(late) > 9 else "")
+        print(f"    not run in time, {late[0][0]} or more modules from the change: {names}. The whole check runs them.")
+    return [problem for found in problems for problem in found or ()]
+
+
+def run_item(path, tests, until):
+    "Run a notebook, or some tests of a file; None where there is no time left."
+    tests = [f"{path}::{test}" for test in tests] or [path]
+    command = ["tests/notebooks.py", path] if path.endswith(".ipynb") else ["-m", "pytest", "-q", *tests]
+    if (seconds := until - time.monotonic()) <= 0: return None
+    try: return run(sys.executable, *command, quiet=True, timeout=seconds)
+    except subprocess.TimeoutExpired: return None
 
 
 def fix():
@@ -125,10 +158,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=list(STEPS), default=list(STEPS), metavar="STEP", help="some of: " + ", ".join(STEPS))
     parser.add_argument("--fix", action="store_true", help="first clean the notebooks, export the modules and write README.md")
+    parser.add_argument("--changed", nargs="?", const="HEAD", metavar="COMMIT",
+                        help="run only what differences from this commit (the last one) can break, as long as --minutes allow")
+    parser.add_argument("--minutes", type=float, default=3, help="of --changed")
     args = parser.parse_args()
-    results = {}
+    steps, results, start = {"fix": fix, **STEPS}, {}, time.monotonic()
+    if args.changed:
+        until = start + 60*args.minutes
+        steps["affected"], args.only = lambda: affected(args.changed, until), ["clean", "export", "readme", "ruff", "affected"]
+        steps["affected"].__doc__ = affected.__doc__
     for name in ["fix"] * args.fix + args.only:
-        step = STEPS.get(name, fix)
+        step = steps[name]
         print(f"\n== {name}: {step.__doc__}", flush=True)
         start = time.perf_counter()
         problems = step()

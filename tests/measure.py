@@ -63,7 +63,8 @@ def measure(root):
     trees = {name: ast.parse(text) for name, text in texts.items()}
     lines = {name: len(text.splitlines()) for name, text in texts.items()}
     shown = {name: len(public(tree)) for name, tree in trees.items()}
-    arguments = {f"{name}.{function.name}": len(names(function)) for name, tree in trees.items() for function in functions(tree)}
+    arguments = {f"{name}.{function.name} at line {function.lineno}": len(names(function))
+                 for name, tree in trees.items() for function in functions(tree)}
     constructors = {f"{name}.{kind}": count for name, tree in trees.items() for kind, count in fields(tree)}
     whole = [f"{name}.{f.name}" for name, tree in trees.items() for f in functions(tree)
              if any(arg.annotation is not None and ast.unparse(arg.annotation).strip("'\"") in SESSION

@@ -85,7 +85,7 @@ def test_thresholds_by_hand():
 def test_a_step_one_by_one(prior, outputs):
     "Losses, selection and moving average, sample by sample in NumPy; the weights' gradients are those of the same losses."
     method, batch = prepared(outputs, bins=4, prior=prior, max_weight=1.5, decay=.9, unlabelled_weight=.7)
-    r, share, y = method.regressor, method.classes.share.numpy(), batch["labelled"]["y"]
+    r, share, y = method.regressor, method.classes.share.numpy().copy(), batch["labelled"]["y"]
     with torch.no_grad(): logits = method.classes.classifier(r.features(batch["unlabelled"]["weak"])).view(12, 4, outputs).numpy()
     probability = np.exp(logits)/np.exp(logits).sum(1, keepdims=True)
     marginal = .9*np.full((4, outputs), .25) + .1*probability.mean(0)
@@ -94,9 +94,13 @@ def test_a_step_one_by_one(prior, outputs):
     losses = method.training_step(batch)
     sum(losses.values()).backward()
     np.testing.assert_allclose(method.marginal.numpy(), marginal, rtol=1e-10)
-    p = {"labelled": share, "predicted": marginal, "uniform": np.ones_like(share)}[prior]
+    p = {"labelled": share, "predicted": np.empty_like(share), "uniform": np.ones_like(share)}[prior]
     target, selected, weight = method.classes.target(y).numpy(), np.zeros((12, outputs)), np.zeros((8, outputs))
     for k in range(outputs):
+        if prior == "predicted":
+            rows = probability[:, :, k]
+            p[:, k] = np.clip(np.full(4, .25) @ np.linalg.pinv(rows), 0, 5) @ rows # of the average before the step
+            share[:, k] = np.bincount(target[:, k], minlength=4)/8 # in the batch
         seen = share[:, k] > 0
         scale = (share[seen, k]/p[seen, k]).sum()
         for i in range(8): weight[i, k] = min(1/p[target[i, k], k]/scale, 1.5)
@@ -130,7 +134,8 @@ def test_nothing_passes_an_impossible_threshold():
 
 def test_every_argument_changes_training():
     base = {"threshold": .3, "bins": 5, "max_weight": 2., "decay": .5}
-    changes = [{}, {"bins": 8}, {"prior": "predicted"}, {"prior": "uniform"}, {"max_weight": 1.2}, {"threshold": .4}, {"power": 2.},
+    changes = [{}, {"bins": 8}, {"prior": "predicted"}, {"prior": "predicted", "upper": .01},
+               {"prior": "uniform"}, {"max_weight": 1.2}, {"threshold": .4}, {"power": 2.},
                {"decay": 0.}, {"unlabelled_weight": .3}]
     states = [trained(CADR(**base | change)) for change in changes]
     for i, state in enumerate(states): assert all(differences(state, other) for other in states[:i]), changes[i]
@@ -160,7 +165,8 @@ def test_classifier_learns_at_the_head_s_rate():
     assert sum(len(group["params"]) for group in groups) == len([*method.parameters()])
 
 
-@pytest.mark.parametrize("change", [{"bins": 0}, {"prior": "true"}, {"max_weight": .5}, {"max_weight": float("nan")}, {"threshold": -.1},
+@pytest.mark.parametrize("change", [{"bins": 0}, {"prior": "true"}, {"max_weight": .5}, {"max_weight": float("nan")}, {"upper": 0.},
+                                    {"threshold": -.1},
                                     {"power": -1.}, {"decay": 1.}, {"decay": -.1}, {"unlabelled_weight": -1.}])
 def test_bad_arguments_are_refused(change):
     with pytest.raises(HplError, match=f"{next(iter(change))} is "): CADR(**change)

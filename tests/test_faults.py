@@ -25,7 +25,7 @@ import torch
 from small_runs import METHODS, differences, forked, make, on_cpu, tree, vectors  # noqa: F401
 
 import hpl_nb.core
-from hpl_nb.core import HplError, RunFolder, random_states, set_random_states
+from hpl_nb.core import HplError, RunFolder
 from hpl_nb.data.core import StreamSettings
 from hpl_nb.data.rotated_digits import RotatedDigits
 from hpl_nb.experiment import Experiment, run_path
@@ -149,10 +149,8 @@ class TestOneProcessAtATime:
         "A thread, or a callback, is refused as well; the run that is there goes on, and resumes in the same process."
         refused = []
         def again():
-            states = random_states() # what is drawn for the weights of another method is drawn from generators that this run shares
             try: train(folder=tmp_path)
             except HplError as error: refused.append(str(error))
-            set_random_states(states)
         def watch(progress):
             if progress.step == 7:
                 thread = threading.Thread(target=again)

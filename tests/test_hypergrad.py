@@ -133,12 +133,12 @@ def test_equals_autograd(kind, settings, warm, outputs, reduction):
 @pytest.mark.parametrize("warm", [0, 5])
 @pytest.mark.parametrize("outputs", [1, 3])
 @pytest.mark.parametrize("weight", WEIGHTS.values(), ids=WEIGHTS.keys())
-def test_equals_higher(kind, settings, warm, outputs, weight):
+@pytest.mark.parametrize("eps_first", [False, True])
+def test_equals_higher(kind, settings, warm, outputs, weight, eps_first):
     """The gradient in z by `higher` (which has neither AdamW nor maximize).
 
-    `higher` adds eps to the root of the second moment before its bias correction, torch after it, so it is given
-    eps times the root of the bias correction; and its step counter is made a Python float,
-    as float32 would lose digits.
+    With `eps_first` our step is `higher`'s as it stands; torch adds eps after the bias correction, which is `higher` with eps
+    times the root of that correction. `higher`'s step counter is made a Python float, as float32 would lose digits.
     """
     higher = pytest.importorskip("higher")
     head, batch = problem(outputs)
@@ -147,13 +147,13 @@ def test_equals_higher(kind, settings, warm, outputs, weight):
 
     mine = z.clone().requires_grad_()
     weights = weight(mine)
-    weights.backward(hypergradient(head, lambda eta, gradient: optimizer_step(optimizer, head, gradient),
+    weights.backward(hypergradient(head, lambda eta, gradient: optimizer_step(optimizer, head, gradient, eps_first),
                                    **changed(batch, weights=weights)).weights)
 
     other = z.clone().requires_grad_()
     with higher.innerloop_ctx(head, optimizer) as (virtual_head, virtual_optimizer):
         for group, states in zip(virtual_optimizer.param_groups, virtual_optimizer.state):
-            if kind is Adam:
+            if kind is Adam and not eps_first:
                 group["eps"] = group["eps"] * (1 - group["betas"][1]**(warm + 1))**0.5
             for state in states.values():
                 state.update({"step": float(state["step"])} if "step" in state else {})
@@ -434,8 +434,10 @@ def test_bad_optimizers():
             optimizer_step(optimizer, head, gradient)
     with pytest.raises(HplError, match="does not train this head"):
         optimizer_step(SGD(nn.Linear(4, 1).parameters(), lr=0.1), head, gradient)
-    with pytest.raises(HplError, match="bias=True"):
-        head_matrix(nn.Linear(4, 1, bias=False))
+    for other in (nn.Linear(4, 1, bias=False), nn.Sequential(nn.Linear(4, 1)), nn.Conv1d(4, 1, 1)):
+        _, batch = problem(1)
+        with pytest.raises(HplError, match="no linear layer with a bias.*bias=True"):
+            hypergradient(other.double(), partial(sgd_step, learning_rate=0.1), **batch)
 
 
 def test_faster_than_higher():

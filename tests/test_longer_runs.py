@@ -344,7 +344,8 @@ class TestFewRows:
         "A default gives way, what was typed is refused by its option, before the first step."
         command = ["hpl_paper", "rotated_digits", "--label_ratio", ".022", "--epochs", "1", "--iterations_per_epoch", "2", "--out"]
         with pytest.warns(UserWarning, match="28 labelled and .* labelled_batch=14 is used"): hpl_train([*command, str(tmp_path/"a")])
-        with pytest.raises(SystemExit, match="28 labelled rows are fewer than the 48 of labelled_batch=24 .* labelled_batch to at most 14"):
+        says = "28 labelled rows are fewer than the 48 of --labelled_batch 24 .* --labelled_batch to at most 14"
+        with pytest.raises(SystemExit, match=says):
             hpl_train([*command, str(tmp_path/"b"), "--labelled_batch", "24"])
 
 

@@ -45,18 +45,19 @@ def prepared(outputs=2, **kwargs):
 class TestTeacher:
     @pytest.mark.parametrize("decay", [0., .3, .9, .99, 1.])
     def test_is_the_average_of_the_student(self, decay):
-        "The recursion as it is written, from the weights after each step; with alpha = 1 it is their mean."
+        "The recursion as the original counts it, from the weights at the start; with alpha = 1 it is the mean of all."
         students, teachers = [], []
         def keep(method):
             students.append(flat(method.regressor))
             teachers.append(flat(method.teacher))
         trained(MeanTeacher(decay=decay).build, after_step=keep)
-        average = torch.zeros_like(students[0])
-        for step, student in enumerate(students):
+        seed_everything(0)
+        average = start = flat(dense())
+        for step, student in enumerate(students, 1):
             alpha = min(1 - 1/(step + 1), decay)
             average = alpha*average + (1 - alpha)*student
-            torch.testing.assert_close(teachers[step], average, rtol=1e-5, atol=1e-6)
-        if decay == 1: torch.testing.assert_close(teachers[-1], torch.stack(students).mean(0), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(teachers[step - 1], average, rtol=1e-5, atol=1e-6)
+        if decay == 1: torch.testing.assert_close(teachers[-1], torch.stack([start, *students]).mean(0), rtol=1e-5, atol=1e-6)
 
     def test_has_running_statistics_of_its_own(self):
         "Of the first batch norm: those of what its own convolution makes of the weak views, and not the student's."

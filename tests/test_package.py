@@ -18,6 +18,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ["plotly", "torchvision", "IPython", "ipywidgets", "ipykernel", "jupyter_client", "notebook"]
+LARGE = ["accelerate", "pandas", "scipy", "sklearn", "torch._dynamo"]
 MODULES = sorted(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
                  for path in (ROOT/"hpl_nb").rglob("*.py") if path.name != "_modidx.py")
 LIGHT = ["hpl_nb", *(name for name in MODULES if re.fullmatch(r"hpl_nb\.(core|data|data\.core|loss|uncertainty|hypergrad)", name))]
@@ -55,6 +56,37 @@ def test_import_is_quick():
     times = [(seconds("hpl_nb"), seconds("torch")) for _ in range(2)]
     ours, torch = map(min, zip(*times))
     assert ours < torch, f"importing hpl_nb takes {ours/torch:.2f} times as long as importing torch"
+
+
+COMMANDS = [line.partition("=")[0] for line in settings()["console_scripts"].split()]
+PAGES = {f"{name} --help": {"torch", *HEAVY, *LARGE} for name in COMMANDS} | {"hpl_train": {"torch", *HEAVY, *LARGE}} | {
+    line: {*HEAVY, *LARGE} - {"pandas", "accelerate"}
+    for line in ("hpl_queue --help", "hpl_bench --help", "hpl_train hpl_paper utkface --help")}
+
+
+@pytest.mark.parametrize("line", PAGES)
+def test_help_is_light(line):
+    "What a help text imports: never what trains or draws, and PyTorch only where it shows the fields of a class that needs it."
+    command, *words = line.split()
+    printed = python(f"import sys\nfrom hpl_nb.cli import {command}\ntry: {command}({words})\nexcept SystemExit: print(*sys.modules)")
+    assert printed.startswith(f"usage: {command}") and not set(printed.splitlines()[-1].split()) & PAGES[line]
+
+
+def test_help_is_quick():
+    "`hpl_train --help` and the help of a method beside `import torch`, in turn; the median of the ratios."
+    def seconds(code):
+        start = time.perf_counter()
+        python(code)
+        return time.perf_counter() - start
+    def help_of(*words): return f"from hpl_nb.cli import hpl_train\ntry: hpl_train({[*words, '--help']})\nexcept SystemExit: pass"
+    times = [[seconds(code) for code in ("import torch", help_of(), help_of("hpl_paper", "utkface"))] for _ in range(3)]
+    ratios = [sorted(row[i]/row[0] for row in times)[1] for i in (1, 2)]
+    assert ratios[0] < .6 and ratios[1] < 2.5, f"help takes {ratios[0]:.2f}, of a method {ratios[1]:.2f} times as long as importing torch"
+
+
+def test_commands_are_imported_without_effect():
+    "A process that spawn starts imports the main module again: nothing is printed, and nothing large is imported."
+    assert python("import sys, hpl_nb.cli\nprint(*({'torch', 'pandas', 'numpy'} & set(sys.modules)))").strip() == ""
 
 
 def test_version():

@@ -339,7 +339,7 @@ def test_train_with_pixels_on_the_device(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("arguments, says", [
-    (("--pixels=gpu",), "invalid choice 'gpu'"), (("--pixels=device", "--workers=2"), "use workers=0"),
+    (("--pixels=gpu",), "invalid choice 'gpu'"), (("--pixels=device", "--workers=2"), "use --workers 0"),
     (("hpl_paper", "rotated_digits", "--pixels=device"), "pixels")])
 def test_wrong_pixels_are_refused(tmp_path, arguments, says, capsys):
     "Before anything is read or written."

@@ -182,7 +182,7 @@ def test_hypergradients(case):
 
 def test_every_hpl_case_looks_ahead(results):
     for name in CASES: assert len(read(results/"one"/f"{name}-0.pt")["slopes"]) == (
-        {"HPL release": 4, "HPL release, sum": 4, "HPL previous": 17}.get(name, 18) if "HPL" in name else 0)
+        {"HPL release": 6, "HPL release, sum": 6, "HPL previous": 17}.get(name, 18) if "HPL" in name else 0)
 
 
 def test_predictions_and_log(case):

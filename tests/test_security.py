@@ -330,7 +330,7 @@ class TestPromise2PreprocessorsOfKnownTypes:
         for transformer, name in ((FunctionTransformer(os.system), "system"), (FunctionTransformer(eval), "eval"),
                                   (Sings(str(tmp_path/"canary")), "Sings")):
             model.preprocessor_ = transformer
-            path = model.save(tmp_path/"bad")
+            path = model.save(tmp_path/"bad", trusted=skops.io.get_untrusted_types(data=skops.io.dumps(transformer)))
             with pytest.raises(HplError, match=f"{name}.*might do anything.*trusted="): SemiSupervisedRegressor.load(path)
             assert not (tmp_path/"canary").exists()
         SemiSupervisedRegressor.load(path, trusted=[f"{Sings.__module__}.Sings"])

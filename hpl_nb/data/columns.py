@@ -5,9 +5,11 @@
 # %% ../../nbs/14b_data.columns.ipynb #b6c4e52f
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -18,6 +20,7 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 from ..core import HplError
 from .core import row_error
+from .tables import UNKNOWN, as_numbers, is_real, unmasked
 
 # %% auto #0
 __all__ = ['FrameEncoder', 'default_preprocessor']
@@ -28,11 +31,13 @@ class Words(NamedTuple):
     labels:str # where too few rows train
     missing:str # where features are missing
     categories:str # where a column of text has too many values
+    table:str # the variable that holds the table
 
 FRAME_WORDS = Words("smaller val_share and test_share", "pass impute='median'",
-                    "leave it out with columns=[...], make it numeric, or raise max_categories")
-ESTIMATOR_WORDS = Words("a smaller validation_fraction", "use make_pipeline(SimpleImputer(), ...) or preprocessor=",
-                         "drop it, make it numeric, or pass preprocessor=")
+                    "leave it out with columns=[...], make it numeric, or raise max_categories", "frame")
+ESTIMATOR_WORDS = Words("a smaller validation_fraction; cross-validate with cv=LabelledKFold()",
+                        "use make_pipeline(SimpleImputer(), ...) or preprocessor=",
+                        "drop it, make it numeric, or pass preprocessor=", "X")
 
 def refuse_missing(frame:pd.DataFrame, name:str, words:Words=FRAME_WORDS)->None:
     "Refuse missing features, naming the columns and counting the rows."
@@ -59,10 +64,10 @@ class FrameEncoder:
 
     def encode(self, frame:pd.DataFrame, name:str="frame")->np.ndarray:
         "Features (n, d) of `frame`, float64; missing and infinite ones are an `HplError`."
-        require_columns(frame, columns := [*self.medians, *self.categories], name)
-        if self.impute is None: refuse_missing(frame[columns], name)
+        require_columns(frame, [*self.medians, *self.categories], name)
         numbers = {column: number_column(frame, column, name) for column in self.medians}
         texts = {column: frame[column].astype(object).map(str).where(frame[column].notna(), None).to_numpy() for column in self.categories}
+        if self.impute is None: refuse_missing(pd.DataFrame(numbers | texts), name)
         encoder = column_encoder(SimpleImputer(strategy="median"), [*numbers], [*texts], [*self.categories.values()])
         encoder.fit(pd.DataFrame({column: [median] for column, median in self.medians.items()} | {column: [""] for column in texts}))
         if not len(frame): return np.empty((0, len(self.features)))
@@ -82,26 +87,90 @@ def require_columns(frame:pd.DataFrame, columns:Sequence[str], name:str)->None:
                            f"{', '.join(map(repr, frame.columns))}); rename one.")
 
 def number_column(frame:pd.DataFrame, column:str, name:str)->np.ndarray:
-    "A numeric column; text and infinite values are an `HplError`."
-    try: values = frame[column].to_numpy(dtype=np.float64, na_value=np.nan)
-    except (TypeError, ValueError) as error:
-        raise HplError(f"{name}: column {column!r} is not numeric any more ({error}).") from error
+    "A numeric column, NaN where it is missing; text and infinite values are an `HplError`."
+    if is_number(frame[column]): values = frame[column].to_numpy(dtype=np.float64, na_value=np.nan)
+    else:
+        values, unknown = as_numbers(frame[column])
+        if len(bad := np.flatnonzero(np.isnan(values) & ~unknown)):
+            raise row_error(f"{name}, column {column!r}", bad, f"{str(frame[column].iloc[bad[0]])!r:.100} is not a number, so that "
+                            f"column {column!r} is not numeric any more", "Correct such rows.")
     if len(bad := np.flatnonzero(np.isinf(values))):
         raise row_error(f"{name}, column {column!r}", bad, "it is infinite", "Correct or drop such rows.")
     return values
 
-# %% ../../nbs/14b_data.columns.ipynb #78b5aa6d
-def is_number(column:pd.Series)->bool: return pd.api.types.is_numeric_dtype(column) and column.dtype.kind != "c"
+# %% ../../nbs/14b_data.columns.ipynb #57c2b1f0
+def is_number(column:pd.Series)->bool:
+    "Whether a column holds real numbers; those of a column of categories are names."
+    if column.dtype != object: return pd.api.types.is_numeric_dtype(column) and column.dtype.kind != "c"
+    return column.notna().any() and all(map(is_real, column.dropna()))
 
+# %% ../../nbs/14b_data.columns.ipynb #78b5aa6d
+class Reading(NamedTuple):
+    "How a column becomes numbers."
+    code:str # what to type; {x} stands for the column
+    read:Callable[[pd.Series], Any] # what that does; it raises, warns, or gives NaN where it does not fit
+    pattern:str="" # that each text has
+
+START, DAY = pd.Timestamp("2000-01-01", tz="UTC"), pd.Timedelta(days=1)
+DATE, CLOCK = r".*(\d{4}|\d[-/.]\d+[-/.]\d).*", r".*\d:\d\d.*"
+
+def _dates(more, **how):
+    code = f"(pd.to_datetime({{x}}, utc=True{more}) - pd.Timestamp('2000-01-01', tz='UTC')) / pd.Timedelta(days=1)"
+    return Reading(code, lambda x: (pd.to_datetime(x, utc=True, **how) - START)/DAY, DATE)
+
+def _spelled(digits, marks, decimal):
+    pattern = rf"[%$€£\s]*[+-]?(\d{{1,3}}([{marks}\s'’]\d{{3}})+|\d+)({decimal}\d*)?[%$€£\s]*"
+    code = f"pd.to_numeric({{x}}.astype(str).str.replace(r'{digits}', '', regex=True).str.replace(',', '.'))"
+    return Reading(code, lambda x: pd.to_numeric(x.str.replace(digits, "", regex=True).str.replace(",", ".")), pattern)
+
+# %% ../../nbs/14b_data.columns.ipynb #d100a771
+TEXTS = ( # what a column of text may be, and how it is read: the first kind that fits, in each way that fits
+    ("numbers stored as text", Reading("pd.to_numeric({x}, errors='coerce')", lambda x: pd.to_numeric(x, errors="coerce"))),
+    ("numbers stored as text", _spelled(r"[^\d.+-]", ",", r"\."), _spelled(r"[^\d,+-]", ".", ",")),
+    ("dates", _dates("")), ("dates", _dates(", dayfirst=True", dayfirst=True)), ("dates", _dates(", format='ISO8601'", format="ISO8601")),
+    ("times", Reading("pd.to_timedelta({x}) / pd.Timedelta(days=1)", lambda x: pd.to_timedelta(x)/DAY, CLOCK)),
+    ("times", Reading("pd.to_timedelta({x}.astype(str) + ':00') / pd.Timedelta(days=1)", lambda x: pd.to_timedelta(x + ":00")/DAY, CLOCK)))
+
+OBJECTS = { # pandas' name of a type -> what such a column holds, and what to type
+    **dict.fromkeys(("date", "datetime", "datetime64"), ("dates", _dates("").code)),
+    **dict.fromkeys(("timedelta", "timedelta64"), ("durations", "pd.to_timedelta({x}) / pd.Timedelta(days=1)")),
+    "period": ("periods", "(pd.PeriodIndex({x}).to_timestamp() - pd.Timestamp('2000-01-01')) / pd.Timedelta(days=1)"),
+    "time": ("times", "pd.to_timedelta({x}.astype(str)) / pd.Timedelta(days=1)"),
+    "complex": ("complex numbers", "np.abs({x})")}
+
+def _fits(reading, texts):
+    if not texts.str.fullmatch(reading.pattern or ".*", flags=re.DOTALL).all(): return False
+    with warnings.catch_warnings(record=True) as doubts:
+        warnings.simplefilter("always") # pandas warns where it guesses
+        try: return bool(pd.notna(reading.read(texts)).all()) and not doubts
+        except (ValueError, TypeError, OverflowError): return False
+
+# %% ../../nbs/14b_data.columns.ipynb #db87c962
+def refuse_numbers(column:pd.Series, source:str, table:str)->None:
+    "Refuse a column whose values are numbers stored as text, dates or times, with the line that makes numbers of them."
+    values, x = column.dropna().astype(object), f"{table}[{column.name!r}]"
+    texts = pd.Series(sorted(set(values.map(str))), dtype=object)
+    texts = texts[~texts.str.strip().str.lower().isin(UNKNOWN)]
+    has_text = values.map(lambda value: isinstance(value, str))
+    (kind, *codes), example = OBJECTS.get(pd.api.types.infer_dtype(values), ("",)), values.iloc[0] if len(values) else None
+    if len(texts) and has_text.any() and values[~has_text].map(is_real).all():
+        fitting = ((kind, [reading.code for reading in readings if _fits(reading, texts)]) for kind, *readings in TEXTS)
+        (kind, codes), example = next((found for found in fitting if found[1]), ("", [])), texts.iloc[0]
+    if not codes: return
+    lines = " or ".join(f"{x} = {code.format(x=x)}" for code in codes)
+    raise HplError(f"{source}: its values are {kind} ({column.dtype}), such as {str(example)!r:.100}. Type {lines}, or, where they name "
+                   f"categories, {x} = 'is ' + {x}.astype(str).")
+
+# %% ../../nbs/14b_data.columns.ipynb #0b15dabc
 def column_categories(column:pd.Series, rows:np.ndarray, most:int, name:str, words:Words=FRAME_WORDS)->list[str]:
     "Values of a column of text in the training rows."
     source = f"{name}, column {column.name!r}"
-    if column.dtype.kind in "mMc": raise HplError(f"{source}: it is {column.dtype}; turn it into numbers first.")
-    is_text = column.notna().to_numpy() & pd.to_numeric(column.astype(object), errors="coerce").isna().to_numpy()
-    texts, present = np.flatnonzero(is_text), column.notna().sum()
+    numbers, unknown = as_numbers(column)
+    texts, present = np.flatnonzero(np.isnan(numbers) & ~unknown), int((~unknown).sum())
     if 0 < 2*len(texts) < present:
         raise row_error(source, texts, f"{column.iloc[texts[0]]!r} is text, but {present - len(texts)} of {present} "
                         "values are numbers", "Correct such rows and make the column numeric, or leave it out.")
+    refuse_numbers(column, source, words.table)
     values = sorted(set(column.iloc[rows].dropna().astype(object).map(str)))
     if len(values) > most:
         raise HplError(f"{source}: it is text of {len(values)} different values; {words.categories}.")
@@ -127,7 +196,7 @@ def fit_encoder(frame:pd.DataFrame, columns:Sequence[str], rows:np.ndarray, impu
 
 # %% ../../nbs/14b_data.columns.ipynb #7a1f5b8f
 def _check_texts(column:pd.Series, rows:np.ndarray, most:int)->None:
-    "Refuse dates, numbers as text, names of the rows, and texts among other things, which have no order."
+    "Refuse dates, numbers stored as text, names of the rows, and texts among other things, which have no order."
     column_categories(column, rows, most, "X", ESTIMATOR_WORDS)
     is_text = column.map(lambda value: isinstance(value, str)).to_numpy(bool)
     if is_text.any() and not is_text.all():
@@ -145,4 +214,17 @@ def default_preprocessor(
     columns, rows = [frame.iloc[:, place] for place in range(frame.shape[1])], np.arange(len(frame)) if train is None else train
     texts = [place for place, column in enumerate(columns) if not is_number(column)]
     for place in texts: _check_texts(columns[place], rows, most)
-    return column_encoder(StandardScaler(), [place for place in range(len(columns)) if place not in texts], texts)
+    numbers = [place for place in range(len(columns)) if place not in texts]
+    if numbers and all(isinstance(columns[place].dtype, pd.SparseDtype) for place in numbers):
+        raise HplError("X: all columns of numbers are sparse, and zeros become other numbers when they are standardised. Type "
+                       "X = X.apply(np.asarray) to make them dense.")
+    return column_encoder(StandardScaler(), numbers, texts)
+
+# %% ../../nbs/14b_data.columns.ipynb #906e512a
+def dense(table:Any)->Any:
+    "A data frame without sparse columns, an array whose masked entries are NaN, or anything else as it is."
+    if not isinstance(table, pd.DataFrame): return unmasked(table)
+    sparse = [place for place, dtype in enumerate(table.dtypes) if isinstance(dtype, pd.SparseDtype)]
+    table = table.copy(deep=False)
+    for place in sparse: table.isetitem(place, table.iloc[:, place].sparse.to_dense())
+    return table

@@ -9,6 +9,7 @@ import hashlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..core import HplError, LabelNormalizer, derive_seed, whole_number
+from ..core import HplError, LabelNormalizer, derive_seed, usual_settings, whole_number
 from ..settings import Settings
 
 # %% auto #0
@@ -35,7 +36,7 @@ class PerSample:
 
     def __call__(self, samples:Sequence, seeds:np.ndarray|None=None)->Tensor:
         if seeds is None: return torch.stack([self.transform(sample) for sample in samples])
-        with torch.random.fork_rng(devices=[]): return torch.stack([self._seeded(*pair) for pair in zip(samples, seeds)])
+        with usual_settings(), torch.random.fork_rng(devices=[]): return torch.stack([self._seeded(*pair) for pair in zip(samples, seeds)])
 
     def _seeded(self, sample, seed):
         torch.default_generator.manual_seed(int(seed)) # the CPU's alone: 60 times quicker than torch.manual_seed
@@ -329,6 +330,7 @@ def synthetic_variance(x:Tensor)->Tensor:
     return (.05 + .55*(x[:, :1] + 1)/2)**2
 
 # %% ../../nbs/10_data.core.ipynb #0fe06b9f
+@usual_settings()
 def synthetic(
     n:int=1000, # rows: 10 % each for validation and test
     dimensions:int=2, # of x, uniform in [-1, 1]
@@ -350,7 +352,9 @@ def noise_view(
     scale:float, # standard deviation
 )->View:
     "A view that adds Gaussian noise to a batch of vectors."
-    return BatchView(lambda x, generator: x + scale*torch.randn(x.shape, generator=generator))
+    return BatchView(partial(_add_noise, scale))
+
+def _add_noise(scale, x, generator): return x + scale*torch.randn(x.shape, generator=generator)
 
 # %% ../../nbs/10_data.core.ipynb #696208fe
 def batches_per_pass(rows:int, batch_size:int, drop_last:bool=True)->int:
@@ -374,12 +378,12 @@ def outer_rows(rows:np.ndarray, inner:np.ndarray, batch_size:int, step:int, seed
 @dataclass(frozen=True)
 class StreamSettings(Settings):
     "Batch sizes (of all processes together) and order of the three streams."
-    labelled_batch:int=32 # n; 32 becomes smaller where the rows are too few, another number is refused
+    labelled_batch:int=32 # n; 32 shrinks to fit few rows
     unlabelled_batch:int=32 # m; likewise
-    outer_batch:int|None=None # of the outer labelled batch; None: n
+    outer_batch:int|None=None # of the outer batch; None: n
     labelled_copies:int=1 # passes hold each labelled row this often (release: 2, D12)
     outer_overlap:bool=False # may the outer batch share rows with the inner one (release: yes, D10)
-    drop_last:bool=True # leave out the rows at the end of a pass that fill no batch; False: a smaller one (release: on STS-B)
+    drop_last:bool=True # leave out a pass's last rows that fill no batch (release: not on STS-B)
 
     def check(self)->None:
         for name in ("labelled_batch", "unlabelled_batch", "outer_batch", "labelled_copies"):
@@ -485,6 +489,8 @@ def check_streams(streams:Streams)->None:
     if "unlabelled" in streams.needs and not len(data.unlabelled):
         raise HplError(f"{name}: the unlabelled set is empty; use the method `Supervised`, or a smaller label_ratio.")
     if s.labelled_batch > most["labelled"]: raise too_few_labelled(streams, most["labelled"])
+    if "outer" in streams.needs and s.outer > (rows := len(data.labelled)*s.labelled_copies):
+        raise HplError(f"{name}: {rows} labelled rows are fewer than the {s.outer} of outer_batch; lower outer_batch to at most {rows}.")
     if "unlabelled" in streams.needs and s.unlabelled_batch > most["unlabelled"]:
         raise HplError(f"{name}: {most['unlabelled']} unlabelled rows are fewer than the {s.unlabelled_batch} of unlabelled_batch; "
                        f"lower unlabelled_batch to at most {most['unlabelled']}.")

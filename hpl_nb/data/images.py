@@ -11,6 +11,7 @@ import io
 import mmap
 import os
 import tarfile
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..core import HplError, reading, require_file
+from ..core import HplError, reading, require_file, usual_settings
 from .core import SemiSupervisedData, View, announce
 
 # %% auto #0
@@ -68,6 +69,13 @@ def tar_index(path:str|Path)->dict[str, ImageSource]:
     if any(m.offset_data + m.size > path.stat().st_size for m in members): raise HplError(f"{path} is cut off; get it again.")
     return {Path(m.name).name: ImageSource(path, m.offset_data, m.size, m.name) for m in members}
 
+# %% ../../nbs/11b_data.images.ipynb #5be111a9
+def spellings(name:str)->list[str]:
+    "A file name as it stands, without spaces around it, with Windows' separators as slashes, and in both forms of its accents."
+    bare = name.strip()
+    plain = bare.replace("\\", "/")
+    return list(dict.fromkeys([name, bare, plain, *(unicodedata.normalize(form, plain) for form in ("NFC", "NFD"))]))
+
 # %% ../../nbs/11b_data.images.ipynb #69a389b5
 def find_images(root:str|Path, names:Sequence[str], folders:Sequence[str]=("",), tars:str="")->list[ImageSource|None]:
     "Find each picture in `root`'s folders, then in its tar files (a pattern); None: nowhere. Each folder is listed once."
@@ -79,7 +87,7 @@ def find_images(root:str|Path, names:Sequence[str], folders:Sequence[str]=("",),
             if path.parent not in listings: listings[path.parent] = _listing(path.parent)
             if path.name in listings[path.parent]: return ImageSource(path)
         return packed.get(name)
-    return [place(name) for name in names]
+    return [next((source for each in spellings(name) if (source := place(each))), None) for name in names]
 
 def is_below(root:str|Path, path:str|Path)->bool:
     "Whether a path stays within a folder as it is written; links below the folder may lead elsewhere, since its owner has set them."
@@ -102,31 +110,53 @@ def require_images(sources:Sequence[ImageSource|None], names:Sequence[str], root
     return [source for source in sources if source is not None]
 
 # %% ../../nbs/11b_data.images.ipynb #f40877a8
-def to_rgb(image:Image.Image)->Image.Image:
-    "Convert a picture to RGB."
+def to_rgb(image:Image.Image, pixel_range:tuple[float, float]|None=None)->Image.Image:
+    "Convert a picture to RGB; one with more than 8 bits by the values that mean black and white."
+    halved = image.mode[0] not in "IF" and image.format in ("PNG", "TIFF") and ";16" in str(image.tile[:1]) # Pillow reads one byte of two
+    if image.format == "PPM": pixel_range = (0, 65535) # Pillow rescales by the range that the file names
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"): image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise HplError(f"its pixels are of mode {image.mode}, whose range is not known; save it as 8-bit grey or RGB")
-    if image.mode in ("P", "PA"): image = image.convert("RGBA")
-    return image.convert("RGB")
+    if image.mode[0] in "IF": image = Image.fromarray(to_bytes(np.asarray(image), pixel_range))
+    if halved and (pixel_range is None or tuple(pixel_range) != (0, 65535)):
+        raise HplError("its colours have 16 bits, of which Pillow reads the upper 8. Pass pixel_range=(0, 65535) if they use the whole "
+                       "range, or save it with 8 bits")
+    if image.mode in ("P", "PA", "RGBa"): image = image.convert("RGBA")
+    return shape_of(image).convert("RGB")
 
+# %% ../../nbs/11b_data.images.ipynb #508740cb
+def to_bytes(values:np.ndarray, pixel_range:tuple[float, float]|None)->np.ndarray:
+    "Values of any range as 0 to 255; one beyond its range is an `HplError`."
+    low, high = values.min(), values.max()
+    found = f"its values run from {low:g} to {high:g}"
+    if pixel_range is None:
+        raise HplError(f"{found}, and the file does not say which mean black and white. Pass pixel_range=(black, white), "
+                       "for 12 bits (0, 4095)")
+    black, white = pixel_range
+    if not black <= low <= high <= white: raise HplError(f"{found}, beyond pixel_range={black, white}. Pass the range of the whole data")
+    return np.rint((values.astype(np.float64) - black)/(white - black)*255).astype(np.uint8)
+
+def shape_of(image:Image.Image)->Image.Image:
+    "The alpha channel of a picture that has one colour only, as icons do; any other picture as it is."
+    if image.mode not in ("LA", "RGBA"): return image
+    *colours, alpha = image.getextrema()
+    return image.getchannel("A") if alpha[0] < alpha[1] and all(low == high for low, high in colours) else image
+
+# %% ../../nbs/11b_data.images.ipynb #72a53f5a
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp") # of files that are taken for pictures
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP") # no format that runs another program, as EPS does
 MOST_PIXELS = 150_000_000 # of one picture; cameras make fewer
 
-def open_image(content:bytes)->Image.Image:
+def open_image(content:bytes, pixel_range:tuple[float, float]|None=None)->Image.Image:
     "Decode a picture, unless its format is unusual, or its header claims more pixels than a picture has."
     with Image.open(io.BytesIO(content), formats=FORMATS) as image:
         if image.width*image.height > MOST_PIXELS:
             raise HplError(f"its header claims {image.width} x {image.height} pixels, more than {MOST_PIXELS:,}: make it smaller")
-        return to_rgb(image)
+        return to_rgb(image, pixel_range)
 
-def decode_image(source:ImageSource, size:int|None=None)->Image.Image:
+def decode_image(source:ImageSource, size:int|None=None, pixel_range:tuple[float, float]|None=None,
+                 advice:str="replace the file, or pass skip_broken=True to leave such rows out.")->Image.Image:
     "Read and decode a picture, squeezed to `size` pixels a side; an `HplError` names the file that cannot be decoded."
-    advice = "replace the file, or pass skip_broken=True to leave such rows out."
     with reading(source.path, lambda why: HplError(f"the picture {source} cannot be read ({why}); {advice}")):
-        image = open_image(read_source(source))
+        image = open_image(read_source(source), pixel_range)
     if size is None or image.size == (size, size): return image
     return image.resize((size, size), Image.Resampling.BILINEAR)
 
@@ -147,9 +177,10 @@ class ImageFiles:
         sources:Sequence[str|Path|ImageSource], # one per row
         size:int|None=None, # squeeze to this side in pixels; None: as they are
         cache_in_memory:bool=False, # keep decoded pictures (len*size*size*3 bytes)
+        pixel_range:tuple[float, float]|None=None, # black and white of pictures with more than 8 bits; None: refuse them
     ):
         self.sources = [source if isinstance(source, ImageSource) else ImageSource(Path(source)) for source in sources]
-        self.size = size
+        self.size, self.pixel_range = size, known_range(pixel_range)
         if size is not None and size < 1: raise HplError(f"size is {size}; give a side in pixels.")
         if cache_in_memory and size is None: raise HplError("cache_in_memory needs a size: give size=200, for example.")
         self.cache = PixelCache(len(sources), size) if cache_in_memory else None
@@ -164,11 +195,22 @@ class ImageFiles:
         return quick_keys([self.sources[row] for row in rows])
 
 # %% ../../nbs/11b_data.images.ipynb #deffb39e
+def known_range(pixel_range:tuple[float, float]|None)->tuple[float, float]|None:
+    "The two numbers of a range, or None."
+    if pixel_range is None: return None
+    try: black, white = map(float, pixel_range)
+    except (TypeError, ValueError): black = white = 0.
+    if not -np.inf < black < white < np.inf:
+        raise HplError(f"pixel_range is {pixel_range!r:.100}. Give the values that mean black and white, such as (0, 4095).")
+    return black, white
+
+def decode_row(files:ImageFiles, row:int)->Image.Image: return decode_image(files.sources[row], files.size, files.pixel_range)
+
 def load_image(files:ImageFiles, row:int)->Image.Image:
     "One picture, from the cache where there is one."
-    if files.cache is None: return decode_image(files.sources[row], files.size)
+    if files.cache is None: return decode_row(files, row)
     if not files.cache.known[row]:
-        files.cache.pixels[row] = np.asarray(decode_image(files.sources[row], files.size))
+        files.cache.pixels[row] = np.asarray(decode_row(files, row))
         files.cache.known[row] = True
     return Image.fromarray(files.cache.pixels[row])
 
@@ -320,7 +362,7 @@ class ImageView:
     def __call__(self, samples:Sequence[Image.Image], seeds:np.ndarray|None=None)->Tensor:
         if len(sizes := {image.size for image in samples}) > 1:
             raise HplError(f"pictures of one batch differ in size, {sorted(sizes)[:2]} for example; give size=.")
-        with torch.random.fork_rng(devices=[], enabled=seeds is not None):
+        with usual_settings(), torch.random.fork_rng(devices=[], enabled=seeds is not None):
             keys = [None]*len(samples) if seeds is None else seeds
             pixels = torch.stack([self.augment(*pair) for pair in zip(samples, keys)]).float().div_(255)
         return pixels.sub_(torch.tensor(self.mean)[:, None, None]).div_(torch.tensor(self.std)[:, None, None])

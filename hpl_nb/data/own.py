@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import HplError, derive_seed
+from ..core import HplError, derive_seed, usual_settings
 from .columns import FRAME_WORDS, Words, fit_encoder, require_columns
 from .core import (
     SPLITS, BatchView, SemiSupervisedData, StreamSettings, View, announce, content_keys, row_error, row_numbers, row_owners, split_rows)
@@ -26,7 +26,7 @@ from hpl_nb.data.images import (
     ImageFiles, ImageSource, ImageViews, exact_count, find_images, image_data, is_below, randaugment_mc_views, repeated_rows,
     require_images,
     unlisted_images)
-from .tables import first_kind, label_problems, read_table, split_problems
+from .tables import first_kind, is_missing, is_real, label_problems, read_table, split_problems, unmasked
 from ..settings import Settings
 
 # %% auto #0
@@ -49,10 +49,20 @@ def read_labels(columns:Mapping[str, Iterable], name:str)->np.ndarray:
     return labels
 
 # %% ../../nbs/15_data.own.ipynb #aff02cd4
+def as_array(values:np.ndarray|Tensor|Sequence, source:str)->np.ndarray:
+    "A NumPy array of anything; masked entries are NaN."
+    if hasattr(values, "toarray"): raise HplError(f"{source} are a sparse {type(values).__name__}. Give them as .toarray().")
+    try:
+        if isinstance(values, Tensor):
+            values = values.float() if values.is_floating_point() and values.dtype.itemsize < 4 else values # NumPy has no bfloat16
+            values = values.numpy(force=True)
+        return np.asarray(unmasked(values))
+    except (ValueError, TypeError, RuntimeError) as error: # rows of several lengths, a sparse tensor, a list of tensors with gradients
+        raise HplError(f"{source} are not one array ({error}). Give an array, or lists of one length.") from error
+
 def label_array(targets:np.ndarray|Tensor|Sequence, rows:int, name:str)->np.ndarray:
-    "Labels (n, K) of an array (n,) or (n, K)."
-    if isinstance(targets, Tensor): targets = targets.detach().cpu().double().numpy()
-    array = np.asarray(targets)
+    "Labels (n, K) of an array (n,) or (n, K); a masked one is NaN."
+    array = as_array(targets, f"{name}: targets")
     if array.ndim not in (1, 2):
         raise HplError(f"{name}: targets have shape {array.shape}; give (n,), or (n, K) for K outputs.")
     if len(array) != rows:
@@ -121,6 +131,9 @@ def make_sets(labels:np.ndarray, split:Split, name:str, words:Words=FRAME_WORDS)
 # %% ../../nbs/15_data.own.ipynb #fe4b7896
 def with_true_labels(labels:np.ndarray, true_labels:np.ndarray, name:str)->np.ndarray:
     "Fill unknown labels with true ones; two that contradict each other are an `HplError`."
+    if true_labels.shape != labels.shape:
+        raise HplError(f"{name}: targets have {labels.shape[1]} column(s), but true_targets {true_labels.shape[1]}. "
+                       "Give both for each output.")
     contradict = np.flatnonzero(((labels != true_labels) & np.isfinite(labels) & np.isfinite(true_labels)).any(axis=1))
     if len(contradict):
         row = contradict[0]
@@ -129,27 +142,32 @@ def with_true_labels(labels:np.ndarray, true_labels:np.ndarray, name:str)->np.nd
     return np.where(np.isnan(labels), true_labels, labels)
 
 # %% ../../nbs/15_data.own.ipynb #e72165ff
-def input_tensor(inputs:np.ndarray|Tensor|Sequence, name:str)->Tensor:
+@usual_settings()
+def input_tensor(inputs:np.ndarray|Tensor|Sequence, name:str, text:str="from_frame encodes columns of text",
+                 gaps:str="from_frame(..., impute='median') fills")->Tensor:
     "A copy of the inputs: (n, d) float64, or (n, C, H, W) uint8 or float32; what is not finite is an `HplError` that says where."
-    try: array = inputs.detach().cpu().numpy() if isinstance(inputs, Tensor) else np.asarray(inputs)
-    except (ValueError, TypeError) as error: raise HplError(f"{name}: inputs are not one array ({error}).") from error
+    array = as_array(inputs, f"{name}: inputs")
+    if array.ndim and array.dtype == object and all(is_real(value) or is_missing(value) for value in array.flat): array = _as_floats(array)
     if array.dtype.kind not in "buif":
-        raise HplError(f"{name}: inputs are of type {array.dtype}, not numbers; from_frame encodes columns of text.")
+        raise HplError(f"{name}: inputs are of type {array.dtype}, not numbers; {text}.")
     check_shape(array.shape, name)
-    bad = np.argwhere(~np.isfinite(array)) if array.dtype.kind == "f" else ()
+    kind = np.float64 if array.ndim == 2 else np.uint8 if array.dtype == np.uint8 else np.float32
+    with np.errstate(over="ignore"): array = array.astype(kind, order="C")
+    bad = np.argwhere(~np.isfinite(array))
     if len(bad):
         raise row_error(f"{name}, inputs", [*dict.fromkeys(bad[:, 0].tolist())], f"position {bad[0][1:].tolist()} is "
-                        f"{array[tuple(bad[0])]}", "Fill or drop them; from_frame(..., impute='median') fills.")
-    if array.ndim == 2: return torch.from_numpy(array.astype(np.float64))
-    array = array if array.ndim == 4 else array[:, None]
-    return torch.from_numpy(array.copy() if array.dtype == np.uint8 else array.astype(np.float32))
+                        f"{array[tuple(bad[0])]}", f"Fill or drop them; {gaps}.")
+    return torch.from_numpy(array[:, None] if array.ndim == 3 else array)
+
+def _as_floats(array):
+    return pd.Series(array.ravel(), dtype=object).to_numpy(dtype=np.float64, na_value=np.nan).reshape(array.shape)
 
 def check_shape(shape:tuple[int, ...], name:str)->None:
     "Refuse what is neither rows of features nor pictures."
     if len(shape) not in (2, 3, 4) or 0 in shape:
         raise HplError(f"{name}: inputs have shape {shape}; give (n, d) features - a single one as (n, 1) - or "
                        "pictures, (n, H, W) or (n, C, H, W).")
-    if len(shape) == 4 and shape[3] in (1, 3, 4) and shape[1] > 4:
+    if len(shape) == 4 and shape[3] in (1, 3, 4) and min(shape[1:3]) > 4:
         raise HplError(f"{name}: inputs of shape {shape} have their channels last; give np.moveaxis(inputs, 3, 1).")
 
 # %% ../../nbs/15_data.own.ipynb #202ddc4f
@@ -165,6 +183,7 @@ class Standardizer:
         shape = (-1, *[1]*(x.ndim - 2))
         return ((x - x.new_tensor(self.mean).view(shape))/x.new_tensor(self.scale).view(shape)).float()
 
+@usual_settings()
 def fit_standardizer(x:Tensor, rows:np.ndarray)->Standardizer:
     "Mean and standard deviation of each feature or channel over the training rows; a constant one keeps its unit."
     parts = [torch.from_numpy(part) for part in np.array_split(rows, 1 + len(rows)//1024)]
@@ -274,6 +293,8 @@ def from_arrays(
     x = input_tensor(inputs, name)
     labels = label_array(targets, len(x), name)
     sets = make_sets(labels, as_split(split), name)
+    if sample_names is not None and len(sample_names) != len(x):
+        raise HplError(f"{name}: {len(x)} inputs but {len(sample_names)} sample_names. Give one name per input.")
     if true_targets is not None: labels = with_true_labels(labels, label_array(true_targets, len(x), name), name)
     return array_data(x, labels, sets, strengths, name, None, deduplicate, unit=unit, sample_names=sample_names)
 
@@ -330,18 +351,21 @@ def from_frame(
 
 # %% ../../nbs/15_data.own.ipynb #56f049ba
 def picture_table(table:str|Path|pd.DataFrame, file:str, name:str)->tuple[pd.DataFrame, list[str]]:
-    "A table whose file names are all there, each once."
+    "A table, and the file name of each of its rows."
     frame = table if isinstance(table, pd.DataFrame) else read_table(table, [file])
     require_columns(frame, [file], name)
     if not len(frame): raise HplError(f"{name}: the table has no rows.")
-    names = ["" if pd.isna(value) else str(value).strip() for value in frame[file]]
-    if empty := [row for row, value in enumerate(names) if not value]:
+    names = ["" if pd.isna(value) else str(value) for value in frame[file]]
+    if empty := [row for row, value in enumerate(names) if not value.strip()]:
         raise row_error(f"{name}, column {file!r}", empty, "it has no file name", "Name the picture, or drop the row.")
-    paths = pd.Series([Path(value).as_posix() for value in names])
+    return frame, names
+
+def refuse_twice(sources:Sequence[ImageSource], names:Sequence[str], name:str)->None:
+    "Refuse two rows that name the same picture."
+    paths = pd.Series([str(source) for source in sources])
     if len(again := np.flatnonzero(paths.duplicated())):
         first = int(np.flatnonzero(paths == paths[again[0]])[0])
         raise row_error(name, again, f"its picture {names[first]} stands in row {first} already", "Keep one row.")
-    return frame, names
 
 def picture_sources(folder:str|Path, names:Sequence[str], skip_missing:bool)->list[ImageSource]:
     "Where each picture is."
@@ -367,6 +391,7 @@ def from_images(
     deduplicate:bool=False, # drop training pictures that are repeated or held out
     skip_broken:bool=False, # leave out broken and missing pictures, with a warning
     cache_in_memory:bool=False, # keep decoded pictures
+    pixel_range:tuple[float, float]|None=None, # black and white of pictures with more than 8 bits, such as (0, 4095); None: refuse them
     name:str="own data", unit:str="", # for tables, figures and messages; of the targets
 )->SemiSupervisedData: # notes["skipped"] is {row: reason}, notes["duplicates"] the rows dropped
     "A dataset from a folder of pictures and a table."
@@ -374,7 +399,8 @@ def from_images(
     frame, names = picture_table(table, file, source)
     labels, split, _ = frame_labels(frame, target, split, source)
     sets = make_sets(labels, split, source)
-    files = ImageFiles(picture_sources(folder, names, skip_broken), size, cache_in_memory)
+    files = ImageFiles(picture_sources(folder, names, skip_broken), size, cache_in_memory, pixel_range)
+    refuse_twice(files.sources, names, source)
     if extra := unlisted_images(folder, files.sources):
         warnings.warn(f"{name}: {len(extra):,} pictures in {folder} are in no row of the table and are left out, for example {extra[0]}; "
                       "give each a row without a label to train on it.", stacklevel=2)

@@ -17,15 +17,13 @@ from typing import Any, BinaryIO, ClassVar, Literal, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from PIL import Image
 from torch import Generator, Tensor
-from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
 from ..core import HplError, atomic_write, reading, whole_number
 from .core import SemiSupervisedData
-from .images import FlipCrop, ImageFiles, ImageView, RandAugmentMC, content_hashes, decode_image, factor, published_views
+from .images import FlipCrop, ImageFiles, ImageView, RandAugmentMC, content_hashes, decode_row, factor, published_views
 from .tables import FolderSettings
 
 # %% auto #0
@@ -34,7 +32,7 @@ __all__ = ['DeviceView', 'on_disk', 'on_device', 'PictureSettings']
 # %% ../../nbs/11c_data.pixels.ipynb #59296b3b
 def cache_name(files:ImageFiles, skipped:Collection[int]=(), progress:bool=False)->str:
     "A file name made of the content of all pictures."
-    parts = [str(files.size), *map(str, sorted(skipped)), *content_hashes(files.sources, progress)]
+    parts = [str(files.size), *map(str, files.pixel_range or ()), *map(str, sorted(skipped)), *content_hashes(files.sources, progress)]
     return f"pixels-{files.size}-{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:16]}.npy"
 
 # %% ../../nbs/11c_data.pixels.ipynb #eb8ebcd3
@@ -43,7 +41,7 @@ def write_pixels(file:BinaryIO, files:ImageFiles, skipped:Collection[int]=(), pr
     shape = (files.size, files.size, 3)
     np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (len(files), *shape)})
     for row in tqdm(range(len(files)), "decoding", disable=not progress):
-        file.write(bytes(np.prod(shape)) if row in skipped else np.asarray(decode_image(files.sources[row], files.size)).tobytes())
+        file.write(bytes(np.prod(shape)) if row in skipped else np.asarray(decode_row(files, row)).tobytes())
 
 def is_intact(path:Path, files:ImageFiles, skipped:Collection[int]=())->bool:
     "Whether the file has the right shape and length, and agrees with three pictures that are decoded again."
@@ -51,7 +49,7 @@ def is_intact(path:Path, files:ImageFiles, skipped:Collection[int]=())->bool:
     except HplError: return False # not there, cut off, or something else
     if pixels.shape != (len(files), files.size, files.size, 3) or pixels.dtype != np.uint8: return False
     some = {0, len(files)//2, len(files) - 1} - set(skipped)
-    return all(np.array_equal(pixels[row], np.asarray(decode_image(files.sources[row], files.size))) for row in some)
+    return all(np.array_equal(pixels[row], np.asarray(decode_row(files, row))) for row in some)
 
 def require_one_size(files:Any)->ImageFiles:
     "Refuse inputs that are not pictures in files, of one size."
@@ -123,10 +121,15 @@ def sharpen(pixels:Tensor, factor:float)->Tensor:
     inner.copy_(smooth + factor*(inner - smooth))
     return sharp.clamp_(0, 255).byte()
 
+def theirs(name:str, pixels:Tensor, *values:float)->Tensor:
+    "A function of torchvision, which is imported when it is first used: that takes as long as PyTorch."
+    from torchvision.transforms.v2 import functional
+    return getattr(functional, name)(pixels, *values)
+
 COLOURS:dict[str, Callable[..., Tensor]] = { # (uint8 pixels (g, 3, H, W), severity) -> uint8 pixels
-    "brightness": v2.functional.adjust_brightness, "colour": v2.functional.adjust_saturation, "contrast": v2.functional.adjust_contrast,
-    "sharpness": sharpen, "autocontrast": v2.functional.autocontrast, "equalize": v2.functional.equalize,
-    "posterize": v2.functional.posterize, "solarize": v2.functional.solarize}
+    "brightness": partial(theirs, "adjust_brightness"), "colour": partial(theirs, "adjust_saturation"),
+    "contrast": partial(theirs, "adjust_contrast"), "sharpness": sharpen, "autocontrast": partial(theirs, "autocontrast"),
+    "equalize": partial(theirs, "equalize"), "posterize": partial(theirs, "posterize"), "solarize": partial(theirs, "solarize")}
 
 # %% ../../nbs/11c_data.pixels.ipynb #d595c3c9
 def lookup(pixels:Tensor, values:Tensor, beyond:str)->Tensor:
@@ -184,7 +187,8 @@ def plan_randaugment_mc(transform:RandAugmentMC, generator:Generator|None, width
 @lru_cache
 def randaugment_levels(magnitude:int, bins:int, width:int, height:int)->dict[str, tuple[float, bool]]:
     "torchvision's severity of each operation, and whether a sign is drawn."
-    space = {name: (levels(bins, height, width), signed) for name, (levels, signed) in v2.RandAugment._AUGMENTATION_SPACE.items()}
+    from torchvision.transforms.v2 import RandAugment
+    space = {name: (levels(bins, height, width), signed) for name, (levels, signed) in RandAugment._AUGMENTATION_SPACE.items()}
     return {name: (0. if levels is None else float(levels[magnitude]), signed and levels is not None)
             for name, (levels, signed) in space.items()}
 
@@ -195,7 +199,7 @@ def published_step(name:str, level:float, width:int, height:int)->Step:
             "Posterize": ("posterize", int(level)), "Solarize": ("solarize", 255*level)}
     return make_step(*ours.get(name, (name.lower(), 1 + level)), width, height)
 
-def plan_randaugment(transform:v2.RandAugment, generator:Generator|None, width:int, height:int)->list[Step]:
+def plan_randaugment(transform:Any, generator:Generator|None, width:int, height:int)->list[Step]:
     steps, levels = [], randaugment_levels(transform.magnitude, transform.num_magnitude_bins, width, height)
     for _ in range(transform.num_ops):
         name = [*levels][int(torch.randint(len(levels), (), generator=generator))]
@@ -204,16 +208,20 @@ def plan_randaugment(transform:v2.RandAugment, generator:Generator|None, width:i
         steps.append(published_step(name, level, width, height))
     return steps
 
-# %% ../../nbs/11c_data.pixels.ipynb #f5adc4e4
-PLANS:dict[type, Callable[..., list[Step]]] = {
-    FlipCrop: plan_flip_crop, RandAugmentMC: plan_randaugment_mc, v2.RandAugment: plan_randaugment}
+# %% ../../nbs/11c_data.pixels.ipynb #407fd787
+@lru_cache
+def planners()->dict[type, Callable[..., list[Step]]]:
+    "What draws the steps of each kind of transform."
+    from torchvision.transforms.v2 import RandAugment
+    return {FlipCrop: plan_flip_crop, RandAugmentMC: plan_randaugment_mc, RandAugment: plan_randaugment}
 
+# %% ../../nbs/11c_data.pixels.ipynb #f5adc4e4
 def draw_plans(transforms:Sequence[Any], seeds:Sequence[int]|None, count:int, width:int, height:int)->list[list[Step]]:
     "One plan for each of `count` samples; without seeds they draw from torch's generator as it stands."
     plans, generator = [], None if seeds is None else Generator()
     for sample in range(count):
         if generator is not None: generator.manual_seed(int(seeds[sample]))
-        plans.append([step for transform in transforms for step in PLANS[type(transform)](transform, generator, width, height)])
+        plans.append([step for transform in transforms for step in planners()[type(transform)](transform, generator, width, height)])
     return plans
 
 def carry_out(pixels:Tensor, plans:Sequence[Sequence[Step]])->Tensor:
@@ -252,9 +260,10 @@ class DeviceView:
 # %% ../../nbs/11c_data.pixels.ipynb #1a1b2903
 def device_view(view:Any, name:str, size:int)->DeviceView:
     "The twin of an `ImageView`; the name is for the message."
+    from torchvision.transforms import v2
     def known(each):
         plain = not isinstance(each, v2.RandAugment) or each.fill is None and v2.InterpolationMode(each.interpolation).value == "nearest"
-        return type(each) in PLANS and plain
+        return type(each) in planners() and plain
     others = [each for each in view.transforms if not known(each)] if isinstance(view, ImageView) else [view]
     if others:
         raise HplError(f"the {name} view uses {type(others[0]).__name__}, which has no version for a device (FlipCrop, RandAugmentMC, and "
@@ -270,7 +279,7 @@ def on_disk(
 )->SemiSupervisedData: # the same pictures and views
     "Decode all pictures once, into a file that later runs open."
     cache = disk_cache(data.inputs, folder, data.notes.get("skipped", ()), progress)
-    inputs = ImageFiles(data.inputs.sources, data.inputs.size)
+    inputs = ImageFiles(data.inputs.sources, data.inputs.size, pixel_range=data.inputs.pixel_range)
     inputs.cache = cache
     return replace(data, inputs=inputs)
 
@@ -309,5 +318,6 @@ class PictureSettings(FolderSettings):
         folder = self.cache or Path(self.root)/"cache"
         if self.pixels == "disk": return on_disk(data, folder, progress=True)
         if self.pixels == "memory": return data
+        from accelerate import PartialState # here: only training on a device needs it
         device = PartialState().device
         return on_device(data, folder, device if device.type == "cuda" else "cpu", progress=True)

@@ -6,15 +6,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from torch import Tensor
 
-from ..core import HplError, derive_seed
+from ..core import HplError, derive_seed, usual_settings
 from .core import BatchView, DataSettings, SemiSupervisedData, split_rows
 
 # %% auto #0
@@ -31,6 +31,7 @@ def rotate(images:Tensor, degrees:Tensor)->Tensor:
 # %% ../../nbs/11_data.rotated_digits.ipynb #6797edd0
 def turned_digits(seed:int=0, limit:float=60., size:int=16)->tuple[Tensor, np.ndarray, np.ndarray]:
     "scikit-learn's digits, enlarged to `size` pixels and turned by angles uniform in [-limit, limit] degrees: images, angles, digits."
+    from sklearn.datasets import load_digits # here, because importing it takes longer than PyTorch
     digits = load_digits()
     images = torch.from_numpy(digits.images/16).float()[:, None]
     images = F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
@@ -56,7 +57,11 @@ def distort(images:Tensor, generator:torch.Generator, intensity:float=.2, noise:
     hole = (0 <= y) & (y < cutout) & (0 <= x) & (x < cutout)
     return out.masked_fill(hole[:, None], 0.)
 
+def shift_and_distort(strength:float, images:Tensor, generator:torch.Generator)->Tensor:
+    return distort(shift(images, generator), generator, .2*strength, .075*strength, round(2*strength))
+
 # %% ../../nbs/11_data.rotated_digits.ipynb #9492e526
+@usual_settings()
 def rotated_digits(
     label_ratio:float=.055, # labelled share of the 1,258 training rows; 0.055 gives 69
     strength:float=1., # of the strong view: factor on `distort`'s defaults
@@ -67,8 +72,7 @@ def rotated_digits(
     images, angles, digits = turned_digits(seed)
     rows = split_rows(len(images), (.7*label_ratio, .7*(1 - label_ratio), .1, .2), seed)
     names = [f"digit {digit}, row {row}" for row, digit in enumerate(digits)]
-    amounts = .2*strength, .075*strength, round(2*strength)
-    strong = BatchView(lambda x, generator: distort(shift(x, generator), generator, *amounts))
+    strong = BatchView(partial(shift_and_distort, strength))
     return SemiSupervisedData("rotated_digits", images, angles, *rows, weak=BatchView(shift), strong=strong,
                               unit="degrees", label_ratio=label_ratio, sample_names=names, notes={"strength": strength})
 

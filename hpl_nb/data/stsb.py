@@ -9,6 +9,7 @@ import csv
 import itertools
 import math
 import re
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,8 +24,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..core import HplError, LabelNormalizer, check_header, derive_seed, reading, reason
-from .core import PerSample, SemiSupervisedData
+from ..core import HplError, LabelNormalizer, check_header, derive_seed, one_of, reading, reason, usual_settings
+from .core import PerSample, SemiSupervisedData, repeated_samples
+from .images import repeated_rows
 from .tables import FolderSettings, fetch, listed
 
 # %% auto #0
@@ -40,26 +42,43 @@ def find_table(root:str|Path, download:bool=False)->Path:
     for path in (root, root/"sts.tsv", root/"glue_data"/"STS-B"/"sts.tsv"):
         if path.is_file(): return path
     if download: return fetch("sts.tsv", root)
-    raise HplError(f"no sts.tsv in {root} (nor in its glue_data/STS-B): put the release's table there, "
-                   "or pass download=True")
+    raise HplError(f"no sts.tsv in {root} (nor in its glue_data/STS-B): put the release's table there, pass download=True, "
+                   'or pass split="dir" for the three tables of STS-B-DIR.')
 
-def _read_table(path:Path)->pd.DataFrame:
+def dir_tables(root:str|Path)->dict[str, Path]:
+    "The three tables of STS-B-DIR by split, in the folder or where its repository keeps them; `HplError` where one is missing."
+    tables = {}
+    for split in ("train", "dev", "test"):
+        places = [folder/f"{split}_new.tsv" for folder in (Path(root), Path(root)/"glue_data"/"STS-B")]
+        if not (found := [path for path in places if path.is_file()]):
+            raise HplError(f"no {split}_new.tsv in {root} (nor in its glue_data/STS-B): put the three tables of STS-B-DIR there, from "
+                           'sts-b-dir of github.com/YyzHarry/imbalanced-regression, or pass split="release" for sts.tsv.')
+        tables[split] = found[0]
+    return tables
+
+# %% ../../nbs/14_data.stsb.ipynb #b06f51b1
+def _read_table(path:Path, split:str="")->pd.DataFrame: # split: of all rows; empty: the column says it
     "All columns as text; a line number as index."
     with reading(path, lambda why: HplError(f"{path} cannot be read as a tab-separated UTF-8 table: {why}. Fetch it again.")):
         check_header(path, b"\t")
         table = pd.read_csv(path, sep="\t", quoting=csv.QUOTE_NONE, keep_default_na=False, dtype=str, encoding="utf-8",
                             skip_blank_lines=False)
         if not isinstance(table.index, pd.RangeIndex): raise ValueError("line 2 has more fields than the header") # it took row names
-    if missing := [name for name in PAIR_COLUMNS if name not in table]:
-        raise HplError(f"{path} has no column {', '.join(missing)}; it has {listed(table.columns)}. Use the release's sts.tsv.")
+    if missing := [name for name in PAIR_COLUMNS if name not in table and not (split and name == "split")]:
+        raise HplError(f"{path} has no column {', '.join(missing)}; it has {listed(table.columns)}. Use the authors' table.")
     table.index = table.index + 2
-    return table[table.fillna("").ne("").any(axis=1)].reindex(columns=PAIR_COLUMNS + STRONG_COLUMNS) # blank lines are counted, and left out
+    table = table[table.fillna("").ne("").any(axis=1)] # blank lines are counted, and left out
+    return (table.assign(split=split) if split else table).reindex(columns=PAIR_COLUMNS + STRONG_COLUMNS)
 
 # %% ../../nbs/14_data.stsb.ipynb #5d39b7a2
-def read_pairs(root:str|Path, download:bool=False)->pd.DataFrame:
-    "Read and check the table (its index is the line in the file); raises `HplError` with file and line."
-    path = find_table(root, download)
-    table = _read_table(path)
+def read_pairs(root:str|Path, download:bool=False, split:str="release")->pd.DataFrame:
+    "Read and check the table or the three (the index is the line in the file); raises `HplError` with file and line."
+    if split == "release": return checked_pairs(find_table(root, download))
+    return pd.concat([checked_pairs(path, name) for name, path in dir_tables(root).items()])
+
+def checked_pairs(path:Path, split:str="")->pd.DataFrame:
+    "One table, with scores as numbers."
+    table = _read_table(path, split)
     score = pd.to_numeric(table["score"], errors="coerce")
     checks = {"score": (score.between(0, 5), "must be a number from 0 to 5"),
               "split": (table["split"].isin(["train", "dev", "test"]), "must be train, dev or test"),
@@ -214,6 +233,7 @@ def _stored_vectors(path:Path)->Iterator[tuple[str, np.ndarray]]:
     return zip(words.tolist(), vectors)
 
 # %% ../../nbs/14_data.stsb.ipynb #cb5fdf83
+@usual_settings()
 def load_vectors(
     path:str|Path|None, # .txt, .zip or .npz; None: random vectors
     words:Sequence[str], # to look up; number 0 is padding
@@ -338,10 +358,13 @@ class SentencePairs:
     "Raw samples: `inputs[rows]` is int64 of shape (B, 2 versions, 2 sentences, L); `vocabulary` numbers the words."
     numbers:Tensor # (N, 2, 2, L)
     vocabulary:Vocabulary
+    keys:Sequence[str] # both sentences of each pair in alphabetical order
 
     def __len__(self)->int: return len(self.numbers)
 
     def __getitem__(self, rows:np.ndarray)->Tensor: return self.numbers[torch.as_tensor(rows)]
+
+    def content_keys(self, rows:np.ndarray)->list[str]: return [self.keys[row] for row in rows]
 
 # %% ../../nbs/14_data.stsb.ipynb #44c1ae09
 def original_view(samples:Tensor, seeds:np.ndarray|None=None)->Tensor:
@@ -366,15 +389,35 @@ def _check_stored(pairs:pd.DataFrame, root:str|Path)->None:
     for name in STRONG_COLUMNS:
         missing = train.index[train[name].isna() | train[name].isin(["", "None"])]
         if len(missing):
-            raise HplError(f"{root} line {missing[0]}: no strong sentence in column {name} ({len(missing)} such "
-                           "line(s)). Use the release's sts.tsv, or pass wordnet= with a folder of WordNet's files.")
+            raise HplError(f"{root} line {missing[0]}: no strong sentence in column {name} ({len(missing)} such line(s)). Use the "
+                           'release\'s sts.tsv, or pass strong="wordnet" and wordnet= with a folder of WordNet\'s files, or strong="none".')
 
 def synonym_table(wordnet:WordNet, words:Iterable[str], split:Callable[[str], list[str]])->dict[str, list[tuple[str, ...]]]:
     "Synonyms of each word that has some, each as a tuple of words."
     found = {word: [tuple(split(other)) for other in synonyms(wordnet, word)] for word in words}
     return {word: others for word, others in found.items() if others}
 
+# %% ../../nbs/14_data.stsb.ipynb #373d1bca
+def pair_sets(pairs:pd.DataFrame, keys:Sequence[str], root:str|Path, label_ratio:float, split_seed:int, deduplicate:bool,
+              )->dict[str, np.ndarray]:
+    "The four sets of rows; with `deduplicate` less the training rows that are held out or repeated."
+    train, val, test = (np.flatnonzero(pairs["split"] == name) for name in ("train", "dev", "test"))
+    if not len(train): raise HplError(f"{root} has no row of the split train; use the authors' table.")
+    labelled = labelled_rows(train, label_ratio, split_seed)
+    sets = {"labelled": labelled, "unlabelled": np.setdiff1d(train, labelled), "val": val, "test": test}
+    repeated = repeated_rows(sets, keys) if deduplicate else []
+    return {name: rows[~np.isin(rows, repeated)] for name, rows in sets.items()}
+
+# %% ../../nbs/14_data.stsb.ipynb #03f4f5b1
+def warn_of_repeats(data:SemiSupervisedData)->None:
+    "One warning that counts the pairs of sentences which two sets share."
+    shared = [f"{len({twin for _, twin in found})} in {one} and {other}" for (one, other), found in repeated_samples(data).items()]
+    if not shared: return
+    warnings.warn(f"{data.name}: sets share pairs of sentences, in either order: {', '.join(shared)}. The published tables have them; pass "
+                  "deduplicate=True to drop such training rows.", stacklevel=3)
+
 # %% ../../nbs/14_data.stsb.ipynb #affdc7a3
+@usual_settings()
 def _inputs(pairs:pd.DataFrame, split:Callable[[str], list[str]], wordnet:WordNet|None, max_tokens:int,
             )->tuple[SentencePairs, dict[int, list[tuple[int, ...]]]]:
     "Both versions of all pairs as numbers, and the synonyms of all their words."
@@ -385,8 +428,8 @@ def _inputs(pairs:pd.DataFrame, split:Callable[[str], list[str]], wordnet:WordNe
     extra = {word for others in table.values() for other in others for word in other}
     vocabulary = build_vocabulary(sentences, extra=extra)
     numbers = torch.stack([encode(vocabulary, column, max_tokens) for column in columns], dim=1).unflatten(1, (2, 2))
-    index = vocabulary.index
-    return SentencePairs(numbers, vocabulary), {index[word]: [tuple(index[part] for part in other) for other in others]
+    index, keys = vocabulary.index, [" | ".join(sorted(pair)) for pair in zip(pairs["sentence1"], pairs["sentence2"])]
+    return SentencePairs(numbers, vocabulary, keys), {index[word]: [tuple(index[part] for part in other) for other in others]
                                                 for word, others in table.items() if word in index}
 
 # %% ../../nbs/14_data.stsb.ipynb #321d8014
@@ -400,37 +443,43 @@ def stsb(
     fit_normalizer:bool=False, # True: mean and scale of the labelled rows; False: score / 5 (as released)
     split_seed:int=0, # of the labelled rows
     download:bool=False, # fetch sts.tsv into `root` where it is not there
+    strong:Literal["stored", "wordnet", "none"]|None=None, # none: the sentence itself; None: wordnet if there is a folder, else stored
+    split:Literal["release", "dir"]="release", # the release's sts.tsv, or the three tables of STS-B-DIR
+    deduplicate:bool=False, # True: drop training pairs that are held out or stand twice; False: as published
 )->SemiSupervisedData: # `inputs.vocabulary` numbers the words
     "STS-B with the paper's splits; raises `HplError` with file and line."
-    pairs = read_pairs(root, download)
-    if wordnet is None: _check_stored(pairs, root)
-    split = partial(sentence_words, lowercase=lowercase, split_underscores=split_underscores)
-    inputs, table = _inputs(pairs, split, None if wordnet is None else read_wordnet(wordnet), max_tokens)
-    train, val, test = (np.flatnonzero(pairs["split"] == name) for name in ("train", "dev", "test"))
-    if not len(train): raise HplError(f"{find_table(root)} has no row of the split train; use the release's sts.tsv.")
-    labelled = labelled_rows(train, label_ratio, split_seed)
-    return SemiSupervisedData(
-        "stsb", inputs, pairs["score"].to_numpy(), labelled, np.setdiff1d(train, labelled), val, test,
-        weak=original_view, plain=original_view,
-        strong=stored_strong_view if wordnet is None else PerSample(SynonymTransform(table)),
+    one_of("split", split, ("release", "dir"))
+    one_of("strong", strong := strong or ("wordnet" if wordnet else "stored"), ("stored", "wordnet", "none"))
+    pairs = read_pairs(root, download, split)
+    if strong == "stored": _check_stored(pairs, root)
+    words = partial(sentence_words, lowercase=lowercase, split_underscores=split_underscores)
+    inputs, table = _inputs(pairs, words, read_wordnet(wordnet) if strong == "wordnet" else None, max_tokens)
+    views = {"stored": stored_strong_view, "wordnet": PerSample(SynonymTransform(table)), "none": original_view}
+    sets = pair_sets(pairs, inputs.keys, root, label_ratio, split_seed, deduplicate)
+    data = SemiSupervisedData(
+        "stsb", inputs, pairs["score"].to_numpy(), **sets, weak=original_view, plain=original_view, strong=views[strong],
         normalizer=None if fit_normalizer else LabelNormalizer((0.,), (5.,)), unit="points", label_ratio=label_ratio,
-        notes={"strong_view": "stored" if wordnet is None else "WordNet", "words": len(inputs.vocabulary)},
+        notes={"strong_view": {"wordnet": "WordNet"}.get(strong, strong), "words": len(inputs.vocabulary)},
         sample_names=[f"{first} | {second}" for first, second in zip(pairs["sentence1"], pairs["sentence2"])])
+    if not deduplicate: warn_of_repeats(data)
+    return data
 
 # %% ../../nbs/14_data.stsb.ipynb #690df2a3
 @dataclass(frozen=True)
 class STSB(FolderSettings):
     "STS-B as an experiment names it; see `stsb`."
     short:ClassVar[str] = "stsb"
-    strong:Literal["stored", "wordnet"]="stored" # synonyms of the table, or fresh ones in every epoch (D15)
+    strong:Literal["stored", "wordnet", "none"]="stored" # synonyms of the table, fresh ones each epoch (D15), or no strong view
     wordnet:str=field(default="", compare=False) # folder of WordNet's files, for fresh synonyms
     lowercase:bool=True # False for cased word vectors (the release with GloVe 840B)
-    split_underscores:bool=False # True: take break_down as two words
-    fit_normalizer:bool=False # True: mean and scale of the labelled rows; False: score / 5 (as released)
+    split_underscores:bool=False # break_down as two words
+    fit_normalizer:bool=False # mean and scale of the labelled rows, not score / 5 (released)
+    split:Literal["release", "dir"]="release" # the release's sts.tsv, or the three tables of STS-B-DIR (D14)
+    deduplicate:bool=False # drop training pairs that are held out or stand twice
 
     def load(self)->SemiSupervisedData:
         return stsb(self.require_root(), self.label_ratio, self.wordnet or None, self.lowercase, self.split_underscores,
-                    fit_normalizer=self.fit_normalizer)
+                    fit_normalizer=self.fit_normalizer, strong=self.strong, split=self.split, deduplicate=self.deduplicate)
 
     def check(self)->None:
         super().check()

@@ -5,14 +5,19 @@
 # %% ../../nbs/10b_data.tables.ipynb #3e48e7c6
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from importlib import resources
+from numbers import Real
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -86,9 +91,11 @@ def listed(names:Iterable[str])->str:
     names = list(names)
     return ", ".join(repr(name[:100]) for name in names[:20]) + (f", and {len(names) - 20} more" if len(names) > 20 else "")
 
-def _read_text(path, separator):
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = [row for row in csv.reader(file, delimiter=separator) if len(row) > 1 or "".join(row).strip()]
+def _read_text(path, usual):
+    content = path.read_bytes()
+    text = content.decode("utf-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
+    text, separator = _separated(text.lstrip("\r\n"), usual)
+    rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=separator) if len(row) > 1 or "".join(row).strip()]
     if not rows: raise ValueError("it is empty")
     if len(rows[0]) > 10_000: raise ValueError(f"its header has {len(rows[0]):,} columns")
     header = [name.strip() or f"Unnamed: {place}" for place, name in enumerate(rows[0])] # as pandas calls a column of row names
@@ -97,12 +104,41 @@ def _read_text(path, separator):
             raise ValueError(f"row {number} (the first is 0) has {len(row)} fields, but the header {len(header)}: is it cut off?")
     return pd.DataFrame(rows[1:], columns=header, dtype=str)
 
+def _separated(text, usual):
+    "The text, without the line sep=; that Excel reads, and the mark between its columns: the usual one unless the header has none."
+    header = io.StringIO(text, newline="").readline()
+    if header.startswith("sep="): return text[len(header):], header[4:5]
+    counts = {mark: len(next(csv.reader([header], delimiter=mark), ())) for mark in (usual, ";", "\t", ",")}
+    return text, next((mark for mark, count in counts.items() if count > 1), usual)
+
+# %% ../../nbs/10b_data.tables.ipynb #20a6a308
+UNKNOWN = ("", "nan", "na", "n/a", "#n/a", "none", "null", "<na>", "nat") # words for "no value", in upper or lower case
+
+def is_real(value:Any)->bool: return isinstance(value, (Real, Decimal, np.bool_)) and not isinstance(value, np.timedelta64)
+
+def is_missing(value:Any)->bool: return value is None or value is pd.NA or value is pd.NaT
+
+def _number(value):
+    try: return float(value) if is_real(value) else value if isinstance(value, (str, bytes)) else None
+    except OverflowError: return np.inf
+
+def as_numbers(values:Iterable)->tuple[np.ndarray, np.ndarray]:
+    "Values as float64, NaN where one is no real number, and which of them say that there is no value."
+    raw = pd.Series([None if value is np.ma.masked else value for value in values], dtype=object)
+    unknown = raw.isna() | raw.astype(str).str.strip().str.lower().isin(UNKNOWN)
+    numbers = pd.to_numeric(raw.map(_number).where(~unknown, None), errors="coerce")
+    return numbers.to_numpy(dtype=np.float64, copy=True), unknown.to_numpy()
+
+def unmasked(values:Any)->Any:
+    "A masked array as one with NaN, since other functions read what is behind the mask; anything else as it is."
+    if not isinstance(values, np.ma.MaskedArray): return values
+    return values.astype(np.float64 if values.dtype.kind in "biuf" else object).filled(np.nan)
+
 # %% ../../nbs/10b_data.tables.ipynb #965bf6e8
 def label_problems(labels:Iterable, low:float=-np.inf, high:float=np.inf, unknown_ok:bool=False)->tuple[np.ndarray, list[Problem]]:
     "Labels as float64 (NaN where they are not a number), and those that are text, missing, infinite or out of range."
-    raw = pd.Series(list(labels), dtype=object)
-    values = pd.to_numeric(raw, errors="coerce").to_numpy(dtype=np.float64, copy=True)
-    empty = raw.isna().to_numpy() | raw.astype(str).str.strip().str.lower().isin(["", "nan", "na", "none"]).to_numpy()
+    raw = list(labels)
+    values, empty = as_numbers(raw)
     text, outside = np.isnan(values) & ~empty, (values < low) | (values > high)
     wrong = [(text, "text label", "is not a number"), (np.isinf(values), "infinite label", "is infinite"),
              (outside & np.isfinite(values), "label out of range", f"is not within {low:g} to {high:g}")]

@@ -32,11 +32,18 @@ def bin_of(y:Tensor, limits:Tensor, bins:int)->Tensor: # limits: lowest and high
 def bin_weights(
     probability:Tensor, # p of each bin, (bins, K)
     share:Tensor, # of the labelled rows, (bins, K)
-    max_weight:float, # the largest
+    max_weight:float, # the largest; infinity: no cut
 )->Tensor: # w, (bins, K)
     "Inverse probabilities with mean one over the labelled rows, cut at the largest weight."
     inverse = 1/probability.clamp_min(1e-6)
     return (inverse/(share*inverse).sum(0)).clamp_max(max_weight)
+
+# %% ../../nbs/72_methods.cadr.ipynb #74b02198
+def rebuilt_average(marginal:Tensor, probability:Tensor, upper:float)->Tensor: # (bins, K), of the rows (m, bins, K), to (bins, K)
+    "The average as the rows make it up, by the pseudo-inverse with coefficients cut to 0 ... upper."
+    rows = probability.permute(2, 0, 1)
+    coefficients = marginal.T[:, None] @ torch.linalg.pinv(rows.nan_to_num())
+    return (coefficients.clamp(0, upper) @ rows)[:, 0].T
 
 # %% ../../nbs/72_methods.cadr.ipynb #42fd95ff
 def bin_thresholds(
@@ -61,8 +68,9 @@ class SurrogateClasses(nn.Module):
         self.limits.copy_(torch.stack([y.amin(0), y.amax(0)]))
         if (self.limits[0] == self.limits[1]).any():
             raise HplError("CADR cuts the range of the labels into bins, and all labelled rows have the same label; use PseudoLabel.")
-        self.share.copy_(F.one_hot(self.target(y), self.bins).to(y).mean(0).T)
+        self.share.copy_(self.shares(self.target(y)))
 
+    def shares(self, target:Tensor)->Tensor: return F.one_hot(target, self.bins).to(self.share).mean(0).T # of each bin, (bins, K)
     def target(self, y:Tensor)->Tensor: return bin_of(y, self.limits, self.bins)
     def forward(self, features:Tensor)->Tensor: return self.classifier(features).unflatten(1, (self.bins, -1)) # logits (n, bins, K)
 
@@ -73,7 +81,8 @@ class CADR(PseudoLabel):
     short:ClassVar[str] = "cadr"
     bins:int=10 # surrogate classes, of equal width over the labelled range
     prior:Literal["labelled", "predicted", "uniform"]="labelled" # whose inverse weighs the labelled rows; uniform: no weights
-    max_weight:float=5. # of a labelled row
+    max_weight:float=5. # of a labelled row; infinity: no cut, as in the original
+    upper:float=5. # with prior="predicted": largest coefficient of an unlabelled row in p
     threshold:float=.95 # tau, on a confidence
     power:float=.5 # beta; 0: one threshold for all bins
     decay:float=.99 # of the moving average
@@ -87,6 +96,7 @@ class CADR(PseudoLabel):
         super().check()
         whole_number("bins", self.bins)
         if not self.max_weight >= 1: raise HplError(f"max_weight is {self.max_weight}; give a number of at least 1.")
+        if not self.upper > 0: raise HplError(f"upper is {self.upper}; give a number above 0, such as 5.")
         if not 0 <= self.threshold <= 1: raise HplError(f"threshold is {self.threshold}; give a confidence from 0 to 1, such as 0.95.")
         not_negative("power", self.power)
         if not 0 <= self.decay < 1: raise HplError(f"decay is {self.decay}; give a number from 0 to below 1.")
@@ -101,6 +111,7 @@ class CADRMethod(PseudoLabelMethod):
         super().__init__(regressor, settings)
         self.classes = SurrogateClasses(regressor.head.in_features, regressor.head.out_features, settings.bins)
         self.register_buffer("marginal", torch.full_like(self.classes.share, 1/settings.bins))
+        self.rebuilt = self.marginal # p of the step, with prior="predicted"
 
     def guess(self, weak:Tensor)->Tensor:
         "The prediction, and after it the probabilities of the bins: (1 + bins, m, K)."
@@ -124,15 +135,19 @@ class CADRMethod(PseudoLabelMethod):
 # %% ../../nbs/72_methods.cadr.ipynb #e52a5110
 def labelled_losses(method:CADRMethod, passes:Passes)->dict[str, Tensor]:
     "Weighted squared error, and weighted cross-entropy of the bins."
-    classes, target, settings = method.classes, method.classes.target(passes.y), method.settings
-    probability = {"labelled": classes.share, "predicted": method.marginal, "uniform": torch.ones_like(classes.share)}[settings.prior]
-    weight = bin_weights(probability, classes.share, settings.max_weight).gather(0, target)
+    classes, target, share = method.classes, method.classes.target(passes.y), method.classes.share
+    probability = {"labelled": share, "predicted": method.rebuilt, "uniform": torch.ones_like(share)}[method.settings.prior]
+    if method.settings.prior == "predicted": share = method.reduce(classes.shares(target))
+    weight = bin_weights(probability, share, method.settings.max_weight).gather(0, target)
     entropy = F.cross_entropy(classes(passes.labelled_features), target, reduction="none")
     return {"labelled": (weight*(passes.labelled_prediction - passes.y)**2).mean(), "classifier": (weight*entropy).mean()}
 
 # %% ../../nbs/72_methods.cadr.ipynb #3e9df2a5
 def imputation(method:CADRMethod, guesses:Tensor)->tuple[Tensor, Tensor]: # see `guess`
     "Move the average; let a prediction in where the classifier is sure enough of a bin."
+    if method.settings.prior == "predicted":
+        rows = method.gather(guesses[1:].transpose(0, 1).contiguous()) # (m, bins, K)
+        method.rebuilt = rebuilt_average(method.marginal, rows, method.settings.upper)
     method.marginal.lerp_(method.reduce(guesses[1:].mean(1)), 1 - method.settings.decay)
     return guesses[0], admitted(method, guesses[1:])
 

@@ -20,7 +20,7 @@ from torch.nn.utils import parameters_to_vector
 from torch.optim import Adam, Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ..core import HplError, not_negative, seed_everything, whole_number
+from ..core import HplError, OwnGenerators, not_negative, seed_everything, whole_number
 from ..data.core import SemiSupervisedData, StreamSettings, fully_labelled
 from ..loss import labelled_loss, unlabelled_loss
 from ..models import Regressor
@@ -103,13 +103,12 @@ class Method(nn.Module):
 
     @property
     def title(self)->str: return self.settings.title if self.settings else type(self).__name__ # in tables
-    @property
-    def share_of_run(self)->str: return self.settings.share_of_run if self.settings else "" # see `MethodSettings`
     def config(self)->dict[str, Any]: return as_json(self.settings) if self.settings else {} # for config.json
 
     def prepare(self, data:SemiSupervisedData)->SemiSupervisedData: return data
     def stream_settings(self, settings:StreamSettings)->StreamSettings: return settings
     def make_optimizers(self, settings:OptimizerSettings)->dict[str, Optimizer]: return {"regressor": adam(self.regressor, settings)}
+    def before_parts(self, parts:Sequence[Mapping[str, Mapping[str, Tensor]]])->None: "Called before the micro-batches of one step."
     def after_step(self)->None: "Called when the optimisers have stepped."
     def after_epoch(self)->None: "Called after the last step of an epoch, before validation."
     def predict(self, x:Tensor)->Tensor: return self.regressor(x)
@@ -117,6 +116,12 @@ class Method(nn.Module):
     def inspect(self, weak:Tensor, strong:Tensor)->dict[str, Tensor]:
         "What the method makes of an unlabelled sample's two views; (m, K) each, normalised units."
         return {"pseudo_label": self.regressor(weak), "strong_prediction": self.regressor(strong)}
+
+# %% ../../nbs/60_methods.core.ipynb #5ba2e0f1
+@patch(as_prop=True)
+def share_of_run(self:Method)->str:
+    "Name of a setting that is a share of all epochs; empty: a longer run begins as this one does."
+    return self.settings.share_of_run if self.settings else ""
 
 # %% ../../nbs/60_methods.core.ipynb #9d1dd057
 def adam(
@@ -178,11 +183,13 @@ def forward_batches(
     regressor:Regressor, # the network, in training mode
     batch:Mapping[str, Mapping[str, Tensor]], # labelled: weak, y; unlabelled: weak, strong
     guess:Callable[[Tensor], Tensor]|None=None, # weak view -> pseudo-labels; None: the network itself
+    labelled_first:bool=False, # the labelled batch before the weak view; batch norm's statistics and dropout's masks know the order
 )->Passes:
-    "Three forward passes: weak without gradient (first, while no graph is in memory), labelled, strong."
+    "Three forward passes: weak without gradient, labelled, strong."
     labelled, unlabelled = batch["labelled"], batch["unlabelled"]
+    if labelled_first: labelled_features = regressor.features(labelled["weak"])
     with torch.no_grad(): pseudo_label = (guess or regressor)(unlabelled["weak"])
-    labelled_features = regressor.features(labelled["weak"])
+    if not labelled_first: labelled_features = regressor.features(labelled["weak"])
     unlabelled_features = regressor.features(unlabelled["strong"])
     return Passes(labelled_features, regressor.head(labelled_features), labelled["y"],
                   unlabelled_features, regressor.head(unlabelled_features), pseudo_label)
@@ -255,8 +262,9 @@ def weights_after(
     seed:int=0, # of everything
 )->Tensor: # all of them in one vector
     "Train a method and return what it has learned, to be compared with another's."
-    seed_everything(seed)
-    method = make()
+    with OwnGenerators():
+        seed_everything(seed)
+        method = make()
     fit(method, data, settings, seed=seed, progress=False)
     return parameters_to_vector(method.get_submodule(part).parameters()).detach()
 
@@ -280,11 +288,12 @@ def average_weights(
     average:nn.Module, # theta', changed in place
     module:nn.Module, # theta, of the same layers
     decay:float, # a
-    step:int, # updates before this one
+    step:int|None=None, # t of the warm-up; None: the decay is a from the first update
 )->None:
-    "One step of an exponential moving average with decay min(1 - 1/(step + 1), a)."
+    "One step of an exponential moving average with decay min(1 - 1/(t + 1), a)."
+    if step is not None: decay = min(1 - 1/(step + 1), decay)
     weights = [[*part.parameters()] for part in (average, module)]
-    get_ema_multi_avg_fn(min(1 - 1/(step + 1), decay))(*weights, step)
+    get_ema_multi_avg_fn(decay)(*weights, step)
 
 # %% ../../nbs/60_methods.core.ipynb #f29746bc
 def frozen_copy(

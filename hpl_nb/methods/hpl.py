@@ -5,14 +5,14 @@
 # %% ../../nbs/61_methods.hpl.ipynb #965b1c05
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from fastcore.basics import patch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import Adam, Optimizer
 
@@ -37,9 +37,10 @@ class LearnerMethod(Method):
     "A pseudo-labelling method with an uncertainty-learner g."
     needs = {"labelled": ("weak",), "unlabelled": ("weak", "strong")}
 
-    def __init__(self, regressor:Regressor, settings:MethodSettings, log_variance_bound:float|None, residual_input:bool, further:int=0):
+    def __init__(self, regressor:Regressor, settings:MethodSettings, bound:float|None, residual_input:bool, inputs:LearnerInputs="pair"):
         super().__init__(regressor, settings)
-        self.learner = UncertaintyLearner(regressor.head.out_features, bound=log_variance_bound, further=further)
+        check_head(regressor)
+        self.learner = UncertaintyLearner(regressor.head.out_features, bound=bound, further=further_columns(regressor, inputs))
         self.residual_input = residual_input
 
     def inspect(self, weak:Tensor, strong:Tensor)->dict[str, Tensor]:
@@ -47,6 +48,13 @@ class LearnerMethod(Method):
         views = super().inspect(weak, strong)
         pair = learner_input(views["strong_prediction"], views["pseudo_label"], self.residual_input)
         return views | {"log_variance": (z := self.learner(pair)), "weight": pseudo_label_weight(z)}
+
+def check_head(regressor:nn.Module)->None:
+    head = getattr(regressor, "head", None)
+    if isinstance(head, nn.Linear) and head.bias is not None: return
+    what = "no head" if head is None else f"a head of type {type(head).__name__}"
+    raise HplError(f"the network has {what}, and this method needs an nn.Linear with a bias. Build it as Regressor(Body(network, d), "
+                   "nn.Linear(d, K)) from hpl_nb.models, for d features and K outputs.")
 
 def check_learner(learner_lr:float, log_variance_bound:float|None)->None:
     not_negative("learner_lr", learner_lr)
@@ -116,13 +124,14 @@ class LookAhead(Settings):
     "When and how the virtual step is made and judged."
     outer:Literal["fresh", "previous"]="fresh" # a new labelled batch, or the previous step's features at no cost
     outer_overlap:bool=False # D10: may the outer batch share rows with the inner one
-    outer_every:int=1 # D3: steps between updates of phi
+    outer_every:int=1 # D3: steps between updates of phi, counted anew in each epoch
     outer_batch:int|None=None # rows of the fresh outer batch; None: as many as the inner one has
     outer_regularizer:float|None=0. # D1: lambda2 of the hidden term -lambda2 mean(z) on the outer batch; None: the release's
     virtual_step:Literal["sgd", "optimizer"]="sgd" # D2: eq. 7, or the live optimiser's next step
     virtual_lr:float|None=None # alpha of eq. 7; None: the head's current learning rate
+    virtual_eps:Literal["higher", "torch"]="higher" # F3: Adam adds eps before its bias correction, as the release does, or after it
     learner_first:bool=False # D4: theta's own step already uses the updated phi
-    separate_forward:bool=False # D5: theta's own step runs new forward passes (new dropout masks)
+    separate_forward:bool=False # D5: new forward passes for theta's own step; all in the release's order (F12)
 
     def check(self)->None:
         whole_number("outer_every", self.outer_every)
@@ -199,9 +208,11 @@ class HPLMethod(LearnerMethod):
     "Algorithm 1: phi by the hypergradient, theta by the weighted inner loss."
     def __init__(self, regressor:Regressor, settings:HPL=HPL()):
         settings = settings.suited_to(Released())
-        learner, further = settings.learner, further_columns(regressor, settings.learner.learner_inputs)
-        super().__init__(regressor, settings, learner.log_variance_bound, learner.residual_input, further)
+        learner = settings.learner
+        super().__init__(regressor, settings, learner.log_variance_bound, learner.residual_input, learner.learner_inputs)
         self.memory:dict[str, Tensor] = {} # the previous step's labelled features and labels
+        self.latest:list[Labelled] = [] # this step's, of each micro-batch
+        self.taught = False # whether g was taught before the micro-batches of this step
         self.teacher = None if settings.teacher.teacher_decay is None else frozen_copy(regressor)
         if settings.look_ahead.outer == "fresh": self.needs = {**self.needs, "outer": ("weak",)}
 
@@ -236,8 +247,16 @@ def prepare(self:HPLMethod, data:SemiSupervisedData)->SemiSupervisedData:
     return data
 
 @patch
+def before_parts(self:HPLMethod, parts:Sequence[Mapping[str, Mapping[str, Tensor]]])->None:
+    "Teach g once, on the joined micro-batches (F4)."
+    teach_apart(self, *parts)
+    self.taught = True
+
+@patch
 def after_step(self:HPLMethod)->None:
-    "The teacher, if there is one, follows the student's new weights."
+    "Keep the labelled features as the next step's outer batch; the teacher, if there is one, follows the student's new weights."
+    if self.latest: self.memory |= dict(zip(("features", "y"), map(torch.cat, zip(*self.latest))))
+    self.latest, self.taught = [], False
     if self.teacher: average_weights(self.teacher, self.regressor, self.settings.teacher.teacher_decay, self.clock.step)
 
 # %% ../../nbs/61_methods.hpl.ipynb #58b9f65f
@@ -258,28 +277,39 @@ def inspect(self:HPLMethod, weak:Tensor, strong:Tensor)->dict[str, Tensor]:
 # %% ../../nbs/61_methods.hpl.ipynb #ee462b43
 def look_ahead(method:HPLMethod, batch:Mapping[str, Mapping[str, Tensor]])->tuple[Passes, Tensor|None]:
     "Passes for theta's own step, with what g reads beyond the pair; teaches g if it is due."
-    ahead, outer = method.settings.look_ahead, outer_features(method, batch)
-    if outer and ahead.separate_forward:
-        with torch.no_grad(): passes, further = step_passes(method, batch)
-        teach(method, passes, outer, further)
+    ahead = method.settings.look_ahead
+    if ahead.separate_forward and not method.taught: teach_apart(method, batch)
+    outer = None if ahead.separate_forward or method.taught else outer_features(method, batch)
     passes, further = step_passes(method, batch)
-    if outer and not ahead.separate_forward: teach(method, passes, outer, further)
-    if ahead.outer == "previous": method.memory |= {"features": passes.labelled_features.detach(), "y": passes.y}
+    if outer: teach(method, passes, outer, further)
+    if ahead.outer == "previous": method.latest.append(Labelled(passes.labelled_features.detach(), passes.y))
     return passes, further
+
+def teach_apart(method:HPLMethod, *batches:Mapping[str, Mapping[str, Tensor]])->None:
+    "Teach g if it is due, on forward passes for the look-ahead alone, over one or several batches."
+    if not is_due(method): return
+    with torch.no_grad(): passes, further = zip(*(step_passes(method, batch) for batch in batches))
+    outer = outer_features(method, *batches)
+    teach(method, Passes(*map(torch.cat, zip(*passes))), outer, None if further[0] is None else torch.cat(further))
 
 def step_passes(method:HPLMethod, batch:Mapping[str, Mapping[str, Tensor]])->tuple[Passes, Tensor|None]:
     "The three passes, pseudo-labels by the teacher if there is one."
     views = batch["unlabelled"]
-    passes = forward_batches(method.regressor, batch, method.teacher)
+    passes = forward_batches(method.regressor, batch, method.teacher, method.settings.look_ahead.separate_forward)
     return passes, further_inputs(method, views["weak"], views["strong"], passes.unlabelled_features)
 
 # %% ../../nbs/61_methods.hpl.ipynb #b647cd1b
-def outer_features(method:HPLMethod, batch:Mapping[str, Mapping[str, Tensor]])->Labelled|None:
-    "The batch that judges the virtual step; None if phi is not due."
-    ahead, memory = method.settings.look_ahead, method.memory
-    if method.clock.step % ahead.outer_every: return None
-    if ahead.outer == "previous": return Labelled(memory["features"], memory["y"]) if "features" in memory else None
-    with torch.no_grad(): return Labelled(method.regressor.features(batch["outer"]["weak"]), batch["outer"]["y"])
+def is_due(method:HPLMethod)->bool:
+    "Whether phi is taught at this step, by its number within the epoch (D3); the previous batch must exist."
+    ahead, at = method.settings.look_ahead, method.clock
+    return at.step % at.per_epoch % ahead.outer_every == 0 and (ahead.outer == "fresh" or "features" in method.memory)
+
+def outer_features(method:HPLMethod, *batches:Mapping[str, Mapping[str, Tensor]])->Labelled|None:
+    "The rows that judge the virtual step, of one or several batches; None if phi is not due."
+    if not is_due(method): return None
+    if method.settings.look_ahead.outer == "previous": return Labelled(method.memory["features"], method.memory["y"])
+    with torch.no_grad(): features = torch.cat([method.regressor.features(batch["outer"]["weak"]) for batch in batches])
+    return Labelled(features, torch.cat([batch["outer"]["y"] for batch in batches]))
 
 # %% ../../nbs/61_methods.hpl.ipynb #5435690d
 def teach(method:HPLMethod, passes:Passes, outer:Labelled, further:Tensor|None=None)->None:
@@ -310,7 +340,8 @@ def unlabelled_slope(method:HPLMethod, passes:Passes, further:Tensor|None=None)-
 def virtual_step(method:HPLMethod)->Callable[[Tensor, Tensor], VirtualStep]:
     "The step that is looked ahead, (eta, G) -> eta' and D: eq. 7, or the live optimiser's (D2)."
     ahead, optimizer = method.settings.look_ahead, method.optimizers["regressor"]
-    if ahead.virtual_step == "optimizer": return lambda eta, gradient: optimizer_step(optimizer, method.regressor.head, gradient)
+    if ahead.virtual_step == "optimizer":
+        return lambda eta, gradient: optimizer_step(optimizer, method.regressor.head, gradient, ahead.virtual_eps == "higher")
     return partial(sgd_step, learning_rate=optimizer.param_groups[-1]["lr"] if ahead.virtual_lr is None else ahead.virtual_lr)
 
 # %% ../../nbs/61_methods.hpl.ipynb #d1044141

@@ -5,8 +5,6 @@
 # %% ../../nbs/73_methods.known.ipynb #29aa6256
 from __future__ import annotations
 
-from difflib import get_close_matches
-
 from ..core import HplError
 from .cadr import CADR
 from .clss import CLSS
@@ -21,6 +19,7 @@ from .temporal_ensembling import TemporalEnsembling
 from .tnnr import TNNR
 from .ucvme import UCVME
 from .ups import UPSReg
+from ..settings import nearest_name
 
 # %% auto #0
 __all__ = ['METHODS', 'known_methods', 'method_named']
@@ -43,6 +42,5 @@ def method_named(
     known = known_methods()
     first = {kind.short: next(iter(kind.presets().values())) for kind in METHODS}
     if name not in first | known:
-        nearest, = get_close_matches(str(name), [*known], 1, 0)
-        raise HplError(f"method is {name!r}; did you mean {nearest!r}? Choose one of {', '.join(known)}.")
+        raise HplError(f"method is {name!r}; did you mean {nearest_name(str(name), known)!r}? Choose one of {', '.join(known)}.")
     return (first | known)[name]

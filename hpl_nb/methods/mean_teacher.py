@@ -60,7 +60,7 @@ class MeanTeacherMethod(PseudoLabelMethod):
 
     def after_step(self)->None:
         "The teacher follows the student's new weights."
-        average_weights(self.teacher, self.regressor, self.settings.decay, self.clock.step)
+        average_weights(self.teacher, self.regressor, self.settings.decay, self.clock.step + 1) # counts from 1, as the original
 
     def inspect(self, weak:Tensor, strong:Tensor)->dict[str, Tensor]:
         "The teacher's pseudo-label, the student's strong prediction, (m, K) each."

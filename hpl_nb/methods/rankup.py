@@ -129,7 +129,7 @@ class RankUpMethod(Method):
         return rankup_losses(self, batch)
 
     def prepare(self, data:SemiSupervisedData)->SemiSupervisedData: return register_tables(self, data)
-    def after_step(self)->None: align_and_average(self)
+    def after_step(self)->None: move_average(self)
     def predict(self, x:Tensor)->Tensor: return (self.regressor if self.average is None else self.average)(x)
     def make_optimizers(self, settings:OptimizerSettings)->dict[str, Optimizer]:
         return {"regressor": adam(self.regressor, settings, beside_head=[self.ranker])}
@@ -192,11 +192,12 @@ def register_tables(method:RankUpMethod, data:SemiSupervisedData)->SemiSupervise
 # %% ../../nbs/69_methods.rankup.ipynb #9d525c48
 @torch.no_grad()
 def look_up(method:RankUpMethod, index:Tensor, prediction:Tensor)->Tensor:
-    "Write the predictions of unlabelled rows into the table; return the aligned values, or the predictions where there are none yet."
+    "Write predictions into the table, and align it if due; return the aligned values, or predictions where there are none."
     if not method.settings.alignment_weight: return prediction
     rows = method.gather(index)
     method.predictions[rows] = method.gather(prediction)
     method.stage[rows] = method.stage[rows].clamp(min=STAGES["predicted"])
+    if method.clock.step and method.clock.step % alignment_period(method) == 0: align_table(method)
     return torch.where((method.stage[index] == STAGES["aligned"])[:, None], method.aligned[index], prediction)
 
 def align_table(method:RankUpMethod)->None:
@@ -207,16 +208,14 @@ def align_table(method:RankUpMethod)->None:
     method.stage[seen] = STAGES["aligned"]
 
 # %% ../../nbs/69_methods.rankup.ipynb #665fa274
-def align_and_average(method:RankUpMethod)->None:
-    "Align the table if it is due; move the averaged weights."
-    step, settings = method.clock.step, method.settings
-    if settings.alignment_weight and (step + 1) % alignment_period(method) == 0: align_table(method)
+def move_average(method:RankUpMethod)->None:
+    "Move the averaged weights, if there are any."
     if method.average is None: return
-    average_weights(method.average, method.regressor, settings.decay, step)
+    average_weights(method.average, method.regressor, method.settings.decay)
     for to, source in zip(method.average.buffers(), method.regressor.buffers()): to.copy_(source) # running statistics of batch norm
 
 def alignment_period(method:RankUpMethod)->int:
-    "Steps between alignments; the first comes at the end of the first period."
+    "Steps between alignments; the first comes with the first step after the first period."
     return method.settings.align_every or method.clock.per_epoch
 
 def alignment_weight(method:RankUpMethod)->float:

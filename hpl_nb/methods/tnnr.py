@@ -128,7 +128,8 @@ class TNNRMethod(Method):
 def pair_and_loop_losses(method:TNNRMethod, features:Tensor, y:Tensor)->dict[str, Tensor]:
     "Both losses from one matrix of differences: features of n labelled and then the unlabelled rows, labels of the n."
     differences, n = method.pair_head(features, features), len(y)
-    if n < 2: raise HplError("TNNR learns from pairs, and a batch has one labelled row; raise labelled_batch or lower accumulate.")
+    if n < 2:
+        raise HplError("TNNR learns from pairs, and a batch has one labelled row; label more rows, raise labelled_batch, lower accumulate.")
     loops = loop_loss(differences, differences[:, n:], differences[n:])
     return {"labelled": pair_loss(differences[:n, :n], y), "unlabelled": method.settings.unlabelled_weight*loops}
 

@@ -20,6 +20,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..core import HplError, RunFolder, atomic_write, check_archive, random_states, reading, set_random_states
+from .predict import renew
 from .run import can_lengthen, lengthen, other_run
 from .state import Progress, Trainable, any_process
 
@@ -176,6 +177,7 @@ def read_place(path:Path)->dict[str, Any]:
     raise HplError(f"{path} cannot be read as a checkpoint to go on from (it holds weights alone). It is another file: delete it and "
                    "run the same command again, which goes on from the checkpoint before it or, without one, starts over.")
 
+# %% ../../nbs/50e_training.checkpoint.ipynb #4295dd1d
 def load_state(method:Trainable, state:Mapping[str, Any], source:Path|str)->None:
     "Load a method's state; one of another method or shape raises `HplError` and changes nothing."
     own = method.state_dict()
@@ -185,4 +187,5 @@ def load_state(method:Trainable, state:Mapping[str, Any], source:Path|str)->None
     wrong += [f"{k} is missing" for k in own if k not in state] + [f"{k} is unknown here" for k in state if k not in own]
     if wrong: raise HplError(f"{source} is the checkpoint of another method or model: {wrong[0]} ({len(wrong)} such). "
                              "Build the same method and model as the run's config.json says, or choose another folder.")
+    renew(method, next((v.dtype for v in state.values() if isinstance(v, Tensor) and v.is_floating_point()), torch.float32))
     method.load_state_dict(state)

@@ -5,11 +5,13 @@
 # %% ../../nbs/50d_training.guard.ipynb #46f39005
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import torch
 from accelerate import Accelerator
 from fastcore.basics import patch
@@ -18,7 +20,7 @@ from torch import Tensor
 from ..core import HplError
 from ..data.core import SemiSupervisedData, Streams, batch_rows
 from .predict import evaluating
-from .state import Progress, Trainable
+from .state import OptimizerSettings, Progress, Trainable
 
 # %% auto #0
 __all__ = []
@@ -55,6 +57,7 @@ class Guard:
     streams:Streams # to make a step's batches again
     accelerator:Accelerator
     progress:Progress
+    optimizer:OptimizerSettings # whose rates a message names
     pending:Flags|None=None # of the last step, on their way from the device
 
     @torch.no_grad()
@@ -92,6 +95,7 @@ def refuse(self:Guard, rows:np.ndarray)->None:
     shown = name_rows(self.data, rows[:10].tolist()) + (f" and {len(rows) - 10} more" if len(rows) > 10 else "")
     raise self.halted(f"the predictions of rows {shown} are NaN or infinite", blamed)
 
+# %% ../../nbs/50d_training.guard.ipynb #b1a4e502
 @patch
 @contextmanager
 def blaming_samples(self:Guard)->Iterator[None]:
@@ -99,6 +103,9 @@ def blaming_samples(self:Guard)->Iterator[None]:
     try: yield
     except (HplError, RuntimeError, ValueError) as error:
         step = self.progress.step
+        if "more than 1 value per channel" in str(error):
+            raise HplError(f"step {step + 1} has a batch of one row, and the network's batch norm needs two. Raise labelled_batch, "
+                           "unlabelled_batch or outer_batch to 2 or more, or lower accumulate.") from error
         if not (blamed := self.broken_samples(step) or self.broken_inputs(self.data.labelled)): raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise self.halted(f"step {step + 1} failed ({reason})", blamed, step) from error
@@ -131,16 +138,16 @@ def broken_inputs(self:Guard, rows:np.ndarray)->list[str]:
 # %% ../../nbs/50d_training.guard.ipynb #ab296126
 @patch
 def far_samples(self:Guard, step:int)->list[str]:
-    "Samples whose squared prediction, or error where the label is known, overflows; none where all samples of a view are such."
+    "Samples whose squared prediction, or error where the label is known, overflows; none where the median of a view exceeds 1,000 too."
     found = {}
     for stream, tensors in self.batches(step):
         for view in self.streams.needs[stream]:
             with evaluating(self.method), self.accelerator.autocast():
                 far = self.method.predict(tensors[view].to(self.accelerator.device)).float().cpu()
             if "y" in tensors: far = far - tensors["y"].cpu()
-            rows = bad_rows(tensors["index"], far**2)
-            if len(rows) == len(far): return []
-            for row in rows: found[row] = f"{stream} row {name_rows(self.data, [row])}, whose loss on the {view} view is infinite"
+            if not far.abs().amax(1).median() < 1000: return [] # normalised units
+            for row in bad_rows(tensors["index"], far**2):
+                found[row] = f"{stream} row {name_rows(self.data, [row])}, whose loss on the {view} view is infinite"
     return list(found.values())
 
 def bad_rows(index:Tensor, values:Tensor)->list[int]:
@@ -158,10 +165,29 @@ def halted(self:Guard, what:str, blamed:Sequence[str], step:int|None=None)->HplE
     "The error raised when a run produces non-finite values; without samples to blame, training diverged."
     saved = self.progress.saved
     kept = f"the last checkpoint is kept (step {saved})" if saved is not None else "no checkpoint had been written yet"
-    why, fix = "training diverged", "Lower the learning rates or the weight of the unlabelled loss, in another folder"
+    why, fix = "training diverged", f"Lower the learning rates ({self.rates}) or the weight of the unlabelled loss, in another folder"
     if blamed:
         why = "; ".join(blamed[:3]) + (f" (and {len(blamed) - 3} more)" if len(blamed) > 3 else "")
         fix = "Repair the data and run the same command again, or leave these rows out in another folder"
     rows = batch_rows(self.streams, step) if step is not None else {}
     words = "; ".join(f"{stream} rows {name_rows(self.data, rows[stream])}" for stream in self.streams.needs if rows)
     return HplError(f"{what}: {why}. {fix}; {kept}.{f' Samples of that step: {words}.' if words else ''}")
+
+@patch(as_prop=True)
+def rates(self:Guard)->str: return f"lr_body={self.optimizer.lr_body:g}, lr_head={self.optimizer.lr_head:g}"
+
+# %% ../../nbs/50d_training.guard.ipynb #814bf329
+@patch
+def warn_if_far(self:Guard, table:pd.DataFrame)->None:
+    "Warn where predictions of an epoch lie more than ten ranges of the labelled rows' labels away from them."
+    known = table[table["split"] == "labelled"].groupby("output")["y_true"].agg(["min", "max"])
+    low, high = (known.loc[table["output"], name].to_numpy() for name in known)
+    width = np.maximum(high - low, np.asarray(self.data.normalizer.scale)[table["output"]]) # a single label has no range
+    y = table["y_pred"].to_numpy()
+    away = np.maximum(low - y, y - high)/width
+    if not (far := away > 10).any(): return
+    i = int(away.argmax())
+    row, few = table.iloc[i], "" if far.mean() > .5 else ", or check the inputs of these rows"
+    warnings.warn(f"{far.sum()} of {len(y)} predictions lie more than ten label ranges outside the labels, such as {y[i]:.4g} for "
+                  f"{row['split']} row {name_rows(self.data, [row['index']])}, where labels are {low[i]:.4g} to {high[i]:.4g}. "
+                  f"Lower the learning rates ({self.rates}){few}.", stacklevel=3)

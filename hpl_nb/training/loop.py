@@ -24,15 +24,15 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..core import PREDICTION_COLUMNS, HplError, RunFolder, seed_everything
+from ..core import PREDICTION_COLUMNS, TURNS, HplError, OwnGenerators, RunFolder, seed_everything
 from ..data.core import SemiSupervisedData, Streams, batch_sizes, fitting_streams
 from ..data.pixels import DeviceView, Pixels
 from ..settings import change, differences
 from .checkpoint import Checkpoint
 from .guard import Guard
-from .predict import Evaluator, selected_metrics
+from .predict import Evaluator, as_trainable, selected_metrics
 from .run import (
-    Run, claim_run, environment, finished_before, kept_tables, run_config, run_lock, save_snapshot, write_log, write_results)
+    Run, claim_run, environment, finished_before, kept_tables, run_config, run_lock, save_snapshot, selected, write_log, write_results)
 from .state import Progress, Train, Trainable, any_process, epoch_length
 
 # %% auto #0
@@ -57,23 +57,29 @@ def fit(
     "Train, select on validation, and measure on the test set once. The same call with the same folder resumes; more epochs go on."
     settings, folder, place = settings or Train(), RunFolder(folder) if folder else None, next(method.parameters()).device
     check_place(data, settings, folder, workers)
-    training = open_training(method, data, settings, seed, make_accelerator(settings.precision, trackers, folder))
-    accelerator, at, guard = training.accelerator, training.progress, training.guard
-    config = run_config(method, training.data, training.settings, seed, accelerator.num_processes, experiment)
-    shown = progress and accelerator.is_main_process
-    log = Log(Evaluator(method, training.data, accelerator, seed, guard.refuse, shown), at, folder, config, settings.record_every)
-    checkpoint = Checkpoint(folder, method, training.schedulers, accelerator, at, config, checkpoint_seconds)
     try:
-        with explain_lost_processes(accelerator, workers), claimed(folder, config, accelerator, trackers, method.share_of_run):
-            seed_everything(seed, accelerator.process_index)
-            checkpoint.resume()
-            last = min(at.steps, at.step + (at.steps if stop_after is None else stop_after))
-            if train_epochs(training, guard, checkpoint, log, last, workers, watch): return log.finish(checkpoint)
-            return Run(config, pd.DataFrame(at.log), {}, pd.DataFrame(columns=PREDICTION_COLUMNS), False)
+        with OwnGenerators() as own:
+            as_trainable(method, data)
+            training = open_training(method, data, settings, seed, make_accelerator(settings.precision, trackers, folder))
+            accelerator, at, guard = training.accelerator, training.progress, training.guard
+            config = run_config(method, training.data, training.settings, seed, accelerator.num_processes, experiment)
+            shown = progress and accelerator.is_main_process
+            log = Log(Evaluator(method, training.data, accelerator, seed, guard.refuse, shown), at, folder, config, settings.record_every)
+            checkpoint = Checkpoint(folder, method, training.schedulers, accelerator, at, config, checkpoint_seconds)
+            with explain_lost_processes(accelerator, workers), claimed(folder, config, accelerator, trackers, method.share_of_run):
+                seed_everything(seed, accelerator.process_index)
+                checkpoint.resume()
+                last = min(at.steps, at.step + (at.steps if stop_after is None else stop_after))
+                if not train_epochs(training, guard, checkpoint, log, last, workers, watch, own):
+                    return Run(config, pd.DataFrame(at.log), {}, pd.DataFrame(columns=PREDICTION_COLUMNS), False)
+                run = log.finish(checkpoint)
+                if accelerator.is_main_process: guard.warn_if_far(selected(run))
+                return run
     finally: method.to(place)
 
 # %% ../../nbs/51_training.loop.ipynb #54715cca
-def train_epochs(training:Training, guard:Guard, checkpoint:Checkpoint, log:Log, last:int, workers:int, watch:Callable|None)->bool:
+def train_epochs(training:Training, guard:Guard, checkpoint:Checkpoint, log:Log, last:int, workers:int, watch:Callable|None,
+                 own:OwnGenerators)->bool:
     "True when training has ended, False when it was stopped."
     at, ended = training.progress, training.has_ended()
     with log.bar() as advance:
@@ -87,10 +93,18 @@ def train_epochs(training:Training, guard:Guard, checkpoint:Checkpoint, log:Log,
                 ended = training.has_ended()
             advance()
             if at.at_epoch_end or checkpoint.is_due(): save(guard, checkpoint, log)
-            stop = watch is not None and any_process(training.accelerator, watch(at))
+            stop = is_stopped(training, watch, own)
             if ended or stop: break
     if not ended: save(guard, checkpoint, log)
     return ended
+
+# %% ../../nbs/51_training.loop.ipynb #3f443fd1
+def is_stopped(training:Training, watch:Callable|None, own:OwnGenerators)->bool:
+    "Let the caller's `watch`, and threads that wait, have the process as it was; whether `watch` of any process stops the run."
+    answer = False
+    if watch or TURNS.is_awaited:
+        with own.outside(): answer = watch and watch(training.progress)
+    return watch is not None and any_process(training.accelerator, answer)
 
 def save(guard:Guard, checkpoint:Checkpoint, log:Log)->None:
     "Write the checkpoint and the log; what is not finite is never written."
@@ -115,15 +129,15 @@ class Training:
     def step(self, batch:dict[str, dict[str, Tensor]])->None:
         "Lines 8-11 of Algorithm 1, on this process's batches."
         method, accelerator, count = self.method, self.accelerator, self.settings.accumulate
-        method.clock = self.progress.clock
-        for part in micro_batches(batch, count):
+        method.clock, parts = self.progress.clock, micro_batches(batch, count)
+        if count > 1:
+            with self.guard.blaming_samples(), accelerator.autocast(): method.before_parts(parts)
+        for part in parts:
             with self.guard.blaming_samples(), accelerator.autocast(): losses = method.training_step(part)
             accelerator.backward(sum(losses.values())/count)
             self.keep_record(losses)
         self.guard.watch(average_gradients(accelerator, method.optimizers["regressor"], self.guard.flags()))
-        for name, optimizer in method.optimizers.items():
-            if name != "regressor" and count > 1: scale_gradients(optimizer, 1/count)
-            optimizer.step()
+        for optimizer in method.optimizers.values(): optimizer.step()
         for optimizer in method.optimizers.values(): optimizer.zero_grad()
         method.after_step()
         self.progress.step += 1
@@ -148,17 +162,10 @@ def end_epoch(self:Training)->None:
     for scheduler in self.schedulers.values(): scheduler.step()
 
 # %% ../../nbs/51_training.loop.ipynb #cb66a16a
-def micro_batches(batch:Mapping[str, Mapping[str, Tensor]], count:int)->Iterator[dict[str, dict[str, Tensor]]]:
+def micro_batches(batch:Mapping[str, Mapping[str, Tensor]], count:int)->list[dict[str, dict[str, Tensor]]]:
     "Cut every stream's batch into `count` equal parts."
-    for i in range(count):
-        yield {stream: {key: value[i*len(value)//count:(i + 1)*len(value)//count] for key, value in tensors.items()}
-               for stream, tensors in batch.items()}
-
-def scale_gradients(optimizer:Optimizer, factor:float)->None:
-    "The gradients that a method leaves in .grad are sums over micro-batches; one over their number makes them means."
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is not None: parameter.grad *= factor
+    return [{stream: {key: value[i*len(value)//count:(i + 1)*len(value)//count] for key, value in tensors.items()}
+             for stream, tensors in batch.items()} for i in range(count)]
 
 def average_gradients(accelerator:Accelerator, optimizer:Optimizer, flags:Tensor)->Tensor:
     "Average gradients over the processes, all in one message with the flags: above zero where the flag of any process is."
@@ -286,7 +293,7 @@ def open_training(
     streams = Streams(data, method.needs, batches, per_epoch*settings.epochs, seed, *place)
     check_accumulate(settings.accumulate, streams)
     progress = Progress(len(streams), per_epoch)
-    guard = Guard(method, data, streams, accelerator, progress)
+    guard = Guard(method, data, streams, accelerator, progress, settings.optimizer)
     return Training(method, data, settings, streams, accelerator, place_method(method, settings, accelerator), progress, guard)
 
 # %% ../../nbs/51_training.loop.ipynb #09d6c82c

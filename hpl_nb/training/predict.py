@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..core import PREDICTION_COLUMNS, derive_seed, random_states, set_random_states
+from ..core import PREDICTION_COLUMNS, OwnGenerators, derive_seed
 from ..data.core import SemiSupervisedData
 from ..metrics import mean_absolute_error, mean_squared_error, r2_score, variance_summary
 from .state import Progress, Trainable
@@ -31,13 +31,26 @@ __all__ = ['Evaluator']
 @contextmanager
 def evaluating(method:Trainable)->Iterator[None]:
     "Evaluation mode within the block; after it the mode and the random states as before, whatever the method has drawn."
-    was_training, states = method.training, random_states()
-    method.eval()
-    try:
-        with torch.no_grad(): yield
-    finally:
-        method.train(was_training)
-        set_random_states(states)
+    with OwnGenerators(), torch.no_grad():
+        was_training = method.training
+        method.eval()
+        try: yield
+        finally: method.train(was_training)
+
+# %% ../../nbs/50c_training.predict.ipynb #285b4b02
+def renew(method:Trainable, dtype:torch.dtype)->None:
+    "New tensors for a method that was built in inference mode, or under another default type than `dtype`; any other stays as it is."
+    parameters = [*method.parameters()]
+    if not any(t.is_inference() for t in [*parameters, *method.buffers()]) and all(p.dtype == dtype for p in parameters): return
+    before = torch.__future__.get_overwrite_module_params_on_conversion()
+    torch.__future__.set_overwrite_module_params_on_conversion(True) # what inference mode has made can never be trained
+    try: method.double().to(dtype)
+    finally: torch.__future__.set_overwrite_module_params_on_conversion(before)
+
+def as_trainable(method:Trainable, data:SemiSupervisedData)->None:
+    "A method of float32 that can be trained; one of float64 stays, where its inputs are of float64 too."
+    x = data.plain(data.inputs[data.labelled[:1]], None)
+    renew(method, torch.float64 if x.dtype == torch.float64 == next(method.parameters()).dtype else torch.float32)
 
 # %% ../../nbs/50c_training.predict.ipynb #dc4defe0
 @dataclass

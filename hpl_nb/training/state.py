@@ -55,6 +55,7 @@ class Trainable(Protocol):
     def stream_settings(self, settings:StreamSettings)->StreamSettings: "The streams as the method wants them."
     def make_optimizers(self, settings:OptimizerSettings)->dict[str, Optimizer]: "All optimisers."
     def training_step(self, batch:dict[str, dict[str, Tensor]])->dict[str, Tensor]: "Named losses; their sum is minimised."
+    def before_parts(self, parts:Sequence[dict[str, dict[str, Tensor]]])->None: "Called before the micro-batches of a step (`accumulate`)."
     def after_step(self)->None: "Called when the optimisers have stepped."
     def after_epoch(self)->None: "Called after the last step of an epoch, before validation."
     def predict(self, x:Tensor)->Tensor: "Predictions in normalised units, (b, K)."
