@@ -287,12 +287,12 @@ class TestConstants:
         assert self.constants(HPL.release().build(dense()).settings) == (2, .1, 0)
 
 
-NEEDS_TWO = ("HPL paper", "HPL release", "HPL previous", "PseudoLabel", "Supervised", "UCVME", "TNNR", "RankUp")
+NAMES = ("HPL paper", "HPL release", "HPL previous", "PseudoLabel", "Supervised", "UCVME", "TNNR", "RankUp")
 
 
 class TestFewRows:
     @settings(max_examples=60, deadline=None)
-    @given(st.integers(2, 70), st.integers(1, 70), st.sampled_from(NEEDS_TWO), st.integers(1, 3))
+    @given(st.integers(4, 70), st.integers(2, 70), st.sampled_from(NAMES), st.integers(1, 3))
     def test_default_batches_fit_any_rows(self, labelled, unlabelled, name, copies):
         "As large as they can be up to 32, with a warning that names the options where they are smaller, and kept in the settings."
         data, schedule = rows_of(labelled, unlabelled), change(Train(epochs=1), labelled_copies=copies)
@@ -311,7 +311,7 @@ class TestFewRows:
         most = labelled//2 if name == "HPL paper" else labelled
         data, schedule = rows_of(labelled, unlabelled), Train(epochs=1, streams=StreamSettings(n, m))
         wrong = [(n, most, "labelled"), (m, unlabelled, "unlabelled")]
-        wrong = [each for each in wrong if each[0] > each[1] and each[0] != 32]
+        wrong = [each for each in wrong if each[0] > each[1] and (each[0] != 32 or each[1] < 2)]
         if not wrong:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)
@@ -323,6 +323,14 @@ class TestFewRows:
                 warnings.simplefilter("ignore", UserWarning)
                 open_training(on_rows(name), data, schedule)
         assert f"{stream}_batch" in str(error.value)
+
+    @pytest.mark.parametrize("name, rows", [("HPL paper", 3), ("PseudoLabel", 1)])
+    def test_a_batch_of_one_row_is_not_chosen_for_anybody(self, name, rows):
+        "Whoever wants it says so."
+        data = rows_of(rows, 20)
+        with pytest.raises(HplError, match=f"{rows} labelled rows are fewer than .* lower labelled_batch to at most 1"):
+            open_training(on_rows(name), data, Train(epochs=1))
+        assert open_training(on_rows(name), data, Train(epochs=1, streams=StreamSettings(1, 20))).streams[0]
 
     @pytest.mark.parametrize("name", ["HPL paper", "PseudoLabel", "Supervised", "MeanTeacher"])
     def test_a_run(self, name, tmp_path):

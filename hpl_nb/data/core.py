@@ -452,11 +452,11 @@ def largest_batches(data:SemiSupervisedData, needs:Mapping[str, Sequence[str]], 
     return {"labelled": min(apart, rows*s.labelled_copies), "unlabelled": len(data.unlabelled)}
 
 def fitting_streams(data:SemiSupervisedData, needs:Mapping[str, Sequence[str]], s:StreamSettings, parts:int=1)->StreamSettings:
-    "Default sizes as small as the rows make them, in multiples of `parts`; a size that somebody chose stays."
+    "Default sizes as small as the rows make them, down to two, in multiples of `parts`; a size that somebody chose stays."
     names, most = ("labelled_batch", "unlabelled_batch"), largest_batches(data, needs, s)
     small = {name: most[name[:-6]]//parts*parts for name in names if name[:-6] in needs}
     return replace(s, **{name: size for name, size in small.items()
-                         if 0 < size < getattr(s, name) and getattr(s, name) == getattr(StreamSettings, name)})
+                         if 1 < size < getattr(s, name) and getattr(s, name) == getattr(StreamSettings, name)})
 
 # %% ../../nbs/10_data.core.ipynb #ca8ca41f
 def too_few_labelled(streams:Streams, most:int)->HplError:
