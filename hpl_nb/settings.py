@@ -100,9 +100,11 @@ class Settings(metaclass=_Named):
 def field_types(
     kind:type[Settings], # a settings class
 )->dict[str, Any]: # name to type, in the order of the fields
-    "The resolved annotations of a settings class."
-    hints = get_type_hints(kind)
-    return {field.name: hints[field.name] for field in fields(kind)}
+    "The resolved annotations of a settings class; they stay with it, since a process that has it from a notebook lacks the notebook's imports."
+    if "_field_types" not in vars(kind):
+        hints = get_type_hints(kind)
+        kind._field_types = {field.name: hints[field.name] for field in fields(kind)}
+    return kind._field_types
 
 # %% ../nbs/01_settings.ipynb #051ead5d
 _S = TypeVar("_S", bound=Settings)
