@@ -18,6 +18,7 @@ from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
 from small_runs import on_cpu  # noqa: F401
 from torch import nn
+from torchvision.models import mobilenet_v3_small
 
 from hpl_nb.core import HplError
 from hpl_nb.data.own import from_arrays
@@ -373,7 +374,10 @@ def batch_norm(shape, outputs):
     return Regressor(Body(nn.Sequential(nn.Linear(shape[0], 8), nn.BatchNorm1d(8)), 8), nn.Linear(8, outputs))
 
 
-ONE = mlp(4)
+def plain(shape, outputs): return nn.Sequential(nn.Linear(shape[0], 8), nn.Dropout(.1), nn.Linear(8, outputs))
+
+
+ONE, LINEAR = mlp(4), nn.Linear(4, 1)
 
 
 class TestNetworks:
@@ -387,15 +391,33 @@ class TestNetworks:
         assert np.isfinite(model.predict(x)).all() and np.array_equal(again.predict(x), model.predict(x))
 
     @pytest.mark.parametrize("network, message", [
-        (lambda shape, outputs: nn.Linear(4, 1), r"network\(\(4,\), 1\) returns a Linear; return a Regressor"),
-        (lambda shape, outputs: None, "returns a NoneType"), (ONE, "network is of type Regressor; give a function"),
+        (lambda shape, outputs: None, r"network\(\(4,\), 1\) returns a NoneType; return an nn.Module"), (ONE, "network is of type Regressor; give a function"),
         ("resnet", "network is of type str"), (lambda: ONE, "fails .*positional argument"),
         (lambda shape, outputs: Squeezed(Body(nn.Linear(4, 3), 3), nn.Linear(3, 1)), r"predicts shape \(16,\).*must be \(16, 1\)"),
         (lambda shape, outputs: mlp(4, outputs=2), r"predicts shape \(16, 2\)"), (lambda shape, outputs: ONE, "same parameters again"),
-        (lambda shape, outputs: mlp(7), r"fails on a training batch of shape \(16, 4\)")])
+        (lambda shape, outputs: LINEAR, "same parameters again"), (LINEAR, "network is of type Linear; give a function"),
+        (lambda shape, outputs: nn.Linear(5, 1), r"the network fails on two inputs of shape \(4,\)"), (lambda shape, outputs: mlp(7), r"fails on a training batch of shape \(16, 4\)")])
     def test_named(self, network, message, rows):
         x, y, _ = rows
         with pytest.raises(HplError, match=message): ssr(network=network).fit(x, y)
+
+    @pytest.mark.parametrize("method", ["hpl_paper", "hpl_release", "ucvme", "mean_teacher", "tnnr"])
+    def test_as_others_make_it(self, method, rows, tmp_path):
+        "Methods with dropout, with two networks, with a teacher; what is loaded predicts the same."
+        x, y, _ = rows
+        model = ssr(method, network=plain).fit(x, y)
+        assert model.predictor_.method.regressor.head.in_features == 8
+        again = SemiSupervisedRegressor.load(model.save(tmp_path/"m.safetensors"), network=plain)
+        assert np.isfinite(model.predict(x)).all() and np.array_equal(again.predict(x), model.predict(x))
+
+    def test_torchvision(self, tmp_path):
+        x = np.random.default_rng(0).random((24, 3, 32, 32), np.float32)
+        y = np.where(np.arange(24) < 12, x[:, 0].mean((1, 2)), np.nan)
+        def network(shape, outputs): return mobilenet_v3_small(num_classes=outputs)
+        model = ssr("hpl_paper", network=network).fit(x, y)
+        again = SemiSupervisedRegressor.load(model.save(tmp_path/"m.safetensors"), network=network)
+        assert np.array_equal(again.predict(x), model.predict(x))
+        with pytest.raises(HplError, match="pictures of 3 channels, and these have 1; give X.reshape"): ssr(network=network).fit(x[:, 0], y)
 
     def test_trying_it_draws_nothing(self, rows):
         x, y, _ = rows

@@ -491,7 +491,7 @@ def own(head, *layers):
                          ids=["network alone", "none", "not linear", "no bias"])
 def test_head_of_ones_own(chosen, network, what):
     "Refused when the method is built, with what to write instead."
-    with pytest.raises(HplError, match=f"the network has {what}, and this method needs an nn.Linear with a bias. Build it as Regressor"):
+    with pytest.raises(HplError, match=f"the network has {what}, and this method needs an nn.Linear with a bias. Build it with as_regressor"):
         chosen.build(network())
 
 

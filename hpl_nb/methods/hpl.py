@@ -53,8 +53,8 @@ def check_head(regressor:nn.Module)->None:
     head = getattr(regressor, "head", None)
     if isinstance(head, nn.Linear) and head.bias is not None: return
     what = "no head" if head is None else f"a head of type {type(head).__name__}"
-    raise HplError(f"the network has {what}, and this method needs an nn.Linear with a bias. Build it as Regressor(Body(network, d), "
-                   "nn.Linear(d, K)) from hpl_nb.models, for d features and K outputs.")
+    raise HplError(f"the network has {what}, and this method needs an nn.Linear with a bias. Build it with "
+                   "as_regressor(network, shape, K) from hpl_nb.models, for inputs of a shape and K outputs.")
 
 def check_learner(learner_lr:float, log_variance_bound:float|None)->None:
     not_negative("learner_lr", learner_lr)
