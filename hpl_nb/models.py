@@ -99,14 +99,16 @@ def count_parameters(
             for name, part in (("body", model.body), ("head", model.head))}
 
 # %% ../nbs/30_models.ipynb #a17e0002
-def _first_run(module:nn.Module, shape:Sequence[int])->tuple[Tensor, list[tuple[nn.Linear, Tensor, int]]]:
-    "Output (2, ...) for two inputs of zeros, and (layer, output, its version) of each call of a linear layer; modes of layers stay."
+def _first_run(module:nn.Module, shape:Sequence[int])->tuple[Tensor, list[tuple[nn.Linear, Tensor, int, bool]]]:
+    "Output (2, ...) for two inputs; of each call of a linear layer: layer, output, its version, is it `F.linear`. Modes of layers stay."
     calls, modes, some = [], [(layer, layer.training) for layer in module.modules()], next(module.parameters(), torch.empty(0))
-    def keep(layer, _, made): calls.append((layer, made, made._version))
+    x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(some)
+    def keep(layer, given, made):
+        calls.append((layer, made, made._version, made.equal(nn.functional.linear(*given, layer.weight, layer.bias))))
     with torch.no_grad(), ExitStack() as held:
         for layer, _ in modes:
             if isinstance(layer, nn.Linear): held.enter_context(layer.register_forward_hook(keep))
-        try: return module.eval()(torch.zeros(2, *shape, dtype=some.dtype, device=some.device)), calls
+        try: return module.eval()(x), calls
         except Exception as error: raise _wrong_input(module, shape, error) from error
         finally:
             for layer, mode in modes: layer.training = mode
@@ -120,12 +122,12 @@ def _wrong_input(module:nn.Module, shape:Sequence[int], error:Exception)->HplErr
     return HplError(f"the network takes pictures of {wanted} channels, and these have {shape[0]}; {repeat}a network for {shape[0]}.")
 
 # %% ../nbs/30_models.ipynb #a17e0004
-def _last_linear(output:Tensor, calls:Sequence[tuple[nn.Linear, Tensor, int]], outputs:int)->nn.Linear|None:
+def _last_linear(output:Tensor, calls:Sequence[tuple[nn.Linear, Tensor, int, bool]], outputs:int)->nn.Linear|None:
     "The layer whose K outputs are those of the network; None where there is none that could be a head."
     if not calls or not isinstance(output, Tensor): return None
-    layer, made, version = calls[-1]
+    layer, made, version, is_linear = calls[-1]
     is_output = output.data_ptr() == made.data_ptr() and tuple(made.shape) == (2, outputs) == (2, output.numel()//2)
-    is_plain = type(layer).forward in (nn.Linear.forward, Head.forward) and isinstance(layer.weight, nn.Parameter)
+    is_plain = is_linear and isinstance(layer.weight, nn.Parameter)
     runs_once = sum(each is layer for each, *_ in calls) == 1
     return layer if is_output and is_plain and runs_once and made._version == version else None
 
