@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin,
 
 import numpy as np
 
-from .core import HplError, derive_seed
+from .core import HplError, NotPassed, derive_seed
 
 # %% auto #0
 __all__ = ['FILE', 'nearest_name', 'unknown_name', 'Settings', 'change', 'setting_names', 'as_json', 'from_json', 'unknown_kind',
@@ -168,8 +168,8 @@ def from_json(
     return known[name](**{key: from_json(value, *kinds, *_kinds_in(hints.get(key))) for key, value in content.items() if key != "kind"})
 
 def unknown_kind(name:Any, known:Iterable[str])->HplError:
-    return HplError(f"kind is {name!r:.60}; this version knows {', '.join(known)}. Pass a class of your own as well, such as "
-                    "read_experiment(content, Mine) or load(path, method=Mine()).")
+    return NotPassed(f"kind is {name!r:.60}; this version knows {', '.join(known)}. Pass a class of your own as well, such as "
+                     "read_experiment(content, Mine) or load(path, method=Mine()).")
 
 def _kinds_in(hint:Any)->list[type[Settings]]:
     if isinstance(hint, type) and issubclass(hint, Settings): return [hint]

@@ -1,6 +1,9 @@
 "Faults that people met in neighbouring projects, and the kinds behind them: shapes, types, ways to say 'no label', own networks."
 import decimal
+import pickle
 import warnings
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -24,7 +27,8 @@ from hpl_nb.core import HplError
 from hpl_nb.data.own import from_arrays
 from hpl_nb.estimator import SemiSupervisedRegressor
 from hpl_nb.inputs import label_columns
-from hpl_nb.methods.core import Supervised
+from hpl_nb.methods.core import PseudoLabel, PseudoLabelMethod, Supervised
+from hpl_nb.methods.hpl import HPL
 from hpl_nb.models import Body, Regressor, mlp, resnet, small_cnn
 from hpl_nb.predictor import Predictor
 from hpl_nb.training.state import OptimizerSettings, Train
@@ -44,6 +48,17 @@ def rows():
     x = np.random.default_rng(0).normal(size=(120, 4))
     t = x[:, 0] + .5*np.sin(2*x[:, 1])
     return x, np.where(np.arange(120) < 40, t, np.nan), t
+
+
+@dataclass(frozen=True)
+class Mine(PseudoLabel):
+    "Settings of one's own."
+    short:ClassVar[str] = "mine"
+    scale:float=.1
+    def build(self, regressor): return PseudoLabelMethod(regressor, self)
+
+
+def own_learner(inputs): return nn.Sequential(nn.Linear(inputs, 4), nn.Tanh(), nn.Linear(4, 1))
 
 
 def reload(model, folder): return SemiSupervisedRegressor.load(model.save(folder/"m.safetensors"))
@@ -253,6 +268,19 @@ class TestColumns:
         name = f"{int_part.__module__}.int_part"
         path = model.save(tmp_path/"m.safetensors", trusted=[name])
         assert np.array_equal(SemiSupervisedRegressor.load(path, trusted=[name]).predict(x), model.predict(x))
+
+    @pytest.mark.parametrize("method", [Mine(scale=.3), HPL.paper(learner=own_learner), HPL.release(learner=own_learner)],
+                             ids=lambda method: method.title)
+    def test_a_method_or_learner_of_ones_own_is_passed_again(self, method, rows, tmp_path):
+        x, y, _ = rows
+        model = ssr(method).fit(x, y)
+        path = model.save(tmp_path/"m.safetensors")
+        again = SemiSupervisedRegressor.load(path, method=method)
+        assert np.array_equal(again.predict(x), model.predict(x)) and again.method_ == model.method_ and again.method == method
+        assert np.array_equal(pickle.loads(pickle.dumps(model)).predict(x), model.predict(x))
+        name = "kind is 'Mine'" if isinstance(method, Mine) else f"learner is '{__name__}.own_learner'"
+        with pytest.raises(HplError, match=f"^{name}.*load.path, method="): SemiSupervisedRegressor.load(path)
+        with pytest.raises(HplError, match="kind is 'Mine'|another method: "): SemiSupervisedRegressor.load(path, method=HPL.paper(outer_every=2))
 
     def test_array_for_a_frame_whose_columns_have_no_names(self, rows):
         x, y, _ = rows

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import Adam, Optimizer
 
-from ..core import HplError, not_negative, reason, whole_number
+from ..core import HplError, NotPassed, not_negative, reason, whole_number
 from ..data.core import SemiSupervisedData, StreamSettings
 from ..hypergrad import Hypergradient, Labelled, Sloped, VirtualStep, optimizer_step, sgd_step, slope_hypergradient
 from ..loss import Reduction, labelled_loss, pseudo_label_weight, unlabelled_loss
@@ -70,8 +70,8 @@ MakeLearner = Callable[[int], nn.Module] # number of inputs -> module from (m, i
 def own_layers(make:MakeLearner|str, inputs:int, outputs:int)->nn.Module:
     "g of the user's own, in float32; what training could not use is an `HplError`."
     if isinstance(make, str):
-        raise HplError(f"learner is {make!r}, the name of a class or function of your own, as files have it. Give the class or function "
-                       "itself: change(method, learner=...), or load(path, method=...).")
+        raise NotPassed(f"learner is {make!r}, the name of a class or function of your own, as files have it. Give the class or function "
+                        "itself: change(method, learner=...), or load(path, method=...).")
     call = f"learner={as_json(make)} called with {inputs}"
     try:
         layers = make(inputs).float()
