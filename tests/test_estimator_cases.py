@@ -280,7 +280,8 @@ class TestColumns:
         assert np.array_equal(pickle.loads(pickle.dumps(model)).predict(x), model.predict(x))
         name = "kind is 'Mine'" if isinstance(method, Mine) else f"learner is '{__name__}.own_learner'"
         with pytest.raises(HplError, match=f"^{name}.*load.path, method="): SemiSupervisedRegressor.load(path)
-        with pytest.raises(HplError, match="kind is 'Mine'|another method: "): SemiSupervisedRegressor.load(path, method=HPL.paper(outer_every=2))
+        other = HPL.paper(outer_every=2)
+        with pytest.raises(HplError, match="kind is 'Mine'|another method: "): SemiSupervisedRegressor.load(path, method=other)
 
     def test_array_for_a_frame_whose_columns_have_no_names(self, rows):
         x, y, _ = rows
@@ -419,12 +420,14 @@ class TestNetworks:
         assert np.isfinite(model.predict(x)).all() and np.array_equal(again.predict(x), model.predict(x))
 
     @pytest.mark.parametrize("network, message", [
-        (lambda shape, outputs: None, r"network\(\(4,\), 1\) returns a NoneType; return an nn.Module"), (ONE, "network is of type Regressor; give a function"),
+        (lambda shape, outputs: None, r"network\(\(4,\), 1\) returns a NoneType; return an nn.Module"),
+        (ONE, "network is of type Regressor; give a function"),
         ("resnet", "network is of type str"), (lambda: ONE, "fails .*positional argument"),
         (lambda shape, outputs: Squeezed(Body(nn.Linear(4, 3), 3), nn.Linear(3, 1)), r"predicts shape \(16,\).*must be \(16, 1\)"),
         (lambda shape, outputs: mlp(4, outputs=2), r"predicts shape \(16, 2\)"), (lambda shape, outputs: ONE, "same parameters again"),
         (lambda shape, outputs: LINEAR, "same parameters again"), (LINEAR, "network is of type Linear; give a function"),
-        (lambda shape, outputs: nn.Linear(5, 1), r"the network fails on two inputs of shape \(4,\)"), (lambda shape, outputs: mlp(7), r"fails on a training batch of shape \(16, 4\)")])
+        (lambda shape, outputs: nn.Linear(5, 1), r"the network fails on two inputs of shape \(4,\)"),
+        (lambda shape, outputs: mlp(7), r"fails on a training batch of shape \(16, 4\)")])
     def test_named(self, network, message, rows):
         x, y, _ = rows
         with pytest.raises(HplError, match=message): ssr(network=network).fit(x, y)

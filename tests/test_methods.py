@@ -356,15 +356,17 @@ class TestOwnLearner:
         def run(folder, stop=None):
             seed_everything(0)
             method = change(chosen, learner_lr=1e-2).build(mlp(3, (16,)))
-            start = method.learner.layers.state_dict()["0.weight" if "normed" in chosen.title else "layers.0.weight"].clone()
+            start = method.state_dict()[first].clone()
             fit(method, vectors(), SETTINGS, folder=tmp_path/folder, stop_after=stop, progress=False)
             return start, dict(method.state_dict())
+        first = "learner.layers.0.weight" if "normed" in chosen.title else "learner.layers.layers.0.weight"
         start, whole = run("whole")
-        assert not any(value.equal(start) for value in whole.values())
+        assert not whole[first].equal(start)
         assert differences(run("parts", 13)[1], whole) and not differences(run("parts")[1], whole)
 
     @pytest.mark.parametrize("make, message", [
-        (flat, r"flat called with 2 gives shape \(2,\) for two rows of 2 inputs; it must be \(2, 1\)"), (still, "has no parameters that could"),
+        (flat, r"flat called with 2 gives shape \(2,\) for two rows of 2 inputs; it must be \(2, 1\)"),
+        (still, "has no parameters that could"),
         (int, r"learner=builtins.int called with 2 fails \(.*\); give a class or function that builds an nn.Module")])
     def test_refused_before_training(self, make, message):
         with pytest.raises(HplError, match=message): HPL.paper(learner=make).build(mlp(3))
@@ -556,7 +558,7 @@ def own(head, *layers):
                          ids=["network alone", "none", "not linear", "no bias"])
 def test_head_of_ones_own(chosen, network, what):
     "Refused when the method is built, with what to write instead."
-    with pytest.raises(HplError, match=f"the network has {what}, and this method needs an nn.Linear with a bias. Build it with as_regressor"):
+    with pytest.raises(HplError, match=f"the network has {what}, and this method needs an nn.Linear with a bias. Build it with as_reg"):
         chosen.build(network())
 
 
