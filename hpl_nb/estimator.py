@@ -29,6 +29,7 @@ from .data.tables import unmasked
 from .defaults import NETWORKS, build_method, method_for, schedule, seed_of, smallest_batch, try_network
 from .estimator_file import NOT_IN_FILES, estimator_content, fitted_estimator, predictor_in, refuse_untrusted, renamed
 from .inputs import as_rows, kind_of, label_columns, picture_paths, reading_of, row_count, rows_and_labels, table, training_data
+from .inputs import warn_of_views
 from .methods.core import MethodSettings
 from .models import Regressor
 from .predictor import Interval, Pictures, Predictor, calibrated, check_outputs, interval_of, not_saved
@@ -92,6 +93,7 @@ def fit(self:SemiSupervisedRegressor,
         if self.network is not None: try_network(self.network, method, smallest_batch(data, train, method), data.outputs)
     self.run_ = fit_method(method, data, train, folder=self.folder, seed=seed, progress=self.verbose)
     self.predictor_, self._trained = Predictor.from_method(method, data), training_content(data)
+    with OwnGenerators(): warn_of_views(data, self.predictor_)
     self.pseudo_labels_ = pseudo_labels(self.run_, X.index if isinstance(X, (pd.Series, pd.DataFrame)) else None)
     self.method_, self.shape_, self.network_, self.is_column_ = settings, shape, self.network, np.asarray(y).ndim == 1
     self.defaults_ = len(NETWORKS) - 1
@@ -200,8 +202,8 @@ def save(self:SemiSupervisedRegressor,
     "Write one file that `load` reads; an existing one is replaced at once or not at all."
     check_is_fitted(self)
     if are_own(self.views):
-        warnings.warn("views are functions of your own, which a file does not hold: what is loaded predicts as this one, and takes the default "
-                      "views if it is fitted again. Give it the same with set_params(views=...).", stacklevel=2)
+        warnings.warn("views are functions of your own, which a file does not hold: what is loaded predicts as this one, and takes the "
+                      "default views if it is fitted again. Give it the same with set_params(views=...).", stacklevel=2)
     content = estimator_content(self)
     if (transformer := content["estimator"]["preprocessor"]) is not None:
         refuse_untrusted(transformer.numpy().tobytes(), path, trusted, "save")

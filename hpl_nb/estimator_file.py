@@ -37,7 +37,8 @@ def estimator_content(model:BaseEstimator)->dict[str, Any]:
                for name, column in frame.items()}
     transformer = None if model.preprocessor_ is None else torch.tensor(bytearray(skops.io.dumps(model.preprocessor_)), dtype=torch.uint8)
     return predictor_content(model.predictor_) | {"estimator": {
-        "parameters": {name: None if are_own(value) else value for name, value in model.get_params(deep=False).items() if name not in NOT_IN_FILES},
+        "parameters": {name: None if are_own(value) else value
+                       for name, value in model.get_params(deep=False).items() if name not in NOT_IN_FILES},
         "fitted": {name: getattr(model, name, None) for name in FITTED}, "own_network": model.network_ is not None,
         "own_preprocessor": model.preprocessor is not None, "preprocessor": transformer, "pseudo_labels": columns,
         "feature_names": None if names is None else list(map(str, names))}}

@@ -132,7 +132,7 @@ def pack(value:Any, tensors:dict[str, Tensor], name:str="")->Any:
     if value is plain_view: return {"plain_view": None}
     if isinstance(value, Settings): return {"settings": as_json(value)}
     if isinstance(value, Tensor):
-        tensors[name] = value.detach().cpu().contiguous().clone()
+        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
         return {"tensor": name}
     if isinstance(value, (list, tuple)): return {type(value).__name__: [pack(v, tensors, f"{name}/{i}") for i, v in enumerate(value)]}
     if isinstance(value, Mapping): return {"dict": {key: pack(v, tensors, f"{name}/{key}") for key, v in value.items()}}
