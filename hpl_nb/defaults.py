@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .core import HplError, OwnGenerators, reason, seed_everything
 from .data.core import SemiSupervisedData
 from .data.own import batches_for
+from .inputs import warn_of_views
 from .methods.core import Method, MethodSettings, Released, Supervised, require_dropout
 from .methods.known import method_named
 from .models import Regressor, as_regressor, mlp, resnet, small_cnn
@@ -36,11 +37,21 @@ from .training.state import OptimizerSettings, Train
 __all__ = []
 
 # %% ../nbs/82c_defaults.ipynb #46f87adf
+def released_network(shape:tuple[int, ...], outputs:int, dropout:float=0.)->Regressor:
+    "The default network of hpl_nb 0.1.0, for its files."
+    if len(shape) == 1: return mlp(shape[0], (64, 64), outputs, dropout)
+    if max(shape[1:]) <= 64: return small_cnn(shape[0], 32, outputs, dropout)
+    return resnet(18, outputs, dropout=dropout, channels=shape[0])
+
 def default_network(shape:tuple[int, ...], outputs:int, dropout:float=0.)->Regressor:
     "A network that suits the inputs."
     if len(shape) == 1: return mlp(shape[0], (64, 64), outputs, dropout, linear_path=True)
-    if max(shape[1:]) <= 64: return small_cnn(shape[0], 32, outputs, dropout)
-    return resnet(18, outputs, dropout=dropout, channels=shape[0])
+    if max(shape[1:]) > 64: return released_network(shape, outputs, dropout)
+    network = small_cnn(shape[0], 32, outputs, dropout, grid=4)
+    if max(shape[1:]) > 32: network.body.network.insert(0, nn.AvgPool2d(2, ceil_mode=True))
+    return network
+
+NETWORKS = (released_network, default_network) # of each version of the default: an estimator's file says which it holds
 
 # %% ../nbs/82c_defaults.ipynb #5a20d002
 PENALTIES = np.logspace(-2, 5, 29) # that ridge regression chooses from
@@ -80,11 +91,12 @@ def method_for(model:BaseEstimator, data:SemiSupervisedData)->MethodSettings:
     return Supervised()
 
 def build_method(settings:MethodSettings, shape:tuple[int, ...], outputs:int,
-                 network:Callable[[tuple[int, ...], int], nn.Module]|None=None, ridge:RidgeCV|None=None)->Method:
+                 network:Callable[[tuple[int, ...], int], nn.Module]|None=None, ridge:RidgeCV|None=None,
+                 default:Callable[..., Regressor]=default_network)->Method:
     "A method that is not trained yet, for rows of a shape and K outputs; its default networks start at a ridge regression."
     def make():
         if network is not None: return made_network(network, shape, outputs)
-        made = default_network(shape, outputs, .05*settings.needs_dropout)
+        made = default(shape, outputs, .05*settings.needs_dropout)
         return made if ridge is None else start_at(made, ridge)
     method = settings.build(*[make() for _ in range(settings.networks)])
     if settings.needs_dropout: require_dropout(method, method.regressor)
@@ -191,6 +203,7 @@ def train_twice(model:BaseEstimator, settings:MethodSettings, data:SemiSupervise
     "The predictor, and the runs of the first and the last training, which are one where the network does not start at ridge regression."
     method, run = train_once(model, settings, data, seed)
     predictor, ridge = Predictor.from_method(method, data), starting_point(model, settings, data)
+    with OwnGenerators(): warn_of_views(data, predictor)
     if not run.finished or not len(data.val) or ridge is None: return predictor, run, run
     if (epochs := epochs_worth(run, data, ridge)) and method.share_of_run: return predictor, run, run
     everything = with_validation_rows(data)

@@ -29,7 +29,7 @@ from .core import HplError, LabelNormalizer, RunFolder, atomic_write, reading, s
 from .data.columns import FrameEncoder
 from .data.core import SemiSupervisedData, View, plain_view, row_error, row_numbers, row_owners
 from .data.images import ImageFiles, ImageSource, ImageView, decode_image
-from .data.own import PixelStrengths, RowStrengths, Standardizer, input_tensor
+from .data.own import PixelStrengths, Reading, RowStrengths, Standardizer, input_tensor
 from .methods.core import Method
 from .methods.known import METHODS
 from .settings import Settings, as_json, differences, from_json
@@ -132,7 +132,7 @@ def pack(value:Any, tensors:dict[str, Tensor], name:str="")->Any:
     if value is plain_view: return {"plain_view": None}
     if isinstance(value, Settings): return {"settings": as_json(value)}
     if isinstance(value, Tensor):
-        tensors[name] = value.detach().cpu().contiguous().clone()
+        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
         return {"tensor": name}
     if isinstance(value, (list, tuple)): return {type(value).__name__: [pack(v, tensors, f"{name}/{i}") for i, v in enumerate(value)]}
     if isinstance(value, Mapping): return {"dict": {key: pack(v, tensors, f"{name}/{key}") for key, v in value.items()}}
@@ -145,7 +145,7 @@ def unpack(tree:Any, tensors:Mapping[str, Tensor], *own:type[Settings])->Any:
     if not isinstance(tree, dict): return tree
     (kind, content), = tree.items()
     if kind == "plain_view": return plain_view
-    if kind == "settings": return from_json(content, *METHODS, Train, RowStrengths, PixelStrengths, *own)
+    if kind == "settings": return from_json(content, *METHODS, Train, RowStrengths, PixelStrengths, Reading, *own)
     if kind == "tensor": return tensors[content]
     if kind == "dict": return {key: unpack(value, tensors, *own) for key, value in content.items()}
     if kind in ("list", "tuple"): return {"list": list, "tuple": tuple}[kind](unpack(value, tensors, *own) for value in content)

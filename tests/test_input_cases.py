@@ -23,7 +23,7 @@ from hpl_nb import SemiSupervisedRegressor
 from hpl_nb.core import HplError
 from hpl_nb.data.columns import FrameEncoder, default_preprocessor
 from hpl_nb.data.images import ImageFiles, ImageSource, decode_image
-from hpl_nb.data.own import from_arrays, from_frame, from_images
+from hpl_nb.data.own import Reading, from_arrays, from_frame, from_images
 from hpl_nb.data.tables import label_problems, read_table
 from hpl_nb.training.state import Train
 
@@ -306,11 +306,11 @@ def test_a_range_is_asked_for_and_keeps_pictures_distinct(tmp_path, mode, suffix
 def test_forty_pictures_of_twelve_bits_stay_forty(tmp_path):
     for row in range(40): Image.fromarray(np.full((8, 8), 105*row, np.uint16)).save(tmp_path/f"{row}.png")
     table = pd.DataFrame({"file": [f"{row}.png" for row in range(40)], "y": np.arange(40.)})
-    data = from_images(tmp_path, table, "file", "y", size=8, pixel_range=(0, 4095))
+    data = from_images(tmp_path, table, "file", "y", reading=Reading(8, (0, 4095)))
     assert len({np.asarray(picture).tobytes() for picture in data.inputs[np.arange(40)]}) == 40
     paths, labels = [str(tmp_path/name) for name in table["file"]], table["y"].where(table.index % 2 == 0)
-    refused("Pass pixel_range=(black, white)", regressor(size=16).fit, paths, labels)
-    model = regressor(size=16, pixel_range=(0, 4095)).fit(paths, labels)
+    refused("Pass reading=Reading(pixel_range=(black, white))", regressor(reading=Reading(16)).fit, paths, labels)
+    model = regressor(reading=Reading(16, (0, 4095))).fit(paths, labels)
     again = SemiSupervisedRegressor.load(model.save(tmp_path/"model.safetensors"))
     np.testing.assert_array_equal(again.predict(paths), model.predict(paths))
     assert len(set(model.predict(paths))) > 30
@@ -388,7 +388,7 @@ def test_any_file_name(tmp_path_factory, names):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*are in no row of the table")
         for source in (table, folder/"t.csv"):
-            data = from_images(folder, source, "file", "y", size=4, split={"train": range(len(names))})
+            data = from_images(folder, source, "file", "y", reading=Reading(4), split={"train": range(len(names))})
             assert [picture.getpixel((0, 0))[0] for picture in data.inputs[np.arange(len(names))]] == [40*row for row in range(len(names))]
 
 
@@ -399,7 +399,7 @@ def test_names_of_other_systems(tmp_path, there, named):
     (tmp_path/there).parent.mkdir(exist_ok=True)
     for name in (there, "other.png"): Image.new("RGB", (4, 4)).save(tmp_path/name)
     table = pd.DataFrame({"file": [named, "other.png"], "y": [1., 2.]})
-    assert len(from_images(tmp_path, table, "file", "y", size=4, split={"train": [0, 1]}).inputs[np.array([0])]) == 1
+    assert len(from_images(tmp_path, table, "file", "y", reading=Reading(4), split={"train": [0, 1]}).inputs[np.array([0])]) == 1
     refused("stands in row 0 already", from_images, tmp_path, pd.concat([table, pd.DataFrame({"file": [there], "y": [3.]})]), "file", "y")
 
 
