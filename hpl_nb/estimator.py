@@ -24,11 +24,11 @@ from sklearn.utils.validation import check_is_fitted
 from .core import HplError, OwnGenerators, reading, seed_everything
 from .data.core import SemiSupervisedData, content_keys
 from .data.images import ImageFiles
-from .data.own import PixelStrengths, RowStrengths
+from .data.own import Reading, Views, are_own
 from .data.tables import unmasked
-from .defaults import build_method, method_for, schedule, seed_of, smallest_batch, try_network
-from .estimator_file import NOT_IN_FILES, estimator_content, fitted_estimator, predictor_in, refuse_untrusted
-from .inputs import kind_of, label_columns, picture_paths, row_count, table, training_data
+from .defaults import NETWORKS, build_method, method_for, schedule, seed_of, smallest_batch, try_network
+from .estimator_file import NOT_IN_FILES, estimator_content, fitted_estimator, predictor_in, refuse_untrusted, renamed
+from .inputs import as_rows, kind_of, label_columns, picture_paths, reading_of, row_count, rows_and_labels, table, training_data
 from .methods.core import MethodSettings
 from .models import Regressor
 from .predictor import Interval, Pictures, Predictor, calibrated, check_outputs, interval_of, not_saved
@@ -48,24 +48,18 @@ class SemiSupervisedRegressor(RegressorMixin, BaseEstimator):
         network:Callable[[tuple[int, ...], int], Regressor]|None=None, # (shape of a row, K) -> network; None: `default_network`
         *,
         preprocessor:TransformerMixin|None=None, # for tables; None: `default_preprocessor` for a data frame, nothing for an array
-        strengths:RowStrengths|PixelStrengths|None=None, # of the views of tables and of picture arrays; None: the defaults
-        size:int=64, # of pictures in files: the side to which they are squeezed, pixels
-        pixel_range:tuple[float, float]|None=None, # of files with more than 8 bits: black and white, such as (0, 4095); None: refuse them
-        skip_broken:bool=False, # leave out, with a warning, the rows of `fit` whose picture file cannot be read
+        views:Views=None, # names such as ("shift", "noise"), strengths, two functions, or `image_views(...)` of files; None: mild ones
+        reading:Reading|None=None, # size of pictures, broken files, repeated rows, a number that means no label; None: `Reading()`
         epochs:int|None=None, # after each, the validation rows are predicted; None: those of `train`
         train:Train|None=None, # schedule; None: 30 epochs of 50 iterations or more, batches of 32, Adam at 1e-3
         validation_fraction:float=.2, # of the labelled rows: they select the epoch and make the intervals
-        missing_label:float=np.nan, # a number that says in y that a row has no label, as NaN always does
-        deduplicate:bool=False, # leave out training rows that are repeated, or are validation rows too
         folder:str|Path|None=None, # run folder: the same call resumes a killed run; None: in memory
         random_state:int|np.random.RandomState|None=None, # of everything; None: NumPy's own
         verbose:bool=False, # show a progress bar
     ):
-        self.method, self.network, self.preprocessor, self.strengths, self.size = method, network, preprocessor, strengths, size
-        self.pixel_range = pixel_range
-        self.epochs, self.train, self.validation_fraction, self.deduplicate = epochs, train, validation_fraction, deduplicate
+        self.method, self.network, self.preprocessor, self.views, self.reading = method, network, preprocessor, views, reading
+        self.epochs, self.train, self.validation_fraction = epochs, train, validation_fraction
         self.folder, self.random_state, self.verbose = folder, random_state, verbose
-        self.skip_broken, self.missing_label = skip_broken, missing_label
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -81,13 +75,14 @@ def training_content(data:SemiSupervisedData)->list:
 # %% ../nbs/83_estimator.ipynb #02c54998
 @patch
 def fit(self:SemiSupervisedRegressor,
-    X:Any, # (n, d) numbers, a data frame, pictures (n, H, W) or (n, C, H, W), or n paths of pictures
-    y:Any, # (n,) or (n, K); NaN or `missing_label`: unlabelled
+    X:Any, # (n, d) numbers, a data frame, pictures (n, H, W) or (n, C, H, W), n paths of pictures, or a folder of them
+    y:Any, # (n,) or (n, K), or by the names of a folder's pictures; NaN or `missing_label`: unlabelled
 )->SemiSupervisedRegressor: # itself
     "Train. What is left: `predictor_`, `pseudo_labels_`, and `run_` with the curves."
     if self.folder is not None and not isinstance(self.random_state, Integral):
         raise HplError(f"random_state is {self.random_state!r}; a run folder goes on with the same numbers only if it is a whole number.")
-    labels, seed = label_columns(y, row_count(X), self.missing_label), seed_of(self.random_state)
+    X, y = rows_and_labels(X, y)
+    labels, seed = label_columns(y, row_count(X), reading_of(self).missing_label), seed_of(self.random_state)
     with OwnGenerators():
         data = training_data(self, X, labels, seed)
         settings, shape = method_for(self, data), tuple(data.plain(data.inputs[np.array([0])], None).shape[1:])
@@ -99,6 +94,7 @@ def fit(self:SemiSupervisedRegressor,
     self.predictor_, self._trained = Predictor.from_method(method, data), training_content(data)
     self.pseudo_labels_ = pseudo_labels(self.run_, X.index if isinstance(X, (pd.Series, pd.DataFrame)) else None)
     self.method_, self.shape_, self.network_, self.is_column_ = settings, shape, self.network, np.asarray(y).ndim == 1
+    self.defaults_ = len(NETWORKS) - 1
     return self
 
 # %% ../nbs/83_estimator.ipynb #4760324e
@@ -118,6 +114,7 @@ def fitted_kind(model:SemiSupervisedRegressor)->str:
 
 def samples_of(model:SemiSupervisedRegressor, X:Any)->Any:
     "New rows as the predictor's reader wants them; another kind than that of `fit` is refused."
+    X = as_rows(X)
     if (kind := kind_of(X)) != (fitted := fitted_kind(model)): raise HplError(f"X is {kind}, but fit was given {fitted}; give {fitted}.")
     return picture_paths(X) if kind == "picture files" else unmasked(X) if kind == "an array of pictures" else table(model, X)
 
@@ -128,7 +125,8 @@ def as_fitted(model:SemiSupervisedRegressor, values:np.ndarray)->np.ndarray:
 
 def known_labels(model:SemiSupervisedRegressor, X:Any, y:Any)->tuple[np.ndarray, np.ndarray]:
     "Labels (n, K) such as those of `fit`, and the rows that have one; none at all is an `HplError`."
-    labels = label_columns(y, row_count(X), model.missing_label)
+    X, y = rows_and_labels(X, y)
+    labels = label_columns(y, row_count(X), reading_of(model).missing_label)
     check_outputs(model.predictor_, labels)
     if len(known := np.flatnonzero(np.isfinite(labels).all(axis=1))): return labels, known
     raise HplError("no row of y has a label, so that there is nothing to compare with; give rows that have one, and cross-validate with "
@@ -201,6 +199,9 @@ def save(self:SemiSupervisedRegressor,
 )->Path: # `path`
     "Write one file that `load` reads; an existing one is replaced at once or not at all."
     check_is_fitted(self)
+    if are_own(self.views):
+        warnings.warn("views are functions of your own, which a file does not hold: what is loaded predicts as this one, and takes the default "
+                      "views if it is fitted again. Give it the same with set_params(views=...).", stacklevel=2)
     content = estimator_content(self)
     if (transformer := content["estimator"]["preprocessor"]) is not None:
         refuse_untrusted(transformer.numpy().tobytes(), path, trusted, "save")
@@ -219,10 +220,11 @@ def load(cls:SemiSupervisedRegressor,
         own = content["estimator"]
         if own["own_network"] and network is None:
             raise HplError(f"{path} was trained with a network of your own: pass the same function, load(path, network=...).")
-        if unknown := set(own["parameters"]) - {name for name in cls().get_params(deep=False) if name not in NOT_IN_FILES}:
+        parameters = renamed(own["parameters"])
+        if unknown := set(parameters) - {name for name in cls().get_params(deep=False) if name not in NOT_IN_FILES}:
             raise HplError(f"{path} is of another version of hpl_nb: it has the parameter {sorted(unknown)[0]!r:.50}, which this one does "
                            "not know. Save it again.")
-        return fitted_estimator(cls(**own["parameters"], network=network), content, path, trusted)
+        return fitted_estimator(cls(**parameters, network=network), content, path, trusted)
 
 # %% ../nbs/83_estimator.ipynb #16cd0c6f
 @patch

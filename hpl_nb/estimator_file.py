@@ -17,7 +17,8 @@ from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.compose import ColumnTransformer
 
 from .core import HplError, OwnGenerators, usual_settings
-from .defaults import build_method
+from .data.own import Reading, are_own
+from .defaults import NETWORKS, build_method
 from .methods.core import MethodSettings
 from .predictor import Predictor, predictor_content, predictor_of
 
@@ -26,7 +27,7 @@ __all__ = []
 
 # %% ../nbs/83b_estimator_file.ipynb #035b5fa7
 NOT_IN_FILES = ("network", "preprocessor", "folder", "random_state") # parameters
-FITTED = ("method_", "shape_", "is_column_", "n_features_in_")
+FITTED = ("method_", "shape_", "is_column_", "n_features_in_", "defaults_")
 
 @usual_settings()
 def estimator_content(model:BaseEstimator)->dict[str, Any]:
@@ -36,7 +37,7 @@ def estimator_content(model:BaseEstimator)->dict[str, Any]:
                for name, column in frame.items()}
     transformer = None if model.preprocessor_ is None else torch.tensor(bytearray(skops.io.dumps(model.preprocessor_)), dtype=torch.uint8)
     return predictor_content(model.predictor_) | {"estimator": {
-        "parameters": {name: value for name, value in model.get_params(deep=False).items() if name not in NOT_IN_FILES},
+        "parameters": {name: None if are_own(value) else value for name, value in model.get_params(deep=False).items() if name not in NOT_IN_FILES},
         "fitted": {name: getattr(model, name, None) for name in FITTED}, "own_network": model.network_ is not None,
         "own_preprocessor": model.preprocessor is not None, "preprocessor": transformer, "pseudo_labels": columns,
         "feature_names": None if names is None else list(map(str, names))}}
@@ -47,7 +48,7 @@ def fitted_estimator(model:BaseEstimator, content:Mapping[str, Any], path:str|Pa
     "Put into an estimator, with the parameters of a file, what else the file holds."
     own = content["estimator"]
     if not isinstance(own["fitted"]["method_"], MethodSettings): raise ValueError("method_ is no method")
-    for name in FITTED: setattr(model, name, own["fitted"][name])
+    for name in FITTED: setattr(model, name, own["fitted"].get(name))
     if model.n_features_in_ is None: del model.n_features_in_
     model.network_ = model.network
     if own["feature_names"] is not None: model.feature_names_in_ = np.array(own["feature_names"], dtype=object)
@@ -61,7 +62,8 @@ def fitted_estimator(model:BaseEstimator, content:Mapping[str, Any], path:str|Pa
 
 # %% ../nbs/83b_estimator_file.ipynb #2012a353
 def predictor_in(model:BaseEstimator, content:Mapping[str, Any], path:str|Path)->Predictor:
-    with OwnGenerators(): method = build_method(model.method_, model.shape_, len(content["normalizer"].mean), model.network_)
+    with OwnGenerators():
+        method = build_method(model.method_, model.shape_, len(content["normalizer"].mean), model.network_, NETWORKS[model.defaults_ or 0])
     return predictor_of(content, method, path)
 
 def categories_as_text(preprocessor:ColumnTransformer)->None:
@@ -79,3 +81,11 @@ def read_transformer(content:bytes, path:str|Path, trusted:Sequence[str])->Trans
     "A preprocessor of trusted types."
     refuse_untrusted(content, path, trusted, "load")
     return skops.io.loads(content, trusted=list(trusted))
+
+# %% ../nbs/83b_estimator_file.ipynb #efdcb9d6
+READING = ("size", "pixel_range", "skip_broken", "deduplicate", "missing_label")
+
+def renamed(parameters:Mapping[str, Any])->dict[str, Any]:
+    "A file's parameters as they are called now."
+    now = {{"strengths": "views"}.get(name, name): value for name, value in parameters.items() if name not in READING}
+    return now | ({"reading": Reading(**old)} if (old := {name: parameters[name] for name in READING if name in parameters}) else {})

@@ -29,7 +29,7 @@ from .core import HplError, LabelNormalizer, RunFolder, atomic_write, reading, s
 from .data.columns import FrameEncoder
 from .data.core import SemiSupervisedData, View, plain_view, row_error, row_numbers, row_owners
 from .data.images import ImageFiles, ImageSource, ImageView, decode_image
-from .data.own import PixelStrengths, RowStrengths, Standardizer, input_tensor
+from .data.own import PixelStrengths, Reading, RowStrengths, Standardizer, input_tensor
 from .methods.core import Method
 from .methods.known import METHODS
 from .settings import Settings, as_json, differences, from_json
@@ -145,7 +145,7 @@ def unpack(tree:Any, tensors:Mapping[str, Tensor])->Any:
     if not isinstance(tree, dict): return tree
     (kind, content), = tree.items()
     if kind == "plain_view": return plain_view
-    if kind == "settings": return from_json(content, *METHODS, Train, RowStrengths, PixelStrengths)
+    if kind == "settings": return from_json(content, *METHODS, Train, RowStrengths, PixelStrengths, Reading)
     if kind == "tensor": return tensors[content]
     if kind == "dict": return {key: unpack(value, tensors) for key, value in content.items()}
     if kind in ("list", "tuple"): return {"list": list, "tuple": tuple}[kind](unpack(value, tensors) for value in content)
