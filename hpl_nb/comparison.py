@@ -37,13 +37,14 @@ from tqdm.auto import tqdm
 from . import __version__
 from .core import HplError, atomic_write, json_bytes, reading, reason, whole_number
 from .data.columns import dense
-from .data.images import SUFFIXES, ImageFiles, broken_images, content_hashes
+from .data.images import SUFFIXES, ImageFiles, content_hashes
 from .data.own import input_tensor
 from .defaults import method_of
 from .drawing import show
 from .estimator import LabelledKFold, SemiSupervisedRegressor
 from .figures import results_chart
-from .inputs import forget_table, kind_of, label_columns, only_column, readable_pictures, row_count, table
+from .inputs import forget_table, kind_of, label_columns, only_column, readable_pictures, reading_of
+from .inputs import row_count, rows_and_labels, table
 from .methods.core import FullySupervised, MethodSettings, Supervised
 from .metrics import mean_absolute_error, paired_test, r2_score, summarise
 from .settings import Settings, as_json
@@ -133,7 +134,7 @@ Task = tuple[Candidate, int] # what to fit, on which fold
 def numbers_of(X:Any, labels:np.ndarray, estimator:SemiSupervisedRegressor,
                folds:Sequence[Fold])->list[tuple[np.ndarray, np.ndarray, Fold]]:
     "Features, labels and the rows that train and test, of labelled rows only: for each fold."
-    pixels, out = None if kind_of(X) == "a table" else grey_pixels(X), []
+    pixels, out = grey_pixels(X) if isinstance(X, ImageFiles) or kind_of(X) != "a table" else None, []
     for train, test in folds:
         known = train[np.isfinite(labels[train]).all(axis=1)]
         rows, place = np.concatenate([known, test]), np.arange(len(known) + len(test))
@@ -279,14 +280,16 @@ def refuse_texts(X:Any)->None:
     raise HplError(f"X holds texts, such as {texts[0]!r:.60}, and no method here reads texts. Make sentence embeddings of them, for "
                    "example X = SentenceTransformer('all-MiniLM-L6-v2').encode(texts), and pass this array.")
 
-def readable(X:Any, labels:np.ndarray, estimator:SemiSupervisedRegressor)->tuple[Any, np.ndarray, Any]:
+def readable(X:Any, y:Any, estimator:SemiSupervisedRegressor)->tuple[Any, np.ndarray, Any]:
     "Rows that can be read, their labels, and the rows again: pictures in files as `ImageFiles`, anything else as it is."
+    X, y = rows_and_labels(X, y)
+    refuse_texts(X)
+    how = reading_of(estimator)
+    labels = label_columns(y, row_count(X), how.missing_label)
     if kind_of(X) != "picture files": return X, labels, X
-    pictures = readable_pictures(X, estimator)
-    if not (broken := broken_images(pictures)): return X, labels, pictures
-    warnings.warn(f"{len(broken)} rows of X are left out, since their pictures cannot be read; the first is row {min(broken)}.",
-                  stacklevel=3)
-    rows = np.setdiff1d(np.arange(len(labels)), [*broken])
+    pictures, rows = readable_pictures(X, how, False)
+    if len(rows) == len(labels): return X, labels, pictures
+    warnings.warn(f"{len(labels) - len(rows)} rows of X are left out, since their pictures cannot be read.", stacklevel=3)
     return readable(rows_of(X, rows), labels[rows], estimator)
 
 # %% ../nbs/85_compare.ipynb #38fd0491
@@ -340,8 +343,8 @@ def gathered(setup:Setup, tasks:Sequence[Task], folder:str|Path|None, jobs:int, 
 
 # %% ../nbs/85_compare.ipynb #1f83af4e
 def compare(
-    X:Any, # rows as for the estimator: (n, d) numbers, a data frame, pictures (n, H, W) or (n, C, H, W), or n paths of pictures
-    y:Any, # (n,) or (n, K); NaN: unlabelled
+    X:Any, # rows as for the estimator: (n, d) numbers, a data frame, pictures (n, H, W) or (n, C, H, W), paths or a folder
+    y:Any, # (n,) or (n, K), as for the estimator; NaN: unlabelled
     methods:Sequence[MethodSettings|str]|Mapping[str, Any]=("hpl_paper", "mean_teacher", "ucvme"), # or {name: any of these, or a regressor}
     cv:int=5, # folds of the labelled rows
     *,
@@ -352,10 +355,11 @@ def compare(
     verbose:bool=True, # show a progress bar
 )->Comparison: # a sentence, a table and a plot
     "Ridge, boosting, Supervised and some methods on the same folds of the labelled rows; unlabelled rows are in every fit and in no score."
-    refuse_texts(X)
     whole_number("jobs", jobs), whole_number("random_state", random_state, 0)
+    if not isinstance(estimator, SemiSupervisedRegressor|None):
+        raise HplError(f"estimator is a {type(estimator).__name__}; give a SemiSupervisedRegressor, and other regressors in methods.")
     estimator = SemiSupervisedRegressor() if estimator is None else clone(estimator)
-    X, labels, plain = readable(X, label_columns(y, row_count(X), estimator.missing_label), estimator)
+    X, labels, plain = readable(X, y, estimator)
     candidates = candidates_of(methods, estimator, labels.shape[1], random_state)
     setup = Setup(X, plain, labels, fold_rows(X, labels, cv, random_state), estimator)
     tasks = [(candidate, fold) for candidate in chosen(candidates, labels) for fold in range(cv)]
