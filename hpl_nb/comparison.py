@@ -9,6 +9,7 @@ import hashlib
 import html
 import inspect
 import json
+import re
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -75,7 +76,7 @@ def model_of(value:Any, estimator:SemiSupervisedRegressor, name:str)->BaseEstima
     "The estimator that a method stands for."
     if not isinstance(value, str|MethodSettings):
         if isinstance(value, BaseEstimator) and is_regressor(value): return clone(value)
-        raise HplError(f"methods has {value!r:.100}{name}; give a short name such as 'hpl_paper', settings such as HPL.paper(), or "
+        raise HplError(f"methods has {value!r:.100} under {name!r}; give a short name such as 'hpl_paper', settings such as HPL.paper(), or "
                        "{'my name': a regressor of scikit-learn}.")
     if isinstance(method_of(value), FullySupervised):
         raise HplError("method fully_supervised needs the labels of all rows, which y does not have; leave it out of methods.")
@@ -87,7 +88,7 @@ def named(methods:Any)->list[tuple[str, Any]]:
     if isinstance(methods, str|MethodSettings): methods = [methods]
     if isinstance(methods, Mapping): return [*methods.items()]
     if not isinstance(methods, Sequence): raise HplError(f"methods is {methods!r:.100}; give names such as ('hpl_paper', 'ucvme').")
-    return [(method_of(method).title if isinstance(method, str|MethodSettings) else "", method) for method in methods]
+    return [(method_of(method).title if isinstance(method, str|MethodSettings) else type(method).__name__, method) for method in methods]
 
 def candidates_of(methods:Any, estimator:SemiSupervisedRegressor, outputs:int, seed:int)->list[Candidate]:
     "The labelled-only methods, then the chosen ones; where a model has no seed it takes this one."
@@ -97,7 +98,7 @@ def candidates_of(methods:Any, estimator:SemiSupervisedRegressor, outputs:int, s
     names = [name for name, _ in given]
     if twice := [name for name in names if names.count(name) > 1]:
         raise HplError(f"{twice[0]!r} would be in the table twice; leave it out of methods, or give another name, {{'my name': ...}}.")
-    return [prepared(Candidate(name, model_of(value, estimator, f" under {name!r}" if name else "")), seed) for name, value in given]
+    return [prepared(Candidate(name, model_of(value, estimator, name)), seed) for name, value in given]
 
 # %% ../nbs/85_compare.ipynb #91a51175
 def prepared(candidate:Candidate, seed:int)->Candidate:
@@ -123,8 +124,10 @@ def features_of(X:Any, estimator:SemiSupervisedRegressor, train:np.ndarray, rows
     "Rows of a table as numbers (n, d), as its training rows say."
     model = clone(estimator)
     forget_table(model)
-    fitted = table(model, rows_of(X, train), np.arange(len(train)))
-    features = table(model, rows_of(X, rows))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore") # of columns: Supervised, which reads them too, says the same
+        fitted = table(model, rows_of(X, train), np.arange(len(train)))
+        features = table(model, rows_of(X, rows))
     return features if model.preprocessor_ is not None else StandardScaler().fit(fitted).transform(features)
 
 # %% ../nbs/85_compare.ipynb #ee5c35ce
@@ -166,6 +169,7 @@ def described(value:Any)->Any:
     if isinstance(value, list|tuple): return [described(each) for each in value]
     if isinstance(value, partial): return [described(value.func), described(value.args), described(value.keywords)]
     if isinstance(value, np.ndarray): return [value.shape, hashlib.sha256(np.ascontiguousarray(value)).hexdigest()]
+    if type(value).__repr__ is object.__repr__: return [type(value).__qualname__, described(vars(value))] # which repr says by its address
     if not isinstance(value, FunctionType): return repr(value)
     try: source = inspect.getsource(value)
     except OSError as error:
@@ -364,7 +368,8 @@ def compare(
     setup = Setup(X, plain, labels, fold_rows(X, labels, cv, random_state), estimator)
     tasks = [(candidate, fold) for candidate in chosen(candidates, labels) for fold in range(cv)]
     scores = pd.DataFrame(gathered(setup, tasks, folder, jobs, verbose))
-    for said in dict.fromkeys(scores.pop("warnings").explode().dropna()): warnings.warn(said, stacklevel=2)
+    told = {re.sub(r"\d+", "#", said): said for said in scores.pop("warnings").explode().dropna()} # counts differ from fold to fold
+    for said in told.values(): warnings.warn(said, stacklevel=2)
     learns = scores["method"].isin([candidate.name for candidate, _ in tasks if candidate.learns_unlabelled])
     order = [candidate.name for candidate in candidates]
     scores = scores.assign(unlabelled=learns, method=pd.Categorical(scores["method"], order)).sort_values(["method", "fold"])

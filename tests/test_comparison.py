@@ -214,7 +214,7 @@ def test_nothing_unlabelled():
 
 class Hesitant(RandomForestRegressor):
     def fit(self, X, y):
-        warnings.warn("the forest is small", stacklevel=2)
+        warnings.warn(f"the forest has {len(X)} rows", stacklevel=2)
         return super().fit(X, y)
 
 
@@ -223,7 +223,7 @@ def test_a_warning_is_shown_once():
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         quiet(X, y, {"forest": Hesitant(2)})
-    assert [str(warning.message) for warning in told].count("the forest is small") == 1
+    assert [str(warning.message) for warning in told].count("the forest has 20 rows") == 1
 
 
 BAD = {
@@ -231,6 +231,7 @@ BAD = {
     "one fold": (dict(cv=1), "cv is 1; give a whole number of at least 2"), "no jobs": (dict(jobs=0), "jobs is 0"),
     "an unknown method": (dict(methods=["ucmve"]), "did you mean 'ucvme'"),
     "a method twice": (dict(methods=["ucvme", "ucvme"]), "'UCVME' would be in the table twice"),
+    "a regressor twice": (dict(methods=[RandomForestRegressor(), RandomForestRegressor()]), "'RandomForestRegressor' would be in the table twice"),
     "Ridge again": (dict(methods={"Ridge": "ucvme"}), "'Ridge' would be in the table twice"),
     "all labels": (dict(methods="fully_supervised"), "needs the labels of all rows"),
     "no regressor": (dict(methods={"mine": StandardScaler()}), "under 'mine'; give a short name"),
