@@ -88,7 +88,8 @@ def named(methods:Any)->list[tuple[str, Any]]:
     if isinstance(methods, str|MethodSettings): methods = [methods]
     if isinstance(methods, Mapping): return [*methods.items()]
     if not isinstance(methods, Sequence): raise HplError(f"methods is {methods!r:.100}; give names such as ('hpl_paper', 'ucvme').")
-    return [(method_of(method).title if isinstance(method, str|MethodSettings) else type(method).__name__, method) for method in methods]
+    def title(method): return method_of(method).title if isinstance(method, str|MethodSettings) else type(method).__name__
+    return [(title(method), method) for method in methods]
 
 def candidates_of(methods:Any, estimator:SemiSupervisedRegressor, outputs:int, seed:int)->list[Candidate]:
     "The labelled-only methods, then the chosen ones; where a model has no seed it takes this one."

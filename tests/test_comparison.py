@@ -231,7 +231,7 @@ BAD = {
     "one fold": (dict(cv=1), "cv is 1; give a whole number of at least 2"), "no jobs": (dict(jobs=0), "jobs is 0"),
     "an unknown method": (dict(methods=["ucmve"]), "did you mean 'ucvme'"),
     "a method twice": (dict(methods=["ucvme", "ucvme"]), "'UCVME' would be in the table twice"),
-    "a regressor twice": (dict(methods=[RandomForestRegressor(), RandomForestRegressor()]), "'RandomForestRegressor' would be in the table twice"),
+    "a regressor twice": (dict(methods=[RidgeCV()]*2), "'RidgeCV' would be in the table twice"),
     "Ridge again": (dict(methods={"Ridge": "ucvme"}), "'Ridge' would be in the table twice"),
     "all labels": (dict(methods="fully_supervised"), "needs the labels of all rows"),
     "no regressor": (dict(methods={"mine": StandardScaler()}), "under 'mine'; give a short name"),
