@@ -291,6 +291,7 @@ def paired_test(
     reference:str, # method that the others are compared with
     column:str="mae", # the smaller the better
     by:Sequence[str]=("dataset", "label_ratio"), # compare within
+    overlap:float=0., # where the seeds are folds: test rows divided by training rows, 1/(folds - 1)
 )->pd.DataFrame: # `by`, method, n (seeds of both), difference_mean, difference_sd, wins (seeds below the reference), p_value, p_holm
     "Paired t-test over seeds of each method's difference to the reference; `HplError` where the reference has no runs."
     require_columns(metrics, ["method", "seed", column, *by], "metrics")
@@ -302,17 +303,18 @@ def paired_test(
         wide = rows.pivot(index="seed", columns="method", values=column)
         if reference not in wide: raise HplError(f"no run of {reference!r} in {dict(zip(by, values))}; there are {', '.join(wide)}.")
         compared = [method for method in dict.fromkeys(rows["method"]) if method != reference]
-        lines = [_difference((wide[method] - wide[reference]).dropna()) | {"method": method} for method in compared]
+        lines = [_difference((wide[method] - wide[reference]).dropna(), overlap) | {"method": method} for method in compared]
         table = pd.DataFrame(lines, columns=["method", "n", "difference_mean", "difference_sd", "wins", "p_value"])
         tables.append(table.assign(**dict(zip(by, values)), p_holm=_holm(table["p_value"].to_numpy())))
     table = pd.concat(tables, ignore_index=True)
     return table[[*by, *[name for name in table if name not in by]]]
 
 # %% ../nbs/20_metrics.ipynb #3bf80554
-def _difference(d):
+def _difference(d, overlap):
     "What the differences of one method say; no p-value below two seeds."
-    from scipy.stats import ttest_1samp # here: see `_score`
-    p_value = ttest_1samp(d, 0.).pvalue if len(d) > 1 and d.std() > 0 else np.nan
+    from scipy.stats import t # here: see `_score`
+    error = d.std()*np.sqrt(1/len(d) + overlap) if len(d) > 1 else np.nan
+    p_value = 2*t.sf(abs(d.mean())/error, len(d) - 1) if error > 0 else np.nan
     return {"n": len(d), "difference_mean": d.mean(), "difference_sd": d.std(), "wins": int((d < 0).sum()), "p_value": float(p_value)}
 
 def _holm(p):
