@@ -76,7 +76,7 @@ def model_of(value:Any, estimator:SemiSupervisedRegressor, name:str)->BaseEstima
     "The estimator that a method stands for."
     if not isinstance(value, str|MethodSettings):
         if isinstance(value, BaseEstimator) and is_regressor(value): return clone(value)
-        raise HplError(f"methods has {value!r:.100} under {name!r}; give a short name such as 'hpl_paper', settings such as HPL.paper(), or "
+        raise HplError(f"methods has {value!r:.100} under {name!r}; give a short name such as 'hpl_paper', settings such as HPL.paper() or "
                        "{'my name': a regressor of scikit-learn}.")
     if isinstance(method_of(value), FullySupervised):
         raise HplError("method fully_supervised needs the labels of all rows, which y does not have; leave it out of methods.")
