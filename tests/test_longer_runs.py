@@ -161,7 +161,8 @@ class TestMoreEpochs:
 
 
 @pytest.mark.parametrize(("settings", "rows"), [
-    (MeanTeacher(), "F1"), (RankUp(), "F1, F5"), (RankUp.arc(), "F1"), (RankUp.arc(decay=None), ""), (CADR(prior="predicted"), "F6"), (CADR(), "")])
+    (MeanTeacher(), "F1"), (RankUp(), "F1, F5"), (RankUp.arc(), "F1"), (RankUp.arc(decay=None), ""), (CADR(prior="predicted"), "F6"),
+    (CADR(), "")])
 def test_a_run_of_earlier_arithmetic_is_not_resumed(settings, rows, tmp_path):
     "Its config.json names no correction; a method that has none goes on as before."
     def go(**arguments):
@@ -174,7 +175,8 @@ def test_a_run_of_earlier_arithmetic_is_not_resumed(settings, rows, tmp_path):
     config["settings"].pop("corrections", None)
     (tmp_path/"run"/"config.json").write_text(json.dumps(config))
     if rows:
-        with pytest.raises(HplError, match=rf"holds another run \(config.json\): hpl_nb has changed the method's arithmetic since \({rows}\)\. "): go()
+        says = rf"holds another run \(config.json\): hpl_nb has changed the method's arithmetic since \({rows}\)\. "
+        with pytest.raises(HplError, match=says): go()
     else: assert go().finished
 
 

@@ -19,8 +19,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from sklearn.model_selection import KFold, cross_val_score
-from test_imdb_wiki import make_folder
 from small_runs import METHODS, SETTINGS, differences, digits, make, on_cpu, vectors  # noqa: F401
+from test_imdb_wiki import make_folder
 
 from hpl_nb.core import HplError, OwnGenerators, Turns, random_states, seed_everything
 from hpl_nb.data.core import StreamSettings, plain_view, synthetic
