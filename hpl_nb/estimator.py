@@ -5,44 +5,37 @@
 # %% ../nbs/83_estimator.ipynb #90b75e7f
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from numbers import Integral, Real
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import skops.io
-import torch
 from fastcore.basics import patch
-from scipy.sparse import issparse
-from sklearn.base import BaseEstimator, RegressorMixin, TransformerMixin, clone
-from sklearn.compose import ColumnTransformer
+from sklearn.base import BaseEstimator, RegressorMixin, TransformerMixin
 from sklearn.metrics import r2_score
 from sklearn.model_selection import KFold
-from sklearn.utils import check_array, check_consistent_length, check_random_state
-from sklearn.utils.validation import check_is_fitted, validate_data
-from torch import Tensor, nn
+from sklearn.utils import check_consistent_length
+from sklearn.utils.validation import check_is_fitted
 
-from .core import HplError, OwnGenerators, reading, reason, seed_everything, usual_settings
-from .data.columns import ESTIMATOR_WORDS, default_preprocessor, dense, refuse_missing
-from .data.core import SemiSupervisedData, content_keys, row_error
-from .data.images import SUFFIXES, ImageFiles, broken_images, image_data, randaugment_mc_views
-from .data.own import PixelStrengths, RowStrengths, Split, array_data, batches_for, input_tensor, label_array, make_sets
+from .core import HplError, OwnGenerators, reading, seed_everything
+from .data.core import SemiSupervisedData, content_keys
+from .data.images import ImageFiles
+from .data.own import PixelStrengths, RowStrengths
 from .data.tables import unmasked
-from .methods.core import Method, MethodSettings, Released, Supervised, require_dropout
-from .methods.known import method_named
-from .models import Regressor, mlp, resnet, small_cnn
-from hpl_nb.predictor import (
-    Interval, Pictures, Predictor, calibrated, check_outputs, interval_of, not_saved, predictor_content, predictor_of, read_content,
-    write_content)
+from .defaults import build_method, method_for, schedule, seed_of, smallest_batch, try_network
+from .estimator_file import NOT_IN_FILES, estimator_content, fitted_estimator, predictor_in, refuse_untrusted
+from .inputs import kind_of, label_columns, picture_paths, row_count, table, training_data
+from .methods.core import MethodSettings
+from .models import Regressor
+from .predictor import Interval, Pictures, Predictor, calibrated, check_outputs, interval_of, not_saved
+from .predictor import predictor_content, read_content, write_content
 from .training.loop import fit as fit_method
 from .training.run import Run, selected
-from .training.state import OptimizerSettings, Train, epoch_length
+from .training.state import Train
 
 # %% auto #0
 __all__ = ['SemiSupervisedRegressor', 'LabelledKFold']
@@ -79,203 +72,7 @@ class SemiSupervisedRegressor(RegressorMixin, BaseEstimator):
         tags.target_tags.multi_output = True
         return tags
 
-# %% ../nbs/83_estimator.ipynb #adee7571
-def row_count(X:Any)->int:
-    return X.shape[0] if getattr(X, "shape", None) else len(X if hasattr(X, "__len__") else np.asarray(X))
-
-def label_columns(y:Any, rows:int, missing_label:float=np.nan)->np.ndarray:
-    "Labels (n, K) as numbers, NaN where there is none; text and infinity are refused."
-    if not isinstance(missing_label, Real): raise HplError(f"missing_label is {missing_label!r}; give a number that no label has, or nan.")
-    if y is None: raise HplError("This estimator requires y to be passed, but the target y is None; give labels, NaN where there is none.")
-    array = y.to_numpy(dtype=object, copy=True, na_value=np.nan) if isinstance(y, (pd.Series, pd.DataFrame)) else np.asarray(unmasked(y))
-    if array.dtype.kind in "biufc": check_array(array, ensure_2d=False, ensure_all_finite="allow-nan", input_name="y")
-    labels = label_array(array, rows, "y")
-    marked = labels == missing_label
-    if len(partly := np.flatnonzero(marked.any(axis=1) & ~marked.all(axis=1))):
-        raise row_error("y", partly, f"some of its labels are {missing_label:g}, the missing_label", "Give all or none.")
-    return np.where(marked, np.nan, labels)
-
-# %% ../nbs/83_estimator.ipynb #eb1dbb93
-def as_text(X:pd.DataFrame, preprocessor:ColumnTransformer)->pd.DataFrame:
-    "The columns that a default preprocessor takes for text as text: a file holds no `Interval`, `Period` or other type of pandas."
-    X = X.copy(deep=False)
-    for place in [place for name, _, places in preprocessor.transformers if name == "texts" for place in places]:
-        X.isetitem(place, X.iloc[:, place].astype(object).map(str))
-    return X
-
-# %% ../nbs/83_estimator.ipynb #9a35840f
-def table(model:SemiSupervisedRegressor, X:Any, train:np.ndarray|None=None)->np.ndarray:
-    "A table as numbers (n, d'); with rows that train the preprocessor is fitted, without them X is compared with what was fitted."
-    fitting, X = train is not None, dense(X)
-    if fitting and model.preprocessor is not None: model.preprocessor_ = clone(model.preprocessor)
-    if model.preprocessor_ is None and not (fitting and isinstance(X, pd.DataFrame)):
-        return validate_data(model, X, dtype=np.float64, reset=fitting, ensure_min_samples=1 + fitting)
-    X = validate_data(model, X, skip_check_array=True, reset=fitting)
-    names = getattr(model, "feature_names_in_", None)
-    if names is not None: X = X.set_axis(names, axis=1) if isinstance(X, pd.DataFrame) else pd.DataFrame(X, columns=names)
-    if not isinstance(X, pd.DataFrame): X = check_array(X, dtype=None, ensure_all_finite=False, input_name="X")
-    if model.preprocessor is None:
-        refuse_missing(X := pd.DataFrame(X), "X", ESTIMATOR_WORDS)
-        if fitting: model.preprocessor_ = default_preprocessor(X, train)
-        X = as_text(X, model.preprocessor_)
-    if fitting: model.preprocessor_.fit(X.iloc[train] if isinstance(X, pd.DataFrame) else X[train])
-    encoded = check_array(model.preprocessor_.transform(X), accept_sparse=True, dtype=np.float64, input_name="X after the preprocessor")
-    return encoded.toarray() if issparse(encoded) else encoded
-
-# %% ../nbs/83_estimator.ipynb #79c36597
-def only_column(X:Any)->list:
-    "The values of a list, a series or a table with one column; else none."
-    if isinstance(X, (list, tuple)): return [x[0] if isinstance(x, (list, tuple)) and len(x) == 1 else x for x in X]
-    if not isinstance(X, (np.ndarray, pd.Series, pd.Index, pd.DataFrame)): return []
-    return np.asarray(X, dtype=object).reshape(-1).tolist() if X.ndim == 1 or X.ndim == 2 and X.shape[1] == 1 else []
-
-def are_files(X:Any)->bool:
-    "Whether most values that are not missing are paths of pictures."
-    values = pd.Series(only_column(X), dtype=object).dropna()
-    is_table = getattr(X, "ndim", 1) > 1 or isinstance(X, (list, tuple)) and any(isinstance(x, (list, tuple)) for x in X[:1])
-    ends = SUFFIXES if is_table else ""
-    return 2*sum(isinstance(x, os.PathLike) or isinstance(x, str) and x.lower().endswith(ends) for x in values) > len(values)
-
-def are_pixels(X:Any)->bool:
-    "Whether they are pictures (n, H, W) or (n, C, H, W)."
-    return isinstance(X, (np.ndarray, torch.Tensor)) and X.ndim in (3, 4)
-
-# %% ../nbs/83_estimator.ipynb #34082e71
-def picture_paths(X:Any)->list[str|Path]:
-    "Paths of pictures; a row without one is refused."
-    paths = only_column(X)
-    named = [isinstance(path, os.PathLike) or isinstance(path, str) and path.strip() != "" for path in paths]
-    if len(bad := np.flatnonzero(~np.array(named, dtype=bool))):
-        raise row_error("X", bad, f"{paths[bad[0]]!r} is no path of a picture", "Name the picture, or drop the row.")
-    return [Path(path) for path in paths]
-
-def readable_pictures(X:Any, model:SemiSupervisedRegressor)->ImageFiles:
-    "Pictures in files, all decoded once and kept; one that cannot be read is refused by its row, unless rows may be skipped."
-    files = ImageFiles(picture_paths(X), model.size, True, model.pixel_range)
-    for row, why in ({} if model.skip_broken else broken_images(files, model.verbose)).items():
-        raise HplError(f"X, row {row} (the first is 0): {why}")
-    return files
-
-# %% ../nbs/83_estimator.ipynb #aeb53123
-def kind_of(X:Any)->str: return "picture files" if are_files(X) else "an array of pictures" if are_pixels(X) else "a table"
-
-def fitted_kind(model:SemiSupervisedRegressor)->str:
-    reader = model.predictor_.reader
-    return "picture files" if isinstance(reader, Pictures) else "an array of pictures" if len(reader.shape) > 1 else "a table"
-
-def samples_of(model:SemiSupervisedRegressor, X:Any)->Any:
-    "New rows as the predictor's reader wants them; another kind than that of `fit` is refused."
-    if (kind := kind_of(X)) != (fitted := fitted_kind(model)): raise HplError(f"X is {kind}, but fit was given {fitted}; give {fitted}.")
-    return picture_paths(X) if kind == "picture files" else unmasked(X) if kind == "an array of pictures" else table(model, X)
-
-# %% ../nbs/83_estimator.ipynb #a90c4471
-def forget_table(model:SemiSupervisedRegressor)->None:
-    "No preprocessor and no features, until a table brings some."
-    model.preprocessor_ = None
-    for name in ("n_features_in_", "feature_names_in_"): vars(model).pop(name, None)
-
-def training_data(model:SemiSupervisedRegressor, X:Any, labels:np.ndarray, seed:int)->SemiSupervisedData:
-    "The dataset that a method is trained on."
-    forget_table(model)
-    if (kind := kind_of(X)) != "a table" and model.preprocessor is not None:
-        raise HplError(f"preprocessor is for tables, and X is {kind}; leave it out, and change the pictures before.")
-    if not 0 <= model.validation_fraction < 1:
-        raise HplError(f"validation_fraction is {model.validation_fraction}; give a share of at least 0 and below 1.")
-    sets = make_sets(labels, Split(val_share=model.validation_fraction, test_share=0., seed=seed), "y", ESTIMATOR_WORDS)
-    if kind == "picture files": return file_data(model, X, labels, sets)
-    train = np.sort(np.concatenate([sets["labelled"], sets["unlabelled"]]))
-    pixels = kind != "a table"
-    samples = input_tensor(X, "X", "make them numbers", "no method takes them") if pixels else torch.as_tensor(table(model, X, train))
-    return array_data(samples, labels, sets, model.strengths, "X", None, model.deduplicate)
-
-def file_data(model:SemiSupervisedRegressor, X:Any, labels:np.ndarray, sets:Mapping[str, np.ndarray])->SemiSupervisedData:
-    files = readable_pictures(X, model)
-    views = randaugment_mc_views(round(.04*model.size), "reflect", round(.08*model.size))
-    return image_data("X", files, labels, sets, views, model.deduplicate, model.skip_broken, compare=True)
-
-# %% ../nbs/83_estimator.ipynb #46f87adf
-def default_network(shape:tuple[int, ...], outputs:int, dropout:float=0.)->Regressor:
-    "A network that suits the inputs."
-    if len(shape) == 1: return mlp(shape[0], (64, 64), outputs, dropout)
-    if max(shape[1:]) <= 64: return small_cnn(shape[0], 32, outputs, dropout)
-    return resnet(18, outputs, dropout=dropout, channels=shape[0])
-
-# %% ../nbs/83_estimator.ipynb #d7730b15
-def method_of(method:MethodSettings|str)->MethodSettings:
-    "The settings that a parameter means."
-    if isinstance(method, str): return method_named(method)
-    if isinstance(method, MethodSettings): return method
-    raise HplError(f"method is {method!r:.100}; give settings such as HPL.paper(), or a short name such as 'hpl_paper'.")
-
-def method_for(model:SemiSupervisedRegressor, data:SemiSupervisedData)->MethodSettings:
-    "The method that is trained: `Supervised` where nothing is unlabelled."
-    method = method_of(model.method).suited_to(Released())
-    if len(data.unlabelled) or isinstance(method, Supervised): return method
-    warnings.warn(f"every row of y has a label, so that {method.title} has nothing to guess: Supervised is trained. Pass rows "
-                  "without a label, with NaN or the missing_label in y.", stacklevel=4)
-    return Supervised()
-
-def build_method(settings:MethodSettings, shape:tuple[int, ...], outputs:int,
-                 network:Callable[[tuple[int, ...], int], Regressor]|None=None)->Method:
-    "A method that is not trained yet, for rows of a shape and K outputs."
-    def make():
-        if network is not None: return made_network(network, shape, outputs)
-        return default_network(shape, outputs, .05*settings.needs_dropout)
-    method = settings.build(*[make() for _ in range(settings.networks)])
-    if settings.needs_dropout: require_dropout(method, method.regressor)
-    return method
-
-# %% ../nbs/83_estimator.ipynb #c777d4d6
-def made_network(network:Callable[[tuple[int, ...], int], Regressor], shape:tuple[int, ...], outputs:int)->Regressor:
-    "A new network of the user's own, in float32; what is no `Regressor` is an `HplError`."
-    if isinstance(network, nn.Module) or not callable(network):
-        raise HplError(f"network is of type {type(network).__name__}; give a function that builds a network, such as "
-                       "network=lambda shape, outputs: mlp(shape[0], (32,), outputs).")
-    try: regressor = network(shape, outputs)
-    except Exception as error: raise HplError(f"network{shape, outputs} fails ({reason(error)}); give a function of these two.") from error
-    if isinstance(regressor, Regressor): return regressor.float()
-    raise HplError(f"network{shape, outputs} returns a {type(regressor).__name__}; return a Regressor of hpl_nb.models, such as "
-                   f"Regressor(Body(module, d), nn.Linear(d, {outputs})) for a module that makes d features.")
-
-def try_network(network:Callable[[tuple[int, ...], int], Regressor], method:Method, x:Tensor, outputs:int)->None:
-    "Predict a batch in training mode by another copy of the user's network; what training could not use is an `HplError`."
-    call = f"network{tuple(x.shape[1:]), outputs}"
-    with OwnGenerators(), torch.no_grad():
-        copy = made_network(network, tuple(x.shape[1:]), outputs)
-        if {*map(id, copy.parameters())} & {*map(id, method.parameters())}:
-            raise HplError(f"{call} returns the same parameters again; build a new network in each call.")
-        try: found = tuple(copy.train()(x).shape)
-        except Exception as error:
-            raise HplError(f"{call} fails on a training batch of shape {tuple(x.shape)} ({reason(error)}); change the network, or give "
-                           "more rows where the batch is too small for it.") from error
-    if found != (len(x), outputs): raise HplError(f"{call} predicts shape {found} for {len(x)} rows; it must be {len(x), outputs}.")
-
-# %% ../nbs/83_estimator.ipynb #2e62afe4
-def seed_of(random_state:int|np.random.RandomState|None)->int:
-    "A whole number is the seed itself."
-    return int(random_state) if isinstance(random_state, Integral) else int(check_random_state(random_state).randint(2**31 - 1))
-
-def schedule(model:SemiSupervisedRegressor, data:SemiSupervisedData, method:Method)->Train:
-    "The schedule as the parameters say; batches are no larger than the rows allow, and hold two labelled rows where they can."
-    if not isinstance(model.train, Train|None): raise HplError(f"train is {model.train!r:.100}; give Train(...), or None for the default.")
-    train = model.train or Train(optimizer=OptimizerSettings(lr_body=1e-3, lr_head=1e-3))
-    fitting = batches_for(data, train.streams.labelled_batch, train.streams.unlabelled_batch)
-    streams = replace(train.streams, labelled_batch=fitting.labelled_batch, unlabelled_batch=fitting.unlabelled_batch)
-    if "outer" not in method.needs:
-        least = min(2, len(data.labelled), train.streams.labelled_batch)
-        streams = replace(streams, labelled_batch=max(streams.labelled_batch, least))
-    elif len(data.labelled) < 2 and not method.stream_settings(streams).outer_overlap:
-        raise HplError(f"{method.title} needs two labelled rows that train, and there is one; label more rows, or use "
-                       "method='pseudo_label'.")
-    train = replace(train, streams=streams, epochs=train.epochs if model.epochs is None else model.epochs)
-    return replace(train, iterations_per_epoch=train.iterations_per_epoch or max(50, epoch_length(data, train, streams)))
-
-# %% ../nbs/83_estimator.ipynb #027c7148
-def smallest_batch(data:SemiSupervisedData, train:Train, method:Method)->Tensor:
-    "The smallest batch that the network will see, with labelled rows."
-    sizes = {"labelled": train.streams.labelled_batch, "unlabelled": train.streams.unlabelled_batch, "outer": train.streams.outer}
-    return data.plain(data.inputs[data.labelled[:max(1, min(sizes[stream] for stream in method.needs)//train.accumulate)]], None)
-
+# %% ../nbs/83_estimator.ipynb #b7c41e03
 def training_content(data:SemiSupervisedData)->list:
     "What rows that trained can be recognised by: fingerprints of their content, or where their pictures are."
     rows = np.concatenate([data.labelled, data.unlabelled])
@@ -313,6 +110,16 @@ def pseudo_labels(run:Run, index:pd.Index|None=None)->pd.DataFrame:
     return pd.DataFrame({
         "row": rows if index is None else index[rows], "output": table["output"], "pseudo_label": table["pseudo_label"],
         "variance": np.exp(table["log_variance"].astype(float)), "weight": table["weight"].astype(float).fillna(1.)})
+
+# %% ../nbs/83_estimator.ipynb #b7c41e02
+def fitted_kind(model:SemiSupervisedRegressor)->str:
+    reader = model.predictor_.reader
+    return "picture files" if isinstance(reader, Pictures) else "an array of pictures" if len(reader.shape) > 1 else "a table"
+
+def samples_of(model:SemiSupervisedRegressor, X:Any)->Any:
+    "New rows as the predictor's reader wants them; another kind than that of `fit` is refused."
+    if (kind := kind_of(X)) != (fitted := fitted_kind(model)): raise HplError(f"X is {kind}, but fit was given {fitted}; give {fitted}.")
+    return picture_paths(X) if kind == "picture files" else unmasked(X) if kind == "an array of pictures" else table(model, X)
 
 # %% ../nbs/83_estimator.ipynb #36c56cb4
 def as_fitted(model:SemiSupervisedRegressor, values:np.ndarray)->np.ndarray:
@@ -386,23 +193,6 @@ def calibrate(self:SemiSupervisedRegressor,
     self.predictor_ = calibrated(self.predictor_, samples, known, labels[known])
     return self
 
-# %% ../nbs/83_estimator.ipynb #035b5fa7
-NOT_IN_FILES = ("network", "preprocessor", "folder", "random_state") # parameters
-FITTED = ("method_", "shape_", "is_column_", "n_features_in_")
-
-@usual_settings()
-def estimator_content(model:SemiSupervisedRegressor)->dict[str, Any]:
-    "What an estimator's file holds: that of its predictor, and what is the estimator's own."
-    frame, names = model.pseudo_labels_, getattr(model, "feature_names_in_", None)
-    columns = {name: torch.from_numpy(np.array(column)) if column.dtype.kind in "biuf" else list(map(str, column))
-               for name, column in frame.items()}
-    transformer = None if model.preprocessor_ is None else torch.tensor(bytearray(skops.io.dumps(model.preprocessor_)), dtype=torch.uint8)
-    return predictor_content(model.predictor_) | {"estimator": {
-        "parameters": {name: value for name, value in model.get_params(deep=False).items() if name not in NOT_IN_FILES},
-        "fitted": {name: getattr(model, name, None) for name in FITTED}, "own_network": model.network_ is not None,
-        "own_preprocessor": model.preprocessor is not None, "preprocessor": transformer, "pseudo_labels": columns,
-        "feature_names": None if names is None else list(map(str, names))}}
-
 # %% ../nbs/83_estimator.ipynb #cb1e6ab5
 @patch
 def save(self:SemiSupervisedRegressor,
@@ -433,45 +223,6 @@ def load(cls:SemiSupervisedRegressor,
             raise HplError(f"{path} is of another version of hpl_nb: it has the parameter {sorted(unknown)[0]!r:.50}, which this one does "
                            "not know. Save it again.")
         return fitted_estimator(cls(**own["parameters"], network=network), content, path, trusted)
-
-# %% ../nbs/83_estimator.ipynb #5b451569
-def fitted_estimator(model:SemiSupervisedRegressor, content:Mapping[str, Any], path:str|Path,
-                     trusted:Sequence[str]=())->SemiSupervisedRegressor:
-    "Put into an estimator, with the parameters of a file, what else the file holds."
-    own = content["estimator"]
-    if not isinstance(own["fitted"]["method_"], MethodSettings): raise ValueError("method_ is no method")
-    for name in FITTED: setattr(model, name, own["fitted"][name])
-    if model.n_features_in_ is None: del model.n_features_in_
-    model.network_ = model.network
-    if own["feature_names"] is not None: model.feature_names_in_ = np.array(own["feature_names"], dtype=object)
-    model.preprocessor_ = None if own["preprocessor"] is None else read_transformer(own["preprocessor"].numpy().tobytes(), path, trusted)
-    if own["own_preprocessor"]: model.preprocessor = clone(model.preprocessor_)
-    elif model.preprocessor_ is not None: categories_as_text(model.preprocessor_)
-    model.predictor_ = predictor_in(model, content, path)
-    model.pseudo_labels_ = pd.DataFrame({name: column.numpy() if isinstance(column, torch.Tensor) else column
-                                         for name, column in own["pseudo_labels"].items()})
-    return model
-
-# %% ../nbs/83_estimator.ipynb #2012a353
-def predictor_in(model:SemiSupervisedRegressor, content:Mapping[str, Any], path:str|Path)->Predictor:
-    with OwnGenerators(): method = build_method(model.method_, model.shape_, len(content["normalizer"].mean), model.network_)
-    return predictor_of(content, method, path)
-
-def categories_as_text(preprocessor:ColumnTransformer)->None:
-    "Text in place of the categories that files of hpl_nb 0.1.0 hold, which may be numbers."
-    for encoder in [step for name, step, _ in preprocessor.transformers_ if name == "texts" and hasattr(step, "categories_")]:
-        encoder.categories_ = [np.array([*map(str, values)], dtype=object) for values in encoder.categories_]
-
-def refuse_untrusted(content:bytes, path:str|Path, trusted:Sequence[str], call:str)->None:
-    "Name the types of a preprocessor that are not trusted; nothing is built."
-    if others := [name for name in skops.io.get_untrusted_types(data=content) if name not in trusted]:
-        raise HplError(f"the preprocessor in {path} is made of {', '.join(others)}, which might do anything when it is read. If you know "
-                       f"where it comes from: {call}(path, trusted={others}).")
-
-def read_transformer(content:bytes, path:str|Path, trusted:Sequence[str])->TransformerMixin:
-    "A preprocessor of trusted types."
-    refuse_untrusted(content, path, trusted, "load")
-    return skops.io.loads(content, trusted=list(trusted))
 
 # %% ../nbs/83_estimator.ipynb #16cd0c6f
 @patch

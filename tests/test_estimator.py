@@ -21,7 +21,9 @@ from small_runs import on_cpu  # noqa: F401
 
 from hpl_nb.core import HplError
 from hpl_nb.data.core import StreamSettings
-from hpl_nb.estimator import SemiSupervisedRegressor, build_method, default_network, table
+from hpl_nb.defaults import build_method, default_network
+from hpl_nb.estimator import SemiSupervisedRegressor
+from hpl_nb.inputs import table
 from hpl_nb.methods.core import Supervised
 from hpl_nb.methods.hpl import HPL, JointUncertainty
 from hpl_nb.methods.known import known_methods

@@ -22,7 +22,8 @@ from torch import nn
 
 from hpl_nb.core import HplError
 from hpl_nb.data.own import from_arrays
-from hpl_nb.estimator import SemiSupervisedRegressor, label_columns
+from hpl_nb.estimator import SemiSupervisedRegressor
+from hpl_nb.inputs import label_columns
 from hpl_nb.methods.core import Supervised
 from hpl_nb.models import Body, Regressor, mlp, resnet, small_cnn
 from hpl_nb.predictor import Predictor

@@ -318,7 +318,7 @@ class TestPromise1NoFileIsUnpickled:
 class TestPromise2PreprocessorsOfKnownTypes:
     def test_source(self):
         loads = called("skops.io.load", "skops.io.loads", "sio.load", "sio.loads")
-        assert [(call.module, call.function) for call in loads] == [("hpl_nb.estimator", "read_transformer")]
+        assert [(call.module, call.function) for call in loads] == [("hpl_nb.estimator_file", "read_transformer")]
         assert "trusted" in loads[0].keywords
 
     def test_unknown_types_are_named_and_not_built(self, tmp_path):
