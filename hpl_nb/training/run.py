@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from errno import ENOLCK, ENOSYS, ENOTSUP
 from functools import partial
 from importlib.metadata import version
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def read_table(path:Path)->pd.DataFrame:
         if path.suffix == ".csv":
             check_header(path, b",")
             return pd.read_csv(path)
-        table = pd.read_parquet(path)
+        table = pd.read_parquet(BytesIO(path.read_bytes())) # arrow opens no path that is not UTF-8
         if missing := [name for name in PREDICTION_COLUMNS if name not in (*table, "weight")]:
             raise damaged(path, f"it has no column {missing[0]!r}")
         return table.reindex(columns=PREDICTION_COLUMNS)
@@ -113,6 +114,8 @@ def differing(found:Mapping[str, tuple[Any, Any]], why_not:str="")->str:
         if not isinstance(epochs[0], int) or epochs[0] > epochs[1]: why_not = "a run goes on for more epochs, never for fewer"
         if why_not: words["train.epochs"] += f" ({why_not})"
         else: del words["train.epochs"]
+    if corrected := found.get("settings.corrections"):
+        words["settings.corrections"] = f"hpl_nb has changed the method's arithmetic since ({corrected[1] or corrected[0]})"
     return "; ".join([*words.values()][:9]) + (f"; and {len(words) - 9} more" if len(words) > 9 else "")
 
 def why_not_longer(share_of_run:str)->str:
@@ -263,5 +266,5 @@ def kept_tables(folder:RunFolder|None, progress:Progress, without:Sequence[int])
         if digest != progress.snapshots.get(name, digest):
             raise HplError(f"{path}, the predictions of an epoch, is missing or damaged. Restore a copy, or delete the folder "
                            f"{folder.checkpoint.parent} and run the same command again to train from the beginning.")
-        tables.append(pd.read_parquet(path))
+        tables.append(pd.read_parquet(BytesIO(path.read_bytes())))
     return tables
