@@ -26,8 +26,9 @@ from .data.core import SemiSupervisedData, content_keys
 from .data.images import ImageFiles
 from .data.own import PixelStrengths, RowStrengths
 from .data.tables import unmasked
-from .defaults import method_for, plain_shape, seed_of, train_twice, with_validation_rows
-from .estimator_file import NOT_IN_FILES, estimator_content, fitted_estimator, predictor_in, refuse_untrusted
+from .defaults import method_for, method_of, plain_shape, seed_of, train_twice
+from .defaults import with_validation_rows
+from .estimator_file import NOT_IN_FILES, estimator_content, fitted_estimator, predictor_in, refuse_untrusted, the_same
 from .inputs import kind_of, label_columns, picture_paths, row_count, table, training_data
 from .methods.core import MethodSettings
 from .models import Regressor
@@ -205,9 +206,10 @@ def load(cls:SemiSupervisedRegressor,
     path:str|Path, # written by `save`
     network:Callable[[tuple[int, ...], int], Regressor]|None=None, # where it was trained with one of your own
     trusted:Sequence[str]=(), # types that the preprocessor may be made of beside scikit-learn's, such as "my_module.MyScaler"
+    method:MethodSettings|None=None, # where it was trained with a method or a learner of your own: the same settings
 )->SemiSupervisedRegressor: # fitted; `run_` stays in the run folder
     "Read an estimator; a damaged file, another network or a type that is not trusted is refused."
-    content = read_content(path)
+    content = read_content(path, *([] if method is None else [type(method_of(method))]))
     if "estimator" not in content: raise HplError(f"{path} holds a predictor but no estimator; read it with Predictor.load(path, method).")
     with reading(path, partial(not_saved, path)):
         own = content["estimator"]
@@ -216,6 +218,7 @@ def load(cls:SemiSupervisedRegressor,
         if unknown := set(own["parameters"]) - {name for name in cls().get_params(deep=False) if name not in NOT_IN_FILES}:
             raise HplError(f"{path} is of another version of hpl_nb: it has the parameter {sorted(unknown)[0]!r:.50}, which this one does "
                            "not know. Save it again.")
+        if method is not None: own["parameters"]["method"] = the_same(own["parameters"]["method"], method, path)
         return fitted_estimator(cls(**own["parameters"], network=network), content, path, trusted)
 
 # %% ../nbs/83_estimator.ipynb #16cd0c6f

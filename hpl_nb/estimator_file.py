@@ -17,9 +17,10 @@ from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.compose import ColumnTransformer
 
 from .core import HplError, OwnGenerators, usual_settings
-from .defaults import build_method
-from .methods.core import MethodSettings
-from .predictor import Predictor, predictor_content, predictor_of
+from .defaults import build_method, method_of
+from .methods.core import MethodSettings, Released
+from .predictor import Predictor, predictor_content, predictor_of, refuse_other
+from .settings import as_json, differences
 
 # %% auto #0
 __all__ = []
@@ -48,6 +49,8 @@ def fitted_estimator(model:BaseEstimator, content:Mapping[str, Any], path:str|Pa
     own = content["estimator"]
     if not isinstance(own["fitted"]["method_"], MethodSettings): raise ValueError("method_ is no method")
     for name in FITTED: setattr(model, name, own["fitted"][name])
+    given = method_of(model.method).suited_to(Released())
+    if not differences(model.method_, given): model.method_ = given # with a learner of the user's own, of which the file has the name
     if model.n_features_in_ is None: del model.n_features_in_
     model.network_ = model.network
     if own["feature_names"] is not None: model.feature_names_in_ = np.array(own["feature_names"], dtype=object)
@@ -79,3 +82,9 @@ def read_transformer(content:bytes, path:str|Path, trusted:Sequence[str])->Trans
     "A preprocessor of trusted types."
     refuse_untrusted(content, path, trusted, "load")
     return skops.io.loads(content, trusted=list(trusted))
+
+# %% ../nbs/83b_estimator_file.ipynb #83b00002
+def the_same(there:MethodSettings|str, here:MethodSettings|str, path:str|Path)->MethodSettings:
+    "The method that is passed again; another one than the file's is refused."
+    refuse_other(*(as_json(method_of(method), compared=True) for method in (there, here)), path)
+    return method_of(here)

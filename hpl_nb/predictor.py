@@ -140,16 +140,16 @@ def pack(value:Any, tensors:dict[str, Tensor], name:str="")->Any:
         return {type(value).__name__: pack({f.name: getattr(value, f.name) for f in fields(value)}, tensors, name)}
     raise HplError(f"{name.strip('/')} is {type(value).__name__}, which a predictor's file cannot hold.")
 
-def unpack(tree:Any, tensors:Mapping[str, Tensor])->Any:
-    "The inverse of `pack`."
+def unpack(tree:Any, tensors:Mapping[str, Tensor], *own:type[Settings])->Any:
+    "The inverse of `pack`; `own` settings may be in it as well."
     if not isinstance(tree, dict): return tree
     (kind, content), = tree.items()
     if kind == "plain_view": return plain_view
-    if kind == "settings": return from_json(content, *METHODS, Train, RowStrengths, PixelStrengths)
+    if kind == "settings": return from_json(content, *METHODS, Train, RowStrengths, PixelStrengths, *own)
     if kind == "tensor": return tensors[content]
-    if kind == "dict": return {key: unpack(value, tensors) for key, value in content.items()}
-    if kind in ("list", "tuple"): return {"list": list, "tuple": tuple}[kind](unpack(value, tensors) for value in content)
-    return KINDS[kind](**unpack(content, tensors))
+    if kind == "dict": return {key: unpack(value, tensors, *own) for key, value in content.items()}
+    if kind in ("list", "tuple"): return {"list": list, "tuple": tuple}[kind](unpack(value, tensors, *own) for value in content)
+    return KINDS[kind](**unpack(content, tensors, *own))
 
 # %% ../nbs/75_predictor.ipynb #2366ee04
 def checksum(text:str, tensors:Mapping[str, Tensor])->str:
@@ -177,7 +177,7 @@ def not_saved(path:str|Path, why:str)->HplError:
     return HplError(f"{path} does not hold what predictor.save(...) writes ({why}); use a file from somebody you trust, or save again.")
 
 @usual_settings()
-def read_content(path:str|Path)->dict[str, Any]:
+def read_content(path:str|Path, *own:type[Settings])->dict[str, Any]:
     "What `write_content` wrote, on the CPU; a missing, damaged or foreign file is an `HplError`."
     if not Path(path).is_file(): raise HplError(f"there is no file {path}; predictor.save(...) writes one.")
     advice = "it is damaged or no safetensors file; restore a copy, or save again."
@@ -188,15 +188,15 @@ def read_content(path:str|Path)->dict[str, Any]:
     digest, _, text = metadata["predictor"].partition(" ")
     if checksum(text, tensors) != digest:
         raise HplError(f"{path} does not have its checksum: it is damaged; restore a copy, or save it again.")
-    with reading(path, partial(not_saved, path)): return _checked(path, json.loads(text)["dict"], tensors)
+    with reading(path, partial(not_saved, path)): return _checked(path, json.loads(text)["dict"], tensors, *own)
 
 # %% ../nbs/75_predictor.ipynb #de7121d5
-def _checked(path:str|Path, tree:dict[str, Any], tensors:dict[str, Tensor])->dict[str, Any]:
+def _checked(path:str|Path, tree:dict[str, Any], tensors:dict[str, Tensor], *own:type[Settings])->dict[str, Any]:
     "The content of a file of this format; a part that is missing or of another type is an error."
     if (number := tree["format"]) != FORMAT:
         advice = "save it again" if isinstance(number, int) and number < FORMAT else "update hpl_nb"
         raise HplError(f"{path} is of format {number!r:.50}, which hpl_nb {__version__} does not know; {advice}.")
-    content = unpack({"dict": tree}, tensors)
+    content = unpack({"dict": tree}, tensors, *own)
     wrong = [name for name, kind in PARTS.items() if name not in content or not isinstance(content[name], kind)]
     if wrong: raise ValueError(f"{wrong[0]} is missing or of another type")
     return content

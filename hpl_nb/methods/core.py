@@ -77,7 +77,7 @@ def but(self:MethodSettings, **changes:Any)->MethodSettings:
     "A variant with other settings by name, which its label says."
     value = change(self, **changes)
     different = {name.split(".")[-1] for name in differences(self, value)}
-    told = [f"{name}={new}".lower() for name, new in changes.items() if name in different]
+    told = [f"{name}={as_json(new) if callable(new) else str(new).lower()}" for name, new in changes.items() if name in different]
     return value if "label" in changes else replace(value, label=", ".join(filter(None, [self.label, *told])))
 
 # %% ../../nbs/60_methods.core.ipynb #03496c11
