@@ -1,10 +1,7 @@
 "Faults that people met in neighbouring projects, and the kinds behind them: shapes, types, ways to say 'no label', own networks."
 import decimal
-<<<<<<< HEAD
 import pickle
-=======
 import re
->>>>>>> close16
 import warnings
 from dataclasses import dataclass
 from typing import ClassVar

@@ -24,13 +24,9 @@ from hpl_nb import SemiSupervisedRegressor
 from hpl_nb.core import HplError
 from hpl_nb.data.columns import FrameEncoder, default_preprocessor
 from hpl_nb.data.images import ImageFiles, ImageSource, decode_image
-<<<<<<< HEAD
 from hpl_nb.data.own import Reading, from_arrays, from_frame, from_images
-=======
-from hpl_nb.data.own import from_arrays, from_frame, from_images
 from hpl_nb.data.pixels import on_disk
 from hpl_nb.data.rotated_digits import RotatedDigits
->>>>>>> close16
 from hpl_nb.data.tables import label_problems, read_table
 from hpl_nb.experiment import Experiment
 from hpl_nb.methods.core import Supervised

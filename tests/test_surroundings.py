@@ -25,12 +25,8 @@ from test_imdb_wiki import make_folder
 from hpl_nb.core import HplError, OwnGenerators, Turns, random_states, seed_everything
 from hpl_nb.data.core import StreamSettings, plain_view, synthetic
 from hpl_nb.data.images import published_views
-<<<<<<< HEAD
-from hpl_nb.data.own import Reading, from_arrays, from_frame, from_images
-=======
 from hpl_nb.data.imdb_wiki import imdb_wiki
-from hpl_nb.data.own import from_arrays, from_frame, from_images
->>>>>>> close16
+from hpl_nb.data.own import Reading, from_arrays, from_frame, from_images
 from hpl_nb.data.pixels import on_device, on_disk
 from hpl_nb.data.rotated_digits import RotatedDigits, rotated_digits
 from hpl_nb.data.stsb import stsb
