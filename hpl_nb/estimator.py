@@ -47,7 +47,7 @@ class SemiSupervisedRegressor(RegressorMixin, BaseEstimator):
         method:MethodSettings|str="hpl_paper", # settings of a method, such as HPL.paper(), or a short name of `known_methods()`
         network:Callable[[tuple[int, ...], int], Regressor]|None=None, # (shape of a row, K) -> network; None: `default_network`
         *,
-        preprocessor:TransformerMixin|None=None, # for tables; None: `default_preprocessor` for a data frame, nothing for an array
+        preprocessor:TransformerMixin|None=None, # for tables; None: `default_preprocessor`
         strengths:RowStrengths|PixelStrengths|None=None, # of the views of tables and of picture arrays; None: the defaults
         size:int=64, # of pictures in files: the side to which they are squeezed, pixels
         pixel_range:tuple[float, float]|None=None, # of files with more than 8 bits: black and white, such as (0, 4095); None: refuse them
@@ -70,6 +70,7 @@ class SemiSupervisedRegressor(RegressorMixin, BaseEstimator):
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
         tags.target_tags.multi_output = True
+        tags.input_tags.allow_nan = True
         return tags
 
 # %% ../nbs/83_estimator.ipynb #b7c41e03

@@ -15,8 +15,10 @@ import skops.io
 import torch
 from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.compose import ColumnTransformer
+from sklearn.pipeline import Pipeline, make_pipeline
 
 from .core import HplError, OwnGenerators, usual_settings
+from .data.columns import ColumnReader
 from .defaults import build_method
 from .methods.core import MethodSettings
 from .predictor import Predictor, predictor_content, predictor_of
@@ -53,7 +55,7 @@ def fitted_estimator(model:BaseEstimator, content:Mapping[str, Any], path:str|Pa
     if own["feature_names"] is not None: model.feature_names_in_ = np.array(own["feature_names"], dtype=object)
     model.preprocessor_ = None if own["preprocessor"] is None else read_transformer(own["preprocessor"].numpy().tobytes(), path, trusted)
     if own["own_preprocessor"]: model.preprocessor = clone(model.preprocessor_)
-    elif model.preprocessor_ is not None: categories_as_text(model.preprocessor_)
+    elif hasattr(model, "n_features_in_"): model.preprocessor_ = as_today(model.preprocessor_, model.n_features_in_)
     model.predictor_ = predictor_in(model, content, path)
     model.pseudo_labels_ = pd.DataFrame({name: column.numpy() if isinstance(column, torch.Tensor) else column
                                          for name, column in own["pseudo_labels"].items()})
@@ -64,18 +66,25 @@ def predictor_in(model:BaseEstimator, content:Mapping[str, Any], path:str|Path)-
     with OwnGenerators(): method = build_method(model.method_, model.shape_, len(content["normalizer"].mean), model.network_)
     return predictor_of(content, method, path)
 
-def categories_as_text(preprocessor:ColumnTransformer)->None:
-    "Text in place of the categories that files of hpl_nb 0.1.0 hold, which may be numbers."
-    for encoder in [step for name, step, _ in preprocessor.transformers_ if name == "texts" and hasattr(step, "categories_")]:
+def as_today(preprocessor:Pipeline|ColumnTransformer|None, columns:int)->Pipeline:
+    "The default preprocessor of a file; those of hpl_nb 0.1.0 have no `ColumnReader`, their categories may be numbers, and arrays have none."
+    if isinstance(preprocessor, Pipeline): return preprocessor
+    steps = () if preprocessor is None else preprocessor.transformers_
+    texts = [place for name, _, places in steps if name == "texts" for place in places]
+    for encoder in [step for name, step, _ in steps if name == "texts" and hasattr(step, "categories_")]:
         encoder.categories_ = [np.array([*map(str, values)], dtype=object) for values in encoder.categories_]
+    numbers = {place: ("", -np.inf, np.inf) for place in range(columns) if place not in texts}
+    return make_pipeline(ColumnReader(numbers, texts), *([preprocessor] if steps else []))
+
+HARMLESS = ("hpl_nb.data.columns.ColumnReader", "numpy.dtype", "sklearn.compose._column_transformer.make_column_selector") # skops does not know them
 
 def refuse_untrusted(content:bytes, path:str|Path, trusted:Sequence[str], call:str)->None:
     "Name the types of a preprocessor that are not trusted; nothing is built."
-    if others := [name for name in skops.io.get_untrusted_types(data=content) if name not in trusted]:
+    if others := [name for name in skops.io.get_untrusted_types(data=content) if name not in (*HARMLESS, *trusted)]:
         raise HplError(f"the preprocessor in {path} is made of {', '.join(others)}, which might do anything when it is read. If you know "
                        f"where it comes from: {call}(path, trusted={others}).")
 
 def read_transformer(content:bytes, path:str|Path, trusted:Sequence[str])->TransformerMixin:
     "A preprocessor of trusted types."
     refuse_untrusted(content, path, trusted, "load")
-    return skops.io.loads(content, trusted=list(trusted))
+    return skops.io.loads(content, trusted=[*HARMLESS, *trusted])
