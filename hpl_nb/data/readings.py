@@ -38,7 +38,7 @@ def number_column(column:pd.Series, source:str)->np.ndarray:
     return values
 
 # %% ../../nbs/14a_data.readings.ipynb #5b10c010
-class Reading(NamedTuple):
+class Conversion(NamedTuple):
     "How a column becomes numbers."
     kind:str # what the column holds
     unit:str # of the numbers
@@ -51,36 +51,36 @@ DATE, CLOCK, SINCE = r".*(\d{4}|\d[-/.]\d+[-/.]\d).*", r".*\d:\d\d.*", "days sin
 
 def _dates(more="", **how):
     code = f"(pd.to_datetime({{x}}, utc=True{more}) - pd.Timestamp('2000-01-01', tz='UTC')) / pd.Timedelta(days=1)"
-    return Reading("dates", SINCE, code, lambda x: (pd.to_datetime(x, utc=True, **how) - START)/DAY, DATE)
+    return Conversion("dates", SINCE, code, lambda x: (pd.to_datetime(x, utc=True, **how) - START)/DAY, DATE)
 
 def _spelled(digits, marks, decimal):
     pattern = rf"[%$€£\s]*[+-]?(\d{{1,3}}([{marks}\s'’]\d{{3}})+|\d+)({decimal}\d*)?[%$€£\s]*"
     code = f"pd.to_numeric({{x}}.astype(str).str.replace(r'{digits}', '', regex=True).str.replace(',', '.'))"
     def read(x): return pd.to_numeric(x.str.replace(digits, "", regex=True).str.replace(",", "."))
-    return Reading("numbers stored as text", "numbers", code, read, pattern)
+    return Conversion("numbers stored as text", "numbers", code, read, pattern)
 
 # %% ../../nbs/14a_data.readings.ipynb #5b10c011
 _TIME = "pd.to_timedelta({x}%s) / pd.Timedelta(days=1)"
 
 TEXTS = ( # what a column of text may be; of the first group that fits, each reading that does
-    (Reading("numbers stored as text", "numbers", "pd.to_numeric({x}, errors='coerce')", lambda x: pd.to_numeric(x, errors="coerce")),),
+    (Conversion("numbers stored as text", "numbers", "pd.to_numeric({x}, errors='coerce')", lambda x: pd.to_numeric(x, errors="coerce")),),
     (_spelled(r"[^\d.+-]", ",", r"\."), _spelled(r"[^\d,+-]", ".", ",")),
     (_dates(", format='ISO8601'", format="ISO8601"),), (_dates(), _dates(", dayfirst=True", dayfirst=True)),
-    (Reading("times", "days", _TIME % "", lambda x: pd.to_timedelta(x)/DAY, CLOCK),),
-    (Reading("times", "days", _TIME % ".astype(str) + ':00'", lambda x: pd.to_timedelta(x + ":00")/DAY, CLOCK),))
+    (Conversion("times", "days", _TIME % "", lambda x: pd.to_timedelta(x)/DAY, CLOCK),),
+    (Conversion("times", "days", _TIME % ".astype(str) + ':00'", lambda x: pd.to_timedelta(x + ":00")/DAY, CLOCK),))
 
 OBJECTS = { # pandas' name of a type -> how such a column is read
     **dict.fromkeys(("date", "datetime", "datetime64"), (_dates(),)),
-    **dict.fromkeys(("timedelta", "timedelta64"), (Reading("durations", "days", _TIME % "", lambda x: pd.to_timedelta(x)/DAY),)),
-    "period": (Reading("periods", SINCE, "(pd.PeriodIndex({x}).to_timestamp() - pd.Timestamp('2000-01-01')) / pd.Timedelta(days=1)",
+    **dict.fromkeys(("timedelta", "timedelta64"), (Conversion("durations", "days", _TIME % "", lambda x: pd.to_timedelta(x)/DAY),)),
+    "period": (Conversion("periods", SINCE, "(pd.PeriodIndex({x}).to_timestamp() - pd.Timestamp('2000-01-01')) / pd.Timedelta(days=1)",
                        lambda x: (pd.PeriodIndex(x).to_timestamp() - START.tz_localize(None))/DAY),),
-    "time": (Reading("times", "days", _TIME % ".astype(str)", lambda x: pd.to_timedelta(x.astype(str))/DAY),),
-    "complex": (Reading("complex numbers", "numbers", "np.abs({x})", np.abs), Reading("complex numbers", "numbers", "np.real({x})", np.real))}
+    "time": (Conversion("times", "days", _TIME % ".astype(str)", lambda x: pd.to_timedelta(x.astype(str))/DAY),),
+    "complex": (Conversion("complex numbers", "numbers", "np.abs({x})", np.abs), Conversion("complex numbers", "numbers", "np.real({x})", np.real))}
 
 READINGS = {reading.code: reading for group in (*OBJECTS.values(), *TEXTS) for reading in group}
 
 # %% ../../nbs/14a_data.readings.ipynb #5b10c013
-def attempt(reading:Reading, values:pd.Series)->np.ndarray|None:
+def attempt(reading:Conversion, values:pd.Series)->np.ndarray|None:
     "The numbers that a reading makes of values that are all there; None where it does not fit."
     if not values.map(str).astype(object).str.fullmatch(reading.pattern, flags=re.DOTALL).all(): return None
     with warnings.catch_warnings(record=True) as doubts:
@@ -89,7 +89,7 @@ def attempt(reading:Reading, values:pd.Series)->np.ndarray|None:
         except (ValueError, TypeError, OverflowError, AttributeError): return None
     return None if doubts or pd.isna(numbers).any() else numbers.astype(np.float64)
 
-def readings_of(column:pd.Series)->list[Reading]:
+def readings_of(column:pd.Series)->list[Conversion]:
     "How the values can be read as numbers, no two ways with the same result; none: they are names."
     values = column[~as_numbers(column)[1]].astype(object)
     if natural := OBJECTS.get(pd.api.types.infer_dtype(values)): return [*natural]
