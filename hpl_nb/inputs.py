@@ -57,14 +57,14 @@ def with_names(model:BaseEstimator, X:Any, fitting:bool)->Any:
 def table(model:BaseEstimator, X:Any, train:np.ndarray|None=None)->np.ndarray:
     "A table as numbers (n, d'); with rows that train the preprocessor is fitted, without them X is compared with what was fitted."
     default, fitting, X = model.preprocessor is None, train is not None, dense(X)
-    if not isinstance(X, pd.DataFrame):
+    if is_array := not isinstance(X, pd.DataFrame):
         numbers = default and fitting
         X = check_array(X, dtype=np.float64 if numbers else None, ensure_all_finite="allow-nan" if numbers else False,
                         ensure_min_samples=1 + numbers, estimator=model, input_name="X")
     X = with_names(model, X, fitting)
     if default: X = pd.DataFrame(X)
     if fitting:
-        model.preprocessor_ = default_preprocessor(X, train, stacklevel=5) if default else clone(model.preprocessor)
+        model.preprocessor_ = default_preprocessor(X, train, standardise=not is_array, stacklevel=5) if default else clone(model.preprocessor)
         model.preprocessor_.fit(X.iloc[train] if isinstance(X, pd.DataFrame) else X[train])
     encoded = check_array(model.preprocessor_.transform(X), accept_sparse=True, dtype=np.float64, input_name="X after the preprocessor")
     return encoded.toarray() if issparse(encoded) else encoded

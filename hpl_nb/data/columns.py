@@ -235,14 +235,14 @@ class ColumnReader(TransformerMixin, BaseEstimator):
         return pd.DataFrame(columns, index=X.index)
 
 # %% ../../nbs/14b_data.columns.ipynb #5b20c009
-def preprocessor_of(looks:Sequence[Look], most:int=50)->Pipeline:
+def preprocessor_of(looks:Sequence[Look], most:int, standardise:bool)->Pipeline:
     "Not fitted yet: a transformer of columns that are what was decided."
     numbers = {place: (look.code, look.low, look.high) for place, look in enumerate(looks) if look.kind == "numbers"}
     texts = [place for place, look in enumerate(looks) if look.kind == "text"]
     if not numbers and not texts: raise HplError("X: no column is left to learn from; give some that say something of the label.")
     one_hot = OneHotEncoder(max_categories=most, handle_unknown="infrequent_if_exist", sparse_output=False)
     features = ColumnTransformer([
-        ("numbers", make_pipeline(SimpleImputer(strategy="median"), StandardScaler()), [*numbers]),
+        ("numbers", make_pipeline(SimpleImputer(strategy="median"), StandardScaler() if standardise else "passthrough"), [*numbers]),
         ("texts", make_pipeline(SimpleImputer(strategy="most_frequent"), one_hot), texts),
         ("missing", MissingIndicator(error_on_new=False), [*numbers, *texts])])
     return make_pipeline(ColumnReader(numbers, texts), features)
@@ -252,13 +252,14 @@ def default_preprocessor(
     frame:pd.DataFrame, # features
     train:np.ndarray|None=None, # rows that train; None: all
     most:int=50, # features of a column of text
+    standardise:bool=True, # numbers
     stacklevel:int=2, # of the warnings
 )->Pipeline: # not fitted yet; columns are named by their positions
-    "Standardised numbers, one feature for each value of a text, and what is missing; a warning for each kind of thing that was done."
+    "Numbers, one feature for each value of a text, and what is missing; a warning for each kind of thing that was done."
     rows, columns = np.arange(len(frame)) if train is None else train, [frame.iloc[:, place] for place in range(frame.shape[1])]
     looks = [look_at(column, rows, most) for column in columns]
     for sentence in sentences([look.remarks for look in looks]): warnings.warn(f"X: {sentence}", stacklevel=stacklevel)
-    return preprocessor_of(looks, most)
+    return preprocessor_of(looks, most, standardise)
 
 # %% ../../nbs/14b_data.columns.ipynb #906e512a
 def dense(table:Any)->Any:
