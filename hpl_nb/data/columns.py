@@ -192,7 +192,7 @@ def look_at_text(column:pd.Series, train:np.ndarray, most:int, remarks:Remarks)-
     present = column.iloc[train].dropna()
     if present.empty: return Look("left out", Remarks(empty=repr(column.name)))
     count = present.astype(object).map(str).nunique()
-    if count > most and 2*count > len(present): return Look("left out", Remarks(named=f"{column.name!r} ({count:,} different texts)"))
+    if count > most and 2*count > len(present): return Look("left out", Remarks(named=repr(column.name)))
     return Look("text", remarks._replace(values=f"{column.name!r} has {count:,}") if count > most else remarks)
 
 # %% ../../nbs/14b_data.columns.ipynb #5b20c006
