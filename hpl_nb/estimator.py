@@ -29,13 +29,15 @@ from .data.tables import unmasked
 from .defaults import build_method, method_for, schedule, seed_of, smallest_batch, try_network
 from .estimator_file import NOT_IN_FILES, estimator_content, fitted_estimator, predictor_in, refuse_untrusted
 from .inputs import kind_of, label_columns, picture_paths, row_count, table, training_data
-from .methods.core import MethodSettings
+from .methods.core import Method, MethodSettings
+from .model_report import held_out_rows, least_pictures, ridge_solution, write_report
 from .models import Regressor
 from .predictor import Interval, Pictures, Predictor, calibrated, check_outputs, interval_of, not_saved
 from .predictor import predictor_content, read_content, write_content
 from .training.loop import fit as fit_method
 from .training.run import Run, selected
 from .training.state import Train
+from .trust import trust_ranking, verdicts
 
 # %% auto #0
 __all__ = ['SemiSupervisedRegressor', 'LabelledKFold']
@@ -84,7 +86,7 @@ def fit(self:SemiSupervisedRegressor,
     X:Any, # (n, d) numbers, a data frame, pictures (n, H, W) or (n, C, H, W), or n paths of pictures
     y:Any, # (n,) or (n, K); NaN or `missing_label`: unlabelled
 )->SemiSupervisedRegressor: # itself
-    "Train. What is left: `predictor_`, `pseudo_labels_`, and `run_` with the curves."
+    "Train. What is left: `predictor_`, `pseudo_labels_`, `trust_`, `held_out_`, and `run_` with the curves."
     if self.folder is not None and not isinstance(self.random_state, Integral):
         raise HplError(f"random_state is {self.random_state!r}; a run folder goes on with the same numbers only if it is a whole number.")
     labels, seed = label_columns(y, row_count(X), self.missing_label), seed_of(self.random_state)
@@ -97,7 +99,7 @@ def fit(self:SemiSupervisedRegressor,
         if self.network is not None: try_network(self.network, method, smallest_batch(data, train, method), data.outputs)
     self.run_ = fit_method(method, data, train, folder=self.folder, seed=seed, progress=self.verbose)
     self.predictor_, self._trained = Predictor.from_method(method, data), training_content(data)
-    self.pseudo_labels_ = pseudo_labels(self.run_, X.index if isinstance(X, (pd.Series, pd.DataFrame)) else None)
+    keep_for_report(self, method, data, seed, X.index if isinstance(X, (pd.Series, pd.DataFrame)) else None)
     self.method_, self.shape_, self.network_, self.is_column_ = settings, shape, self.network, np.asarray(y).ndim == 1
     return self
 
@@ -110,6 +112,15 @@ def pseudo_labels(run:Run, index:pd.Index|None=None)->pd.DataFrame:
     return pd.DataFrame({
         "row": rows if index is None else index[rows], "output": table["output"], "pseudo_label": table["pseudo_label"],
         "variance": np.exp(table["log_variance"].astype(float)), "weight": table["weight"].astype(float).fillna(1.)})
+
+# %% ../nbs/83_estimator.ipynb #5b1e0a01
+def keep_for_report(model:SemiSupervisedRegressor, method:Method, data:SemiSupervisedData, seed:int, index:pd.Index|None)->None:
+    "What `fit` knows of the unlabelled and of the validation rows, for the user and for the report."
+    model.trust_, held_out, trust = trust_ranking(method, data, model.run_, seed)
+    model.pseudo_labels_ = pseudo_labels(model.run_, index).assign(trust=trust.T.ravel())
+    model._ridge, model._pictures = ridge_solution(data), least_pictures(data, model.pseudo_labels_)
+    model.held_out_ = held_out_rows(data, model.run_, held_out, model._ridge, index)
+    if model.verbose and len(model.trust_): print(verdicts(model.trust_, len(data.val)))
 
 # %% ../nbs/83_estimator.ipynb #b7c41e02
 def fitted_kind(model:SemiSupervisedRegressor)->str:
@@ -166,6 +177,15 @@ def rows_that_trained(model:SemiSupervisedRegressor, samples:Any, rows:np.ndarra
     else: keys = content_keys(samples, rows)
     return pd.Series(keys).isin(trained).to_numpy()
 
+def unseen_rows(model:SemiSupervisedRegressor, X:Any, y:Any, what:str)->tuple[np.ndarray, np.ndarray, Any]:
+    "Labels (n, K), the rows that have one, and samples; warns where one of these rows trained."
+    (labels, known), samples = known_labels(model, X, y), model.predictor_.reader(samples_of(model, X))
+    if len(trained := known[rows_that_trained(model, samples, known)]):
+        warnings.warn(f"{len(trained)} of {len(known)} {what} rows are equal to a row that trained (the first is row {trained[0]} of "
+                      "X), and their errors are too small. Leave such rows out, unless features are so coarse that different samples are "
+                      "equal.", stacklevel=3)
+    return labels, known, samples
+
 # %% ../nbs/83_estimator.ipynb #79af9b29
 @patch
 def predict_interval(self:SemiSupervisedRegressor,
@@ -185,13 +205,20 @@ def calibrate(self:SemiSupervisedRegressor,
 )->SemiSupervisedRegressor: # itself
     "Let other rows' errors make the intervals."
     check_is_fitted(self)
-    (labels, known), samples = known_labels(self, X, y), self.predictor_.reader(samples_of(self, X))
-    if len(trained := known[rows_that_trained(self, samples, known)]):
-        warnings.warn(f"{len(trained)} of {len(known)} calibration rows are equal to a row that trained (the first is row {trained[0]} of "
-                      "X), and their errors are too small. Leave such rows out, unless features are so coarse that different samples are "
-                      "equal.", stacklevel=2)
+    labels, known, samples = unseen_rows(self, X, y, "calibration")
     self.predictor_ = calibrated(self.predictor_, samples, known, labels[known])
     return self
+
+# %% ../nbs/83_estimator.ipynb #5b1e0a03
+@patch
+def report(self:SemiSupervisedRegressor,
+    path:str|Path, # of the HTML file
+    X:Any=None, # rows that were not in `fit`, for the error and the coverage; None: the validation rows
+    y:Any=None, # their labels, (n,) or (n, K); rows without a label are left out
+)->Path: # `path`
+    "Write one self-contained HTML file about the model."
+    check_is_fitted(self)
+    return write_report(self, path, X, y if X is None or y is None else unseen_rows(self, X, y, "test")[0])
 
 # %% ../nbs/83_estimator.ipynb #cb1e6ab5
 @patch

@@ -15,6 +15,7 @@ import skops.io
 import torch
 from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.compose import ColumnTransformer
+from torch import Tensor
 
 from .core import HplError, OwnGenerators, usual_settings
 from .defaults import build_method
@@ -26,20 +27,29 @@ __all__ = []
 
 # %% ../nbs/83b_estimator_file.ipynb #035b5fa7
 NOT_IN_FILES = ("network", "preprocessor", "folder", "random_state") # parameters
-FITTED = ("method_", "shape_", "is_column_", "n_features_in_")
+FITTED = ("method_", "shape_", "is_column_", "n_features_in_", "_ridge")
+TABLES = ("pseudo_labels", "held_out", "trust")
+
+def as_columns(frame:pd.DataFrame)->dict[str, Tensor|list[str]]:
+    "A table as a file holds it: numbers as tensors, everything else as text."
+    return {name: torch.from_numpy(np.array(column)) if column.dtype.kind in "biuf" else list(map(str, column))
+            for name, column in frame.items()}
+
+def as_frame(columns:Mapping[str, Tensor|list[str]])->pd.DataFrame:
+    "The inverse of `as_columns`."
+    return pd.DataFrame({name: column.numpy() if isinstance(column, Tensor) else column for name, column in columns.items()})
 
 @usual_settings()
 def estimator_content(model:BaseEstimator)->dict[str, Any]:
     "What an estimator's file holds: that of its predictor, and what is the estimator's own."
-    frame, names = model.pseudo_labels_, getattr(model, "feature_names_in_", None)
-    columns = {name: torch.from_numpy(np.array(column)) if column.dtype.kind in "biuf" else list(map(str, column))
-               for name, column in frame.items()}
+    names = getattr(model, "feature_names_in_", None)
     transformer = None if model.preprocessor_ is None else torch.tensor(bytearray(skops.io.dumps(model.preprocessor_)), dtype=torch.uint8)
     return predictor_content(model.predictor_) | {"estimator": {
         "parameters": {name: value for name, value in model.get_params(deep=False).items() if name not in NOT_IN_FILES},
         "fitted": {name: getattr(model, name, None) for name in FITTED}, "own_network": model.network_ is not None,
-        "own_preprocessor": model.preprocessor is not None, "preprocessor": transformer, "pseudo_labels": columns,
-        "feature_names": None if names is None else list(map(str, names))}}
+        "own_preprocessor": model.preprocessor is not None, "preprocessor": transformer,
+        "feature_names": None if names is None else list(map(str, names)),
+        **{name: as_columns(getattr(model, f"{name}_")) for name in TABLES}}}
 
 # %% ../nbs/83b_estimator_file.ipynb #5b451569
 def fitted_estimator(model:BaseEstimator, content:Mapping[str, Any], path:str|Path,
@@ -47,7 +57,7 @@ def fitted_estimator(model:BaseEstimator, content:Mapping[str, Any], path:str|Pa
     "Put into an estimator, with the parameters of a file, what else the file holds."
     own = content["estimator"]
     if not isinstance(own["fitted"]["method_"], MethodSettings): raise ValueError("method_ is no method")
-    for name in FITTED: setattr(model, name, own["fitted"][name])
+    for name in FITTED: setattr(model, name, own["fitted"].get(name))
     if model.n_features_in_ is None: del model.n_features_in_
     model.network_ = model.network
     if own["feature_names"] is not None: model.feature_names_in_ = np.array(own["feature_names"], dtype=object)
@@ -55,8 +65,7 @@ def fitted_estimator(model:BaseEstimator, content:Mapping[str, Any], path:str|Pa
     if own["own_preprocessor"]: model.preprocessor = clone(model.preprocessor_)
     elif model.preprocessor_ is not None: categories_as_text(model.preprocessor_)
     model.predictor_ = predictor_in(model, content, path)
-    model.pseudo_labels_ = pd.DataFrame({name: column.numpy() if isinstance(column, torch.Tensor) else column
-                                         for name, column in own["pseudo_labels"].items()})
+    for name in TABLES: setattr(model, f"{name}_", as_frame(own.get(name, {})))
     return model
 
 # %% ../nbs/83b_estimator_file.ipynb #2012a353

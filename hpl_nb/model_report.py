@@ -36,7 +36,7 @@ from .metrics import mean_absolute_error, mean_squared_error, r2_score
 from .models import Body, Head, Regressor
 from .predictor import conformal_radius
 from .training.run import Run, selected
-from .trust import useful_score, verdict
+from .trust import verdicts
 
 # %% auto #0
 __all__ = ['write_report']
@@ -52,8 +52,8 @@ def ridge_solution(data:SemiSupervisedData, most:float=2e7)->tuple[Tensor, Tenso
 
 def linear(weight:Tensor, bias:Tensor)->Regressor:
     "A regressor without a body, in evaluation mode."
-    head = Head(weight.shape[1], len(weight))
-    head.load_state_dict({"weight": weight, "bias": bias})
+    head = Head(weight.shape[1], len(weight), device="meta") # which draws no numbers
+    head.load_state_dict({"weight": weight, "bias": bias}, assign=True)
     return Regressor(Body(nn.Flatten(), weight.shape[1]), head).eval()
 
 # %% ../nbs/82f_model_report.ipynb #2e52a07b
@@ -76,20 +76,20 @@ def held_out_rows(data:SemiSupervisedData, run:Run, trust:np.ndarray, ridge:tupl
     return pd.DataFrame({"row": rows if index is None else index[rows], "output": table["output"], "y_true": table["y_true"],
                          "prediction": table["y_pred"], "ridge": other.T.ravel(), "trust": trust.T.ravel()})
 
-# %% ../nbs/82f_model_report.ipynb #0050eca4
-def as_columns(frame:pd.DataFrame, name:str)->np.ndarray:
-    "A column of a table with a row for each sample and output as (n, K)."
+# %% ../nbs/82f_model_report.ipynb #ff0ecb03
+def by_output(frame:pd.DataFrame, name:str)->np.ndarray:
+    "A column of a table that has a row for each output and sample, as (n, K)."
     return frame[name].to_numpy(dtype=float).reshape(frame["output"].nunique(), -1).T
 
 def compared(frame:pd.DataFrame, mean:Sequence[float])->dict[str, np.ndarray]:
     "Predictions (n, K) of the model, of Ridge where there is one, and of the mean."
-    found = {"this model": as_columns(frame, "prediction"), "Ridge": as_columns(frame, "ridge")}
+    found = {"this model": by_output(frame, "prediction"), "Ridge": by_output(frame, "ridge")}
     found["always the mean"] = np.tile(np.asarray(mean, dtype=float), (len(found["Ridge"]), 1))
     return {name: values for name, values in found.items() if np.isfinite(values).all()}
 
 def error_table(frame:pd.DataFrame, mean:Sequence[float])->pd.DataFrame:
     "Errors of each on rows whose labels are known, one line for each output."
-    y, lines = as_columns(frame, "y_true"), []
+    y, lines = by_output(frame, "y_true"), []
     for name, prediction in compared(frame, mean).items():
         for k in range(y.shape[1]):
             pair, size = (y[:, k], prediction[:, k]), np.abs(y[:, k] - prediction[:, k])
@@ -101,7 +101,7 @@ def error_table(frame:pd.DataFrame, mean:Sequence[float])->pd.DataFrame:
 # %% ../nbs/82f_model_report.ipynb #50a1d6d6
 def against_ridge(frame:pd.DataFrame)->str:
     "Whether the model's errors are smaller than Ridge's on the same rows, in one sentence."
-    y, model, ridge = (as_columns(frame, name) for name in ("y_true", "prediction", "ridge"))
+    y, model, ridge = (by_output(frame, name) for name in ("y_true", "prediction", "ridge"))
     if not np.isfinite(ridge).all() or len(y) < 2: return ""
     difference = (np.abs(y - model) - np.abs(y - ridge)).mean(axis=1)
     mean, error = difference.mean(), difference.std(ddof=1)/math.sqrt(len(y))
@@ -128,16 +128,15 @@ def left_out_inside(errors:np.ndarray, coverage:float)->np.ndarray:
 
 def left_out_coverage(frame:pd.DataFrame)->dict[float, np.ndarray]:
     "Which labels (n, K) lie within an interval made of the other rows, by the share that is asked; without shares that n rows cannot give."
-    errors = np.abs(as_columns(frame, "y_true") - as_columns(frame, "prediction"))
+    errors = np.abs(by_output(frame, "y_true") - by_output(frame, "prediction"))
     return {c: np.apply_along_axis(left_out_inside, 0, errors, c) for c in ASKED if math.ceil(round(len(errors)*c, 9)) < len(errors)}
 
 def coverage_table(inside:Mapping[float, np.ndarray], prediction:np.ndarray)->pd.DataFrame:
     "Shares of labels inside, of all rows and of thirds of the predictions (n, K), each output on its own."
     third = np.ceil(3*np.apply_along_axis(rankdata, 0, prediction)/len(prediction))
-    thirds = {"smallest third of predictions": third == 1, "middle third": third == 2, "largest third": third == 3}
-    return pd.DataFrame([{"asked": f"{c:.0%}", "all rows": f"{mask.mean():.1%}"} |
-                         {name: f"{mask[part].mean():.1%}" if part.any() else "n/a" for name, part in thirds.items()}
-                         for c, mask in inside.items()], columns=["asked", "all rows", *thirds])
+    parts = {"all rows": third > 0, "smallest third of predictions": third == 1, "middle third": third == 2, "largest third": third == 3}
+    return pd.DataFrame([{"asked": c} | {name: mask[part].mean() if part.any() else np.nan for name, part in parts.items()}
+                         for c, mask in inside.items()]).mul(100).add_suffix(" (%)").round(1)
 
 # %% ../nbs/82f_model_report.ipynb #c2c96ad4
 def least_trusted(pseudo_labels:pd.DataFrame, most:int=20)->pd.DataFrame:
@@ -152,15 +151,19 @@ def as_picture(sample:Any)->Image.Image:
     channels = values if values.ndim == 2 else values[:3].transpose(1, 2, 0) if len(values) >= 3 else values[0]
     return Image.fromarray(channels.astype(np.uint8))
 
-def thumbnails(data:SemiSupervisedData, rows:Sequence[int], side:int=64)->list[str]:
-    "Small pictures of rows as addresses that hold the picture itself; empty for tables."
-    if not isinstance(data.inputs, ImageFiles) and np.ndim(data.inputs[0]) < 2: return []
-    addresses = []
-    for sample in data.inputs[np.asarray(rows, dtype=int)]:
-        (picture := as_picture(sample).convert("RGB")).thumbnail((side, side))
-        picture.save(file := BytesIO(), "PNG")
-        addresses.append(f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}")
-    return addresses
+def thumbnail(sample:Any, side:int=64)->str:
+    "A small picture as an address that holds the picture itself."
+    (picture := as_picture(sample).convert("RGB")).thumbnail((side, side))
+    picture.save(file := BytesIO(), "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+def least_pictures(data:SemiSupervisedData, pseudo_labels:pd.DataFrame)->pd.DataFrame:
+    "The pictures of `least_trusted`, at their places in the table, and the names of their files; empty for tables."
+    places, files = least_trusted(pseudo_labels).index, isinstance(data.inputs, ImageFiles)
+    if not len(places) or not files and np.ndim(data.inputs[0]) < 2: return pd.DataFrame()
+    rows = data.unlabelled[places % len(data.unlabelled)]
+    frame = pd.DataFrame({"picture": [thumbnail(sample) for sample in data.inputs[rows]]}, index=places)
+    return frame.assign(file=[data.inputs.sources[row].name for row in rows]) if files else frame
 
 # %% ../nbs/82f_model_report.ipynb #ee9aaf59
 def picture_grid(pictures:Sequence[str], captions:Sequence[str], columns:int=5)->go.Figure:
@@ -169,8 +172,8 @@ def picture_grid(pictures:Sequence[str], captions:Sequence[str], columns:int=5)-
     figure = make_subplots(rows, columns, subplot_titles=[html.escape(text) for text in captions], vertical_spacing=.3/rows)
     for place, address in enumerate(pictures):
         at = dict(row=place//columns + 1, col=place % columns + 1)
-        figure.add_layout_image(source=address, x=0, y=1, sizex=1, sizey=1, xref="x", yref="y", **at)
-        figure.add_scatter(x=[0, 1], y=[0, 1], mode="markers", marker_opacity=0, hoverinfo="skip", showlegend=False, **at)
+        figure.add_scatter(x=[0, 1], y=[0, 1], mode="markers", marker_opacity=0, hoverinfo="skip", showlegend=False, **at) # a panel needs one
+        figure.add_layout_image(source=address, x=0, y=1, sizex=1, sizey=1, **at)
     figure.update_xaxes(visible=False, range=[0, 1]).update_yaxes(visible=False, range=[0, 1])
     figure.update_annotations(font_size=12)
     return finish(figure, "The least trusted pictures", 80 + 150*rows)
@@ -202,7 +205,7 @@ def facts(model:BaseEstimator)->pd.DataFrame:
                   "Seconds": f"{done['seconds']:g}", "Seed": str(run.config["seed"])}
         known |= {"Hardware and versions": ", ".join(f"{name} {value}" if name != "hardware" else value
                                                      for name, value in run.environment.items())}
-    return pd.DataFrame(known.items(), columns=["What", "Value"])
+    return pd.DataFrame({"Value": known.values()}, index=[*known])
 
 # %% ../nbs/82f_model_report.ipynb #bb3a92b6
 def settings_in_words(model:BaseEstimator)->str:
@@ -213,10 +216,11 @@ def settings_in_words(model:BaseEstimator)->str:
     return "\n\n".join(filter(None, [file, names and f"Columns: {names}.", f"Settings: {model.method_}"]))
 
 # %% ../nbs/82f_model_report.ipynb #a1af9904
-NO_ROWS = ("No rows were held out (validation_fraction=0), so that this report knows no error, no interval and no ranking of the pseudo-labels. "
-           "report(path, X, y) shows the error on rows of your own.")
+NO_ROWS = ("No rows were held out (validation_fraction=0, or a file of an earlier version), so that this report knows no error, no interval and no "
+           "ranking of the pseudo-labels. "
+           "report(path, X, y) shows the error on other rows with labels.")
 VALIDATION = ("These {n} validation rows did not train, but they selected the epoch, so that the error is slightly optimistic. "
-              "Rows of your own, report(path, X, y), give an honest one.")
+              "Other rows with labels, report(path, X, y), give an honest one.")
 
 def tested_rows(model:BaseEstimator, X:Any, y:np.ndarray)->tuple[pd.DataFrame, dict[float, np.ndarray]]:
     "Rows of the user's own with a label, as `held_out_rows` has them, and which labels lie within the intervals."
@@ -238,32 +242,30 @@ Section = tuple[str, str, go.Figure|pd.DataFrame|None] # heading, text, content
 def error_sections(model:BaseEstimator, frame:pd.DataFrame, inside:Mapping[float, np.ndarray], own:bool)->list[Section]:
     "Errors and coverage on validation rows, or on rows of the user's own."
     if frame.empty: return [("Error", NO_ROWS, None)]
-    n, name = len(frame)//frame["output"].nunique(), "rows of your own" if own else "validation rows"
-    text = f"These {n} rows took no part in the training and in the selection of the epoch." if own else VALIDATION.format(n=n)
+    n, name = len(frame)//frame["output"].nunique(), "test rows" if own else "validation rows"
+    text = f"These {n} rows took no part in training, nor in the selection of the epoch." if own else VALIDATION.format(n=n)
     coverage = ("Shares of labels within the intervals of predict_interval." if own else "Each row's interval is made of the other rows' errors. "
                 "Over all rows the share comes out right by construction; look at the thirds.")
     return [(f"Error on {n} {name}", f"{text}\n\n{against_ridge(frame)}", error_table(frame, model.predictor_.normalizer.mean)),
             ("Predictions", "A point on the dashed line is right.", true_against_predicted(frame)),
             ("Coverage of the intervals", coverage if inside else f"{n} rows are too few for intervals of {ASKED[0]:.0%} or more.",
-             coverage_table(inside, as_columns(frame, "prediction")) if inside else None)]
+             coverage_table(inside, by_output(frame, "prediction")) if inside else None)]
 
 # %% ../nbs/82f_model_report.ipynb #5de3e570
 def trust_sections(model:BaseEstimator)->list[Section]:
     "What the scores are worth, and the rows that the best one trusts least."
-    table, rows = model.trust_, len(model.held_out_["row"].unique())
-    if table.empty: return []
-    outputs = {k: part.reset_index(drop=True) for k, part in table.groupby("output")}
-    text = " ".join((f"Output {k}: " if len(outputs) > 1 else "") + verdict(part, rows) for k, part in outputs.items())
-    text += " The p-values allow for the number of scores. A correlation of 0 is chance, 1 a perfect order."
-    shown = table.drop(columns="output") if len(outputs) == 1 else table
+    if (table := model.trust_).empty: return []
+    text = (f"{verdicts(table, len(by_output(model.held_out_, 'y_true')))} The p-values allow for the number of scores. "
+            "A correlation of 0 is chance, 1 a perfect order.")
+    shown = table.drop(columns="output") if table["output"].nunique() == 1 else table
     sections = [("Which score ranks the errors?", text, shown.rename(columns={"p_value": "p"}).assign(used=shown["used"].map({True: "yes", False: ""})))]
     if (least := least_trusted(model.pseudo_labels_)).empty: return sections
     ends = trust_thirds(model.held_out_)
     sections.append(("Pseudo-labels not to trust", f"The {len(least)} unlabelled rows that the score trusts least; trust is the share of rows that are "
                      f"trusted no more. {ends}", named(model, least)))
-    if pictures := getattr(model, "_pictures", None):
+    if "picture" in (pictures := getattr(model, "_pictures", pd.DataFrame())):
         captions = [f"{row.row}: {row.pseudo_label:.4g}" for row in least.itertuples()]
-        sections.append(("The same rows as pictures", "Each with its row and its pseudo-label.", picture_grid(pictures, captions)))
+        sections.append(("The same rows as pictures", "Each with its row and its pseudo-label.", picture_grid(pictures["picture"], captions)))
     return sections
 
 def trust_thirds(frame:pd.DataFrame)->str:
@@ -275,10 +277,9 @@ def trust_thirds(frame:pd.DataFrame)->str:
 
 def named(model:BaseEstimator, least:pd.DataFrame)->pd.DataFrame:
     "Pseudo-labels with the names of their files, where they have some, and without empty columns."
-    files = getattr(model, "_files", None)
-    table = least.assign(file=[files[place % len(files)] for place in least.index]) if files else least
-    if least["output"].nunique() == 1: table = table.drop(columns="output")
-    order = [name for name in ("row", "file", "output", "pseudo_label", "variance", "weight", "trust") if name in table]
+    table = least.join(getattr(model, "_pictures", pd.DataFrame()))
+    same = [name for name in ("output", "weight") if table[name].nunique() == 1]
+    order = [name for name in ("row", "file", "output", "pseudo_label", "variance", "weight", "trust") if name in table and name not in same]
     return table[order].dropna(axis=1, how="all").reset_index(drop=True)
 
 # %% ../nbs/82f_model_report.ipynb #5712aeed
@@ -286,12 +287,13 @@ def curve_sections(run:Run)->list[Section]:
     "Validation error and losses over the epochs."
     log, epoch = run.log.assign(run=run.config["run"], method=run.config["method"]), run.metrics["epoch"]
     losses = log.set_index("epoch")[[name for name in log if name.startswith("loss/")]].rename(columns=lambda name: name[5:])
-    sections = [("Losses", "Means over each epoch, in standardised label units; a logarithmic axis.",
-                 reference(chart(losses, "Losses over training", "Epoch", "Loss", "lines+markers", log="y"), epoch))]
+    axis = "y" if losses.gt(0).all(axis=None) else ""
+    sections = [("Losses", "Means over each epoch, in standardised label units.",
+                 reference(chart(losses, "Losses over training", "Epoch", "Loss", "lines+markers", log=axis), epoch))]
     if "val_mae" not in log: return sections
     curve = reference(learning_curves(log, "val_mae"), epoch)
-    return [("Learning curve", f"Mean absolute error on the validation rows; the dashed line marks epoch {epoch}, whose weights the model has.",
-             curve), *sections]
+    return [("Learning curve", f"Mean absolute error on the validation rows. The dashed line marks epoch {epoch}, which has the smallest mean squared "
+             "error there, and whose weights the model has.", curve), *sections]
 
 # %% ../nbs/82f_model_report.ipynb #0e00a4c1
 def write_report(

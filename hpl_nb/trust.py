@@ -69,6 +69,11 @@ def verdict(table:pd.DataFrame, rows:int)->str:
     return (f"No score ranks the errors of the {rows} validation rows better than chance; the best is the {best['score']} {numbers}. "
             "So no ranking of the pseudo-labels is worth anything.")
 
+def verdicts(table:pd.DataFrame, rows:int)->str:
+    "The verdict on each output of `trust_ranking`'s table."
+    outputs = {k: part.reset_index(drop=True) for k, part in table.groupby("output")}
+    return " ".join((f"Output {k}: " if len(outputs) > 1 else "") + verdict(part, rows) for k, part in outputs.items())
+
 # %% ../nbs/82e_trust.ipynb #6e1df407
 def view_scores(views:Mapping[str, np.ndarray], mean:np.ndarray)->dict[str, np.ndarray]:
     "Scores (n, K) of rows from what `Evaluator.inspect` says of them, label units; `mean` is that of the labels."
