@@ -29,7 +29,7 @@ from .data.tables import unmasked
 from .defaults import build_method, method_for, schedule, seed_of, smallest_batch, try_network
 from .estimator_file import NOT_IN_FILES, estimator_content, fitted_estimator, predictor_in, refuse_untrusted
 from .inputs import kind_of, label_columns, picture_paths, row_count, table, training_data
-from .methods.core import Method, MethodSettings
+from .methods.core import MethodSettings
 from .model_report import held_out_rows, least_pictures, ridge_solution, write_report
 from .models import Regressor
 from .predictor import Interval, Pictures, Predictor, calibrated, check_outputs, interval_of, not_saved
@@ -37,7 +37,7 @@ from .predictor import predictor_content, read_content, write_content
 from .training.loop import fit as fit_method
 from .training.run import Run, selected
 from .training.state import Train
-from .trust import trust_ranking, verdicts
+from .trust import Trained, trust_ranking, verdicts
 
 # %% auto #0
 __all__ = ['SemiSupervisedRegressor', 'LabelledKFold']
@@ -99,7 +99,8 @@ def fit(self:SemiSupervisedRegressor,
         if self.network is not None: try_network(self.network, method, smallest_batch(data, train, method), data.outputs)
     self.run_ = fit_method(method, data, train, folder=self.folder, seed=seed, progress=self.verbose)
     self.predictor_, self._trained = Predictor.from_method(method, data), training_content(data)
-    keep_for_report(self, method, data, seed, X.index if isinstance(X, (pd.Series, pd.DataFrame)) else None)
+    trained = Trained(method, data, self.run_)
+    keep_for_report(self, trained, trained, seed, X.index if isinstance(X, (pd.Series, pd.DataFrame)) else None)
     self.method_, self.shape_, self.network_, self.is_column_ = settings, shape, self.network, np.asarray(y).ndim == 1
     return self
 
@@ -114,13 +115,13 @@ def pseudo_labels(run:Run, index:pd.Index|None=None)->pd.DataFrame:
         "variance": np.exp(table["log_variance"].astype(float)), "weight": table["weight"].astype(float).fillna(1.)})
 
 # %% ../nbs/83_estimator.ipynb #5b1e0a01
-def keep_for_report(model:SemiSupervisedRegressor, method:Method, data:SemiSupervisedData, seed:int, index:pd.Index|None)->None:
-    "What `fit` knows of the unlabelled and of the validation rows, for the user and for the report."
-    model.trust_, held_out, trust = trust_ranking(method, data, model.run_, seed)
-    model.pseudo_labels_ = pseudo_labels(model.run_, index).assign(trust=trust.T.ravel())
-    model._ridge, model._pictures = ridge_solution(data), least_pictures(data, model.pseudo_labels_)
-    model.held_out_ = held_out_rows(data, model.run_, held_out, model._ridge, index)
-    if model.verbose and len(model.trust_): print(verdicts(model.trust_, len(data.val)))
+def keep_for_report(model:SemiSupervisedRegressor, first:Trained, last:Trained, seed:int, index:pd.Index|None)->None:
+    "What `fit` knows of the validation rows (first training) and of the unlabelled rows (last training), for the user and the report."
+    model.trust_, held_out, trust = trust_ranking(first, last, seed)
+    model.pseudo_labels_ = pseudo_labels(last.run, index).assign(trust=trust.T.ravel())
+    model.held_out_ = held_out_rows(first.data, first.run, held_out, ridge_solution(first.data), index)
+    model._ridge, model._pictures = ridge_solution(last.data), least_pictures(last.data, model.pseudo_labels_)
+    if model.verbose and len(model.trust_): print(verdicts(model.trust_, len(first.data.val)))
 
 # %% ../nbs/83_estimator.ipynb #b7c41e02
 def fitted_kind(model:SemiSupervisedRegressor)->str:

@@ -66,7 +66,7 @@ def with_ridge(model:BaseEstimator)->BaseEstimator:
 
 # %% ../nbs/82f_model_report.ipynb #598aabf4
 def held_out_rows(data:SemiSupervisedData, run:Run, trust:np.ndarray, ridge:tuple[Tensor, Tensor]|None, index:pd.Index|None=None)->pd.DataFrame:
-    "The validation rows at the selected epoch: row, output, y_true, prediction, ridge (NaN: none) and trust."
+    "The validation rows at the selected epoch: row, output, y_true, prediction, ridge (NaN: none), mean (of labels that trained), trust."
     table = selected(run)
     table = table[table["split"] == "val"].reset_index(drop=True)
     rows, other = table["index"].astype(int), np.full((len(data.val), data.outputs), np.nan)
@@ -74,23 +74,19 @@ def held_out_rows(data:SemiSupervisedData, run:Run, trust:np.ndarray, ridge:tupl
         with torch.no_grad(): other = linear(*ridge)(data.plain(data.inputs[data.val], None).float()).double().numpy()
         other = data.normalizer.denormalize(other)
     return pd.DataFrame({"row": rows if index is None else index[rows], "output": table["output"], "y_true": table["y_true"],
-                         "prediction": table["y_pred"], "ridge": other.T.ravel(), "trust": trust.T.ravel()})
+                         "prediction": table["y_pred"], "ridge": other.T.ravel(),
+                         "mean": np.asarray(data.normalizer.mean)[table["output"].astype(int)], "trust": trust.T.ravel()})
 
 # %% ../nbs/82f_model_report.ipynb #ff0ecb03
 def by_output(frame:pd.DataFrame, name:str)->np.ndarray:
     "A column of a table that has a row for each output and sample, as (n, K)."
     return frame[name].to_numpy(dtype=float).reshape(frame["output"].nunique(), -1).T
 
-def compared(frame:pd.DataFrame, mean:Sequence[float])->dict[str, np.ndarray]:
-    "Predictions (n, K) of the model, of Ridge where there is one, and of the mean."
-    found = {"this model": by_output(frame, "prediction"), "Ridge": by_output(frame, "ridge")}
-    found["always the mean"] = np.tile(np.asarray(mean, dtype=float), (len(found["Ridge"]), 1))
-    return {name: values for name, values in found.items() if np.isfinite(values).all()}
-
-def error_table(frame:pd.DataFrame, mean:Sequence[float])->pd.DataFrame:
-    "Errors of each on rows whose labels are known, one line for each output."
+def error_table(frame:pd.DataFrame)->pd.DataFrame:
+    "Errors of the model, of Ridge where there is one, and of the mean, on rows whose labels are known; one line for each output."
     y, lines = by_output(frame, "y_true"), []
-    for name, prediction in compared(frame, mean).items():
+    for name, column in {"this model": "prediction", "Ridge": "ridge", "always the mean": "mean"}.items():
+        if not np.isfinite(prediction := by_output(frame, column)).all(): continue
         for k in range(y.shape[1]):
             pair, size = (y[:, k], prediction[:, k]), np.abs(y[:, k] - prediction[:, k])
             lines.append({"prediction": name} | ({"output": k} if y.shape[1] > 1 else {}) | {
@@ -227,6 +223,7 @@ def tested_rows(model:BaseEstimator, X:Any, y:np.ndarray)->tuple[pd.DataFrame, d
     y = np.reshape(y, (len(y), -1))
     known = np.flatnonzero(np.isfinite(y).all(axis=1))
     columns = {"y_true": y, "prediction": model.predict(X), "ridge": np.full(y.shape, np.nan)}
+    columns["mean"] = np.tile(model.predictor_.normalizer.mean, (len(y), 1))
     if getattr(model, "_ridge", None) is not None: columns["ridge"] = with_ridge(model).predict(X)
     frame = pd.DataFrame({"row": np.tile(known, y.shape[1]), "output": np.repeat(np.arange(y.shape[1]), len(known))} | {
         name: np.reshape(values, y.shape)[known].T.ravel() for name, values in columns.items()})
@@ -246,7 +243,7 @@ def error_sections(model:BaseEstimator, frame:pd.DataFrame, inside:Mapping[float
     text = f"These {n} rows took no part in training, nor in the selection of the epoch." if own else VALIDATION.format(n=n)
     coverage = ("Shares of labels within the intervals of predict_interval." if own else "Each row's interval is made of the other rows' errors. "
                 "Over all rows the share comes out right by construction; look at the thirds.")
-    return [(f"Error on {n} {name}", f"{text}\n\n{against_ridge(frame)}", error_table(frame, model.predictor_.normalizer.mean)),
+    return [(f"Error on {n} {name}", f"{text}\n\n{against_ridge(frame)}", error_table(frame)),
             ("Predictions", "A point on the dashed line is right.", true_against_predicted(frame)),
             ("Coverage of the intervals", coverage if inside else f"{n} rows are too few for intervals of {ASKED[0]:.0%} or more.",
              coverage_table(inside, by_output(frame, "prediction")) if inside else None)]

@@ -5,8 +5,9 @@
 # %% ../nbs/82e_trust.ipynb #3214301a
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -125,21 +126,39 @@ def on_device(method:Method)->Iterator[Accelerator]:
     try: yield accelerator
     finally: method.to(place)
 
-# %% ../nbs/82e_trust.ipynb #d4c12817
-def trust_ranking(method:Method, data:SemiSupervisedData, run:Run, seed:int=0)->tuple[pd.DataFrame, np.ndarray, np.ndarray]:
-    "What each score is worth: output, score, correlation, p_value, used; the trust (n, K) of validation and of unlabelled rows."
-    trust = [np.full((len(rows), data.outputs), np.nan) for rows in (data.val, data.unlabelled)]
-    columns = ["output", "score", "correlation", "p_value", "used"]
-    if not len(data.val) or not len(data.unlabelled): return pd.DataFrame(columns=columns), *trust
+# %% ../nbs/82e_trust.ipynb #f5fc90d8
+class Trained(NamedTuple):
+    "A method, the data that it was trained on, and its run."
+    method:Method
+    data:SemiSupervisedData
+    run:Run
+
+def validation_scores(trained:Trained, seed:int)->tuple[dict[str, np.ndarray], list[pd.DataFrame]]:
+    "The scores (n, K) of the validation rows, and for each output what they are worth."
+    method, data, _ = trained
     with on_device(method) as accelerator:
-        evaluator, mean = Evaluator(method, data, accelerator, seed), np.asarray(data.normalizer.mean)
+        evaluator = Evaluator(method, data, accelerator, seed)
         views = evaluator.inspect(data.val)
-        scores = view_scores(views, mean) | network_scores(evaluator, data.val)
-        errors = np.abs(views["pseudo_label"] - data.targets[data.val])
-        tables = [rank_scores(pd.DataFrame({name: values[:, k] for name, values in scores.items()}), errors[:, k], seed=seed)
-                  for k in range(data.outputs)]
-        others = view_scores(recorded_views(run, "unlabelled", data.outputs), mean)
-        if any(useful_score(table) not in (None, *others) for table in tables): others |= network_scores(evaluator, data.unlabelled)
+        scores = view_scores(views, np.asarray(data.normalizer.mean)) | network_scores(evaluator, data.val)
+    errors = np.abs(views["pseudo_label"] - data.targets[data.val])
+    return scores, [rank_scores(pd.DataFrame({name: values[:, k] for name, values in scores.items()}), errors[:, k], seed=seed)
+                    for k in range(data.outputs)]
+
+def unlabelled_scores(trained:Trained, wanted:Collection[str], seed:int)->dict[str, np.ndarray]:
+    "The scores (m, K) of the unlabelled rows; those that take more passes only where one is wanted."
+    method, data, run = trained
+    scores = view_scores(recorded_views(run, "unlabelled", data.outputs), np.asarray(data.normalizer.mean))
+    if {*wanted} <= {*scores}: return scores
+    with on_device(method) as accelerator: return scores | network_scores(Evaluator(method, data, accelerator, seed), data.unlabelled)
+
+# %% ../nbs/82e_trust.ipynb #d6f92232
+def trust_ranking(first:Trained, last:Trained, seed:int=0)->tuple[pd.DataFrame, np.ndarray, np.ndarray]:
+    "What each score is worth: output, score, correlation, p_value, used; the trust (n, K) of validation and of unlabelled rows."
+    data, columns = first.data, ["output", "score", "correlation", "p_value", "used"]
+    trust = [np.full((len(rows), data.outputs), np.nan) for rows in (data.val, data.unlabelled)]
+    if not len(data.val) or not len(data.unlabelled): return pd.DataFrame(columns=columns), *trust
+    scores, tables = validation_scores(first, seed)
+    others = unlabelled_scores(last, {*filter(None, map(useful_score, tables))}, seed)
     for k, table in enumerate(tables):
         if best := useful_score(table): trust[0][:, k], trust[1][:, k] = shares(scores[best][:, k]), shares(others[best][:, k])
     found = [table.assign(output=k, used=table["score"] == useful_score(table)) for k, table in enumerate(tables)]
