@@ -48,7 +48,8 @@ def ridge_solution(data:SemiSupervisedData, most:float=2e7)->tuple[Tensor, Tenso
     if len(data.labelled) < 3 or first.numel()*len(data.labelled) > most or not first.is_floating_point(): return None
     x = data.plain(data.inputs[data.labelled], None).flatten(1).double().numpy()
     ridge = RidgeCV(np.logspace(-3, 6, 19)).fit(x, data.normalizer.normalize(data.targets[data.labelled]))
-    return tuple(torch.as_tensor(values, dtype=torch.float32) for values in (ridge.coef_.reshape(data.outputs, -1), ridge.intercept_.ravel()))
+    solution = ridge.coef_.reshape(data.outputs, -1), ridge.intercept_.ravel()
+    return tuple(torch.as_tensor(values, dtype=torch.float32) for values in solution)
 
 def linear(weight:Tensor, bias:Tensor)->Regressor:
     "A regressor without a body, in evaluation mode."
@@ -65,7 +66,8 @@ def with_ridge(model:BaseEstimator)->BaseEstimator:
     return twin
 
 # %% ../nbs/82f_model_report.ipynb #598aabf4
-def held_out_rows(data:SemiSupervisedData, run:Run, trust:np.ndarray, ridge:tuple[Tensor, Tensor]|None, index:pd.Index|None=None)->pd.DataFrame:
+def held_out_rows(data:SemiSupervisedData, run:Run, trust:np.ndarray, ridge:tuple[Tensor, Tensor]|None,
+                  index:pd.Index|None=None)->pd.DataFrame:
     "The validation rows at the selected epoch: row, output, y_true, prediction, ridge (NaN: none), mean (of labels that trained), trust."
     table = selected(run)
     table = table[table["split"] == "val"].reset_index(drop=True)
@@ -168,11 +170,11 @@ def picture_grid(pictures:Sequence[str], captions:Sequence[str], columns:int=5)-
     figure = make_subplots(rows, columns, subplot_titles=[html.escape(text) for text in captions], vertical_spacing=.3/rows)
     for place, address in enumerate(pictures):
         at = dict(row=place//columns + 1, col=place % columns + 1)
-        figure.add_scatter(x=[0, 1], y=[0, 1], mode="markers", marker_opacity=0, hoverinfo="skip", showlegend=False, **at) # a panel needs one
+        figure.add_scatter(x=[0, 1], y=[0, 1], mode="markers", marker_opacity=0, hoverinfo="skip", **at) # a panel needs one
         figure.add_layout_image(source=address, x=0, y=1, sizex=1, sizey=1, **at)
     figure.update_xaxes(visible=False, range=[0, 1]).update_yaxes(visible=False, range=[0, 1])
     figure.update_annotations(font_size=12)
-    return finish(figure, "The least trusted pictures", 80 + 150*rows)
+    return finish(figure, "The least trusted pictures", 80 + 150*rows).update_layout(showlegend=False)
 
 # %% ../nbs/82f_model_report.ipynb #6900551d
 def inputs_in_words(model:BaseEstimator)->str:
@@ -188,10 +190,12 @@ def network_in_words(method:nn.Module)->str:
     weights = sum(p.numel() for p in method.parameters())
     return f"{', '.join(f'{count} {name}' for name, count in layers.items())}; {weights:,} weights with all that the method adds"
 
+# %% ../nbs/82f_model_report.ipynb #e6af7764
 def facts(model:BaseEstimator)->pd.DataFrame:
     "What was trained on what, as lines of a table."
     predictor, run = model.predictor_, getattr(model, "run_", None)
-    labels = [f"mean {mean:.4g}, standard deviation {scale:.4g}" for mean, scale in zip(predictor.normalizer.mean, predictor.normalizer.scale)]
+    units = zip(predictor.normalizer.mean, predictor.normalizer.scale)
+    labels = [f"mean {mean:.4g}, standard deviation {scale:.4g}" for mean, scale in units]
     known = {"Method": predictor.method.title, "Network": network_in_words(predictor.method), "A row": inputs_in_words(model),
              "Labels that trained": "; ".join(labels)}
     if run is not None:
@@ -199,21 +203,21 @@ def facts(model:BaseEstimator)->pd.DataFrame:
         known |= {"Rows": f"{rows['labelled']:,} labelled, {rows['val']:,} validation, {rows['unlabelled']:,} unlabelled",
                   "Epochs": f"{done['epochs']}, of which number {done['epoch']} was selected; {done['steps']:,} steps",
                   "Seconds": f"{done['seconds']:g}", "Seed": str(run.config["seed"])}
-        known |= {"Hardware and versions": ", ".join(f"{name} {value}" if name != "hardware" else value
-                                                     for name, value in run.environment.items())}
+        known["Hardware and versions"] = ", ".join(value if name == "hardware" else f"{name} {value}"
+                                                   for name, value in run.environment.items())
     return pd.DataFrame({"Value": known.values()}, index=[*known])
 
-# %% ../nbs/82f_model_report.ipynb #bb3a92b6
+# %% ../nbs/82f_model_report.ipynb #8d66bc1d
 def settings_in_words(model:BaseEstimator)->str:
     "The columns of a table, the method's settings, and what a file does not have."
     names = ", ".join(map(str, getattr(model, "feature_names_in_", [])))
-    file = "" if hasattr(model, "run_") else ("This model was read from a file, which holds no run: rows, epochs, seconds, seed, versions and learning "
-                                              "curves are missing here.")
+    file = "" if hasattr(model, "run_") else ("This model was read from a file, which holds no run: rows, epochs, seconds, seed, versions and "
+                                              "learning curves are missing here.")
     return "\n\n".join(filter(None, [file, names and f"Columns: {names}.", f"Settings: {model.method_}"]))
 
-# %% ../nbs/82f_model_report.ipynb #a1af9904
-NO_ROWS = ("No rows were held out (validation_fraction=0, or a file of an earlier version), so that this report knows no error, no interval and no "
-           "ranking of the pseudo-labels. "
+# %% ../nbs/82f_model_report.ipynb #82512e72
+NO_ROWS = ("No rows were held out (validation_fraction=0, or a file of an earlier version), so that this report knows no error, no interval "
+           "and no ranking of the pseudo-labels. "
            "report(path, X, y) shows the error on other rows with labels.")
 VALIDATION = ("These {n} validation rows did not train, but they selected the epoch, so that the error is slightly optimistic. "
               "Other rows with labels, report(path, X, y), give an honest one.")
@@ -233,7 +237,7 @@ def tested_rows(model:BaseEstimator, X:Any, y:np.ndarray)->tuple[pd.DataFrame, d
         inside[c] = (low <= y[known]) & (y[known] <= high)
     return frame, inside
 
-# %% ../nbs/82f_model_report.ipynb #90e5e67e
+# %% ../nbs/82f_model_report.ipynb #8d5d6dc2
 Section = tuple[str, str, go.Figure|pd.DataFrame|None] # heading, text, content
 
 def error_sections(model:BaseEstimator, frame:pd.DataFrame, inside:Mapping[float, np.ndarray], own:bool)->list[Section]:
@@ -241,45 +245,47 @@ def error_sections(model:BaseEstimator, frame:pd.DataFrame, inside:Mapping[float
     if frame.empty: return [("Error", NO_ROWS, None)]
     n, name = len(frame)//frame["output"].nunique(), "test rows" if own else "validation rows"
     text = f"These {n} rows took no part in training, nor in the selection of the epoch." if own else VALIDATION.format(n=n)
-    coverage = ("Shares of labels within the intervals of predict_interval." if own else "Each row's interval is made of the other rows' errors. "
-                "Over all rows the share comes out right by construction; look at the thirds.")
+    coverage = "Shares of labels within the intervals of predict_interval." if own else (
+        "Each row's interval is made of the other rows' errors. Over all rows the share is right by construction; look at the thirds.")
     return [(f"Error on {n} {name}", f"{text}\n\n{against_ridge(frame)}", error_table(frame)),
             ("Predictions", "A point on the dashed line is right.", true_against_predicted(frame)),
             ("Coverage of the intervals", coverage if inside else f"{n} rows are too few for intervals of {ASKED[0]:.0%} or more.",
              coverage_table(inside, by_output(frame, "prediction")) if inside else None)]
 
-# %% ../nbs/82f_model_report.ipynb #5de3e570
+# %% ../nbs/82f_model_report.ipynb #5e1a964e
+def trust_thirds(frame:pd.DataFrame)->str:
+    "How much larger the errors are where the score trusts little, in one sentence."
+    known = frame.dropna(subset="trust")
+    error, third = (known["y_true"] - known["prediction"]).abs(), np.ceil(3*known["trust"])
+    low, high = error[third == 1].mean(), error[third == 3].mean()
+    return f"On validation rows, the mean absolute error is {low:.3g} in the least trusted third and {high:.3g} in the most trusted one."
+
+def named(model:BaseEstimator, least:pd.DataFrame)->pd.DataFrame:
+    "Pseudo-labels with the names of their files, where they have some, and without empty columns."
+    table = least.join(getattr(model, "_pictures", pd.DataFrame()))
+    same = [name for name in ("output", "weight") if table[name].nunique() == 1]
+    order = ("row", "file", "output", "pseudo_label", "variance", "weight", "trust")
+    return table[[name for name in order if name in table and name not in same]].dropna(axis=1, how="all").reset_index(drop=True)
+
+# %% ../nbs/82f_model_report.ipynb #a187f168
 def trust_sections(model:BaseEstimator)->list[Section]:
     "What the scores are worth, and the rows that the best one trusts least."
     if (table := model.trust_).empty: return []
     text = (f"{verdicts(table, len(by_output(model.held_out_, 'y_true')))} The p-values allow for the number of scores. "
             "A correlation of 0 is chance, 1 a perfect order.")
     shown = table.drop(columns="output") if table["output"].nunique() == 1 else table
-    sections = [("Which score ranks the errors?", text, shown.rename(columns={"p_value": "p"}).assign(used=shown["used"].map({True: "yes", False: ""})))]
+    shown = shown.rename(columns={"p_value": "p"}).assign(used=shown["used"].map({True: "yes", False: ""}))
+    sections = [("Which score ranks the errors?", text, shown)]
     if (least := least_trusted(model.pseudo_labels_)).empty: return sections
-    ends = trust_thirds(model.held_out_)
-    sections.append(("Pseudo-labels not to trust", f"The {len(least)} unlabelled rows that the score trusts least; trust is the share of rows that are "
-                     f"trusted no more. {ends}", named(model, least)))
+    sections.append(("Pseudo-labels not to trust", f"The {len(least)} unlabelled rows that the score trusts least; trust is the share of "
+                     f"rows that are trusted no more. {trust_thirds(model.held_out_)}", named(model, least)))
     if "picture" in (pictures := getattr(model, "_pictures", pd.DataFrame())):
         captions = [f"{row.row}: {row.pseudo_label:.4g}" for row in least.itertuples()]
-        sections.append(("The same rows as pictures", "Each with its row and its pseudo-label.", picture_grid(pictures["picture"], captions)))
+        grid = picture_grid(pictures["picture"], captions)
+        sections.append(("The same rows as pictures", "Each with its row and its pseudo-label.", grid))
     return sections
 
-def trust_thirds(frame:pd.DataFrame)->str:
-    "How much larger the errors are where the score trusts little, in one sentence."
-    known = frame.dropna(subset="trust")
-    error, third = (known["y_true"] - known["prediction"]).abs(), np.ceil(3*known["trust"])
-    low, high = error[third == 1].mean(), error[third == 3].mean()
-    return f"On the validation rows, the mean absolute error is {low:.3g} in the least trusted third and {high:.3g} in the most trusted one."
-
-def named(model:BaseEstimator, least:pd.DataFrame)->pd.DataFrame:
-    "Pseudo-labels with the names of their files, where they have some, and without empty columns."
-    table = least.join(getattr(model, "_pictures", pd.DataFrame()))
-    same = [name for name in ("output", "weight") if table[name].nunique() == 1]
-    order = [name for name in ("row", "file", "output", "pseudo_label", "variance", "weight", "trust") if name in table and name not in same]
-    return table[order].dropna(axis=1, how="all").reset_index(drop=True)
-
-# %% ../nbs/82f_model_report.ipynb #5712aeed
+# %% ../nbs/82f_model_report.ipynb #f21f6ff9
 def curve_sections(run:Run)->list[Section]:
     "Validation error and losses over the epochs."
     log, epoch = run.log.assign(run=run.config["run"], method=run.config["method"]), run.metrics["epoch"]
@@ -289,10 +295,10 @@ def curve_sections(run:Run)->list[Section]:
                  reference(chart(losses, "Losses over training", "Epoch", "Loss", "lines+markers", log=axis), epoch))]
     if "val_mae" not in log: return sections
     curve = reference(learning_curves(log, "val_mae"), epoch)
-    return [("Learning curve", f"Mean absolute error on the validation rows. The dashed line marks epoch {epoch}, which has the smallest mean squared "
-             "error there, and whose weights the model has.", curve), *sections]
+    return [("Learning curve", f"Mean absolute error on the validation rows. The dashed line marks epoch {epoch}, which has the smallest "
+             "mean squared error there and was selected.", curve), *sections]
 
-# %% ../nbs/82f_model_report.ipynb #0e00a4c1
+# %% ../nbs/82f_model_report.ipynb #b61ecb74
 def write_report(
     model:BaseEstimator, # a fitted `SemiSupervisedRegressor`
     path:str|Path, # of the HTML file
