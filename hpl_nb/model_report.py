@@ -211,13 +211,13 @@ def facts(model:BaseEstimator)->pd.DataFrame:
 def settings_in_words(model:BaseEstimator)->str:
     "The columns of a table, the method's settings, and what a file does not have."
     names = ", ".join(map(str, getattr(model, "feature_names_in_", [])))
-    file = "" if hasattr(model, "run_") else ("This model was read from a file, which holds no run: rows, epochs, seconds, seed, versions and "
-                                              "learning curves are missing here.")
+    file = "" if hasattr(model, "run_") else (
+        "This model was read from a file, which holds no run: rows, epochs, seconds, seed, versions and learning curves are missing here.")
     return "\n\n".join(filter(None, [file, names and f"Columns: {names}.", f"Settings: {model.method_}"]))
 
 # %% ../nbs/82f_model_report.ipynb #82512e72
-NO_ROWS = ("No rows were held out (validation_fraction=0, or a file of an earlier version), so that this report knows no error, no interval "
-           "and no ranking of the pseudo-labels. "
+NO_ROWS = ("No rows were held out (validation_fraction=0, or a file of an earlier version), so that this report knows no error, no "
+           "interval and no ranking of the pseudo-labels. "
            "report(path, X, y) shows the error on other rows with labels.")
 VALIDATION = ("These {n} validation rows did not train, but they selected the epoch, so that the error is slightly optimistic. "
               "Other rows with labels, report(path, X, y), give an honest one.")
