@@ -3,6 +3,7 @@ from . import figures as figures
 from .core import HplError as HplError
 from .data import check as check
 from .data.imdb_wiki import IMDBWiki as IMDBWiki
+from .data.own import Reading as Reading
 from .data.own import from_arrays as from_arrays
 from .data.own import from_frame as from_frame
 from .data.own import from_images as from_images

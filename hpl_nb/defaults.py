@@ -28,11 +28,20 @@ from .training.state import OptimizerSettings, Train, epoch_length
 __all__ = []
 
 # %% ../nbs/82c_defaults.ipynb #46f87adf
-def default_network(shape:tuple[int, ...], outputs:int, dropout:float=0.)->Regressor:
-    "A network that suits the inputs."
+def released_network(shape:tuple[int, ...], outputs:int, dropout:float=0.)->Regressor:
+    "The default network of hpl_nb 0.1.0, for its files."
     if len(shape) == 1: return mlp(shape[0], (64, 64), outputs, dropout)
     if max(shape[1:]) <= 64: return small_cnn(shape[0], 32, outputs, dropout)
     return resnet(18, outputs, dropout=dropout, channels=shape[0])
+
+def default_network(shape:tuple[int, ...], outputs:int, dropout:float=0.)->Regressor:
+    "A network that suits the inputs."
+    if len(shape) == 1 or max(shape[1:]) > 64: return released_network(shape, outputs, dropout)
+    network = small_cnn(shape[0], 32, outputs, dropout, grid=4)
+    if max(shape[1:]) > 32: network.body.network.insert(0, nn.AvgPool2d(2, ceil_mode=True))
+    return network
+
+NETWORKS = (released_network, default_network) # of each version of the default: an estimator's file says which it holds
 
 # %% ../nbs/82c_defaults.ipynb #d7730b15
 def method_of(method:MethodSettings|str)->MethodSettings:
@@ -50,11 +59,11 @@ def method_for(model:BaseEstimator, data:SemiSupervisedData)->MethodSettings:
     return Supervised()
 
 def build_method(settings:MethodSettings, shape:tuple[int, ...], outputs:int,
-                 network:Callable[[tuple[int, ...], int], Regressor]|None=None)->Method:
+                 network:Callable[[tuple[int, ...], int], Regressor]|None=None, default:Callable[..., Regressor]=default_network)->Method:
     "A method that is not trained yet, for rows of a shape and K outputs."
     def make():
         if network is not None: return made_network(network, shape, outputs)
-        return default_network(shape, outputs, .05*settings.needs_dropout)
+        return default(shape, outputs, .05*settings.needs_dropout)
     method = settings.build(*[make() for _ in range(settings.networks)])
     if settings.needs_dropout: require_dropout(method, method.regressor)
     return method

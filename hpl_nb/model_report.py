@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from plotly.subplots import make_subplots
 from scipy.stats import rankdata
-from sklearn.base import BaseEstimator
+from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.linear_model import RidgeCV
 from torch import Tensor, nn
 
@@ -34,7 +34,8 @@ from .figures import learning_curves
 from .methods.core import Supervised
 from .metrics import mean_absolute_error, mean_squared_error, r2_score
 from .models import Body, Head, Regressor
-from .predictor import conformal_radius
+from .predictor import Predictor, conformal_radius
+from .target import in_label_units
 from .training.run import Run, selected
 from .trust import verdicts
 
@@ -57,7 +58,13 @@ def linear(weight:Tensor, bias:Tensor)->Regressor:
     head.load_state_dict({"weight": weight, "bias": bias}, assign=True)
     return Regressor(Body(nn.Flatten(), weight.shape[1]), head).eval()
 
-# %% ../nbs/82f_model_report.ipynb #2e52a07b
+# %% ../nbs/82f_model_report.ipynb #654f458c
+def ridge_predictions(data:SemiSupervisedData, rows:np.ndarray)->np.ndarray:
+    "Of rows of the data, (len(rows), K); NaN where there is no ridge."
+    solution = ridge_solution(data)
+    if solution is None or not len(rows): return np.full((len(rows), data.outputs), np.nan)
+    with torch.no_grad(): return data.normalizer.denormalize(linear(*solution)(data.plain(data.inputs[rows], None).float()).double().numpy())
+
 def with_ridge(model:BaseEstimator)->BaseEstimator:
     "The same estimator with Ridge in place of its network."
     twin = type(model)()
@@ -65,25 +72,23 @@ def with_ridge(model:BaseEstimator)->BaseEstimator:
     twin.predictor_ = replace(model.predictor_, method=Supervised().build(linear(*model._ridge)).eval())
     return twin
 
-# %% ../nbs/82f_model_report.ipynb #598aabf4
-def held_out_rows(data:SemiSupervisedData, run:Run, trust:np.ndarray, ridge:tuple[Tensor, Tensor]|None,
-                  index:pd.Index|None=None)->pd.DataFrame:
-    "The validation rows at the selected epoch: row, output, y_true, prediction, ridge (NaN: none), mean (of labels that trained), trust."
-    table = selected(run)
-    table = table[table["split"] == "val"].reset_index(drop=True)
-    rows, other = table["index"].astype(int), np.full((len(data.val), data.outputs), np.nan)
-    if ridge is not None and len(data.val):
-        with torch.no_grad(): other = linear(*ridge)(data.plain(data.inputs[data.val], None).float()).double().numpy()
-        other = data.normalizer.denormalize(other)
-    return pd.DataFrame({"row": rows if index is None else index[rows], "output": table["output"], "y_true": table["y_true"],
-                         "prediction": table["y_pred"], "ridge": other.T.ravel(),
-                         "mean": np.asarray(data.normalizer.mean)[table["output"].astype(int)], "trust": trust.T.ravel()})
-
-# %% ../nbs/82f_model_report.ipynb #ff0ecb03
+# %% ../nbs/82f_model_report.ipynb #d6bb8b5a
 def by_output(frame:pd.DataFrame, name:str)->np.ndarray:
     "A column of a table that has a row for each output and sample, as (n, K)."
-    return frame[name].to_numpy(dtype=float).reshape(frame["output"].nunique(), -1).T
+    return frame[name].to_numpy(dtype=float).reshape(max(frame["output"].nunique(), 1), -1).T
 
+def held_out_rows(data:SemiSupervisedData, run:Run, predictor:Predictor, trust:np.ndarray, target:TransformerMixin|None=None,
+                  index:pd.Index|None=None)->pd.DataFrame:
+    "The validation rows and outputs at the selected epoch, label units; error and sigma as the intervals have them, before `target` is undone."
+    table, rows = selected(run), np.tile(data.val, data.outputs)
+    columns = {"y_true": data.targets[data.val], "prediction": by_output(table[table["split"] == "val"], "y_pred"),
+               "ridge": ridge_predictions(data, data.val), "mean": np.tile(data.normalizer.mean, (len(data.val), 1))}
+    values = {name: in_label_units(target, column) for name, column in columns.items()} | {
+        "error": predictor.errors, "sigma": np.full(trust.shape, np.nan) if predictor.deviations is None else predictor.deviations, "trust": trust}
+    return pd.DataFrame({"row": rows if index is None else index[rows], "output": np.repeat(np.arange(data.outputs), len(data.val))} |
+                        {name: column.T.ravel() for name, column in values.items()})
+
+# %% ../nbs/82f_model_report.ipynb #8930dd2a
 def error_table(frame:pd.DataFrame)->pd.DataFrame:
     "Errors of the model, of Ridge where there is one, and of the mean, on rows whose labels are known; one line for each output."
     y, lines = by_output(frame, "y_true"), []
@@ -124,10 +129,16 @@ def left_out_inside(errors:np.ndarray, coverage:float)->np.ndarray:
     conformal_radius(errors[1:], coverage)
     return rankdata(errors, "min") <= math.ceil(round(len(errors)*coverage, 9))
 
+def interval_errors(errors:np.ndarray, sigma:np.ndarray, coverage:float)->np.ndarray:
+    "Errors (n,), each in its sigma where `predict_interval` scales the intervals: where that makes them narrower."
+    if not np.isfinite(sigma).all(): return errors
+    return errors/sigma if (conformal_radius(errors/sigma, coverage)*sigma).mean() < conformal_radius(errors, coverage) else errors
+
 def left_out_coverage(frame:pd.DataFrame)->dict[float, np.ndarray]:
     "Which labels (n, K) lie within an interval made of the other rows, by the share that is asked; without shares that n rows cannot give."
-    errors = np.abs(by_output(frame, "y_true") - by_output(frame, "prediction"))
-    return {c: np.apply_along_axis(left_out_inside, 0, errors, c) for c in ASKED if math.ceil(round(len(errors)*c, 9)) < len(errors)}
+    pairs = [*zip(by_output(frame, "error").T, by_output(frame, "sigma").T)]
+    return {c: np.stack([left_out_inside(interval_errors(*pair, c), c) for pair in pairs], axis=1)
+            for c in ASKED if math.ceil(round(len(pairs[0][0])*c, 9)) < len(pairs[0][0])}
 
 def coverage_table(inside:Mapping[float, np.ndarray], prediction:np.ndarray)->pd.DataFrame:
     "Shares of labels inside, of all rows and of thirds of the predictions (n, K), each output on its own."
@@ -197,7 +208,7 @@ def facts(model:BaseEstimator)->pd.DataFrame:
     units = zip(predictor.normalizer.mean, predictor.normalizer.scale)
     labels = [f"mean {mean:.4g}, standard deviation {scale:.4g}" for mean, scale in units]
     known = {"Method": predictor.method.title, "Network": network_in_words(predictor.method), "A row": inputs_in_words(model),
-             "Labels that trained": "; ".join(labels)}
+             "Labels that trained": "; ".join(labels) + ("" if model.target_ is None else f", learned as {model.target}")}
     if run is not None:
         rows, done = run.config["rows"], run.metrics
         known |= {"Rows": f"{rows['labelled']:,} labelled, {rows['val']:,} validation, {rows['unlabelled']:,} unlabelled",
@@ -227,7 +238,7 @@ def tested_rows(model:BaseEstimator, X:Any, y:np.ndarray)->tuple[pd.DataFrame, d
     y = np.reshape(y, (len(y), -1))
     known = np.flatnonzero(np.isfinite(y).all(axis=1))
     columns = {"y_true": y, "prediction": model.predict(X), "ridge": np.full(y.shape, np.nan)}
-    columns["mean"] = np.tile(model.predictor_.normalizer.mean, (len(y), 1))
+    columns["mean"] = in_label_units(model.target_, np.tile(model.predictor_.normalizer.mean, (len(y), 1)))
     if getattr(model, "_ridge", None) is not None: columns["ridge"] = with_ridge(model).predict(X)
     frame = pd.DataFrame({"row": np.tile(known, y.shape[1]), "output": np.repeat(np.arange(y.shape[1]), len(known))} | {
         name: np.reshape(values, y.shape)[known].T.ravel() for name, values in columns.items()})

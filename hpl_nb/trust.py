@@ -14,12 +14,14 @@ import pandas as pd
 import torch
 from accelerate import Accelerator
 from scipy.stats import rankdata
+from sklearn.base import TransformerMixin
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from .data.core import SemiSupervisedData
 from .methods.core import Method, dropout_features
+from .target import in_label_units
 from .training.loop import make_accelerator
 from .training.predict import Evaluator
 from .training.run import Run, selected
@@ -77,7 +79,7 @@ def verdicts(table:pd.DataFrame, rows:int)->str:
 
 # %% ../nbs/82e_trust.ipynb #6e1df407
 def view_scores(views:Mapping[str, np.ndarray], mean:np.ndarray)->dict[str, np.ndarray]:
-    "Scores (n, K) of rows from what `Evaluator.inspect` says of them, label units; `mean` is that of the labels."
+    "Scores (n, K) of rows from what `Evaluator.inspect` says of them; `mean` is that of the labels."
     pseudo_label = views["pseudo_label"]
     scores = {"disagreement of the views": np.abs(pseudo_label - views["strong_prediction"]), "size of the pseudo-label": pseudo_label,
               "smallness of the pseudo-label": -pseudo_label, "distance of the pseudo-label from the mean": np.abs(pseudo_label - mean)}
@@ -128,26 +130,33 @@ def on_device(method:Method)->Iterator[Accelerator]:
 
 # %% ../nbs/82e_trust.ipynb #f5fc90d8
 class Trained(NamedTuple):
-    "A method, the data that it was trained on, and its run."
+    "A method, the data that it was trained on, its run, and what its labels are learned as."
     method:Method
     data:SemiSupervisedData
     run:Run
+    target:TransformerMixin|None=None
+
+    def view_scores(self, views:Mapping[str, np.ndarray])->dict[str, np.ndarray]:
+        "Those of `view_scores`, in label units."
+        mean = in_label_units(self.target, np.array([self.data.normalizer.mean]))
+        return view_scores({name: in_label_units(self.target, values) if name in ("pseudo_label", "strong_prediction") else values
+                            for name, values in views.items()}, mean)
 
 def validation_scores(trained:Trained, seed:int)->tuple[dict[str, np.ndarray], list[pd.DataFrame]]:
     "The scores (n, K) of the validation rows, and for each output what they are worth."
-    method, data, _ = trained
+    method, data, _, target = trained
     with on_device(method) as accelerator:
         evaluator = Evaluator(method, data, accelerator, seed)
         views = evaluator.inspect(data.val)
-        scores = view_scores(views, np.asarray(data.normalizer.mean)) | network_scores(evaluator, data.val)
-    errors = np.abs(views["pseudo_label"] - data.targets[data.val])
+        scores = trained.view_scores(views) | network_scores(evaluator, data.val)
+    errors = np.abs(in_label_units(target, views["pseudo_label"]) - in_label_units(target, data.targets[data.val]))
     return scores, [rank_scores(pd.DataFrame({name: values[:, k] for name, values in scores.items()}), errors[:, k], seed=seed)
                     for k in range(data.outputs)]
 
 def unlabelled_scores(trained:Trained, wanted:Collection[str], seed:int)->dict[str, np.ndarray]:
     "The scores (m, K) of the unlabelled rows; those that take more passes only where one is wanted."
-    method, data, run = trained
-    scores = view_scores(recorded_views(run, "unlabelled", data.outputs), np.asarray(data.normalizer.mean))
+    method, data, run, _ = trained
+    scores = trained.view_scores(recorded_views(run, "unlabelled", data.outputs))
     if {*wanted} <= {*scores}: return scores
     with on_device(method) as accelerator: return scores | network_scores(Evaluator(method, data, accelerator, seed), data.unlabelled)
 
