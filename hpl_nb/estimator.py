@@ -21,20 +21,19 @@ from sklearn.model_selection import KFold
 from sklearn.utils import check_consistent_length
 from sklearn.utils.validation import check_is_fitted
 
-from .core import HplError, OwnGenerators, reading, seed_everything
+from .core import HplError, OwnGenerators, reading
 from .data.core import SemiSupervisedData, content_keys
 from .data.images import ImageFiles
 from .data.own import Reading, Views, are_own
 from .data.tables import unmasked
-from .defaults import NETWORKS, build_method, method_for, schedule, seed_of, smallest_batch, try_network
+from .defaults import NETWORKS, method_for, plain_shape, seed_of, train_twice, with_validation_rows
 from .estimator_file import NOT_IN_FILES, estimator_content, fitted_estimator, predictor_in, refuse_untrusted, renamed
 from .inputs import as_rows, kind_of, label_columns, picture_paths, reading_of, row_count, rows_and_labels, table, training_data
 from .inputs import warn_of_views
 from .methods.core import MethodSettings
 from .models import Regressor
-from .predictor import Interval, Pictures, Predictor, calibrated, check_outputs, interval_of, not_saved
+from .predictor import Interval, Pictures, calibrated, check_outputs, interval_of, not_saved
 from .predictor import predictor_content, read_content, write_content
-from .training.loop import fit as fit_method
 from .training.run import Run, selected
 from .training.state import Train
 
@@ -73,30 +72,25 @@ def training_content(data:SemiSupervisedData)->list:
     rows = np.concatenate([data.labelled, data.unlabelled])
     return [data.inputs.sources[row] for row in rows] if isinstance(data.inputs, ImageFiles) else content_keys(data.inputs, rows)
 
-# %% ../nbs/83_estimator.ipynb #02c54998
+# %% ../nbs/83_estimator.ipynb #5a83d001
 @patch
 def fit(self:SemiSupervisedRegressor,
     X:Any, # (n, d) numbers, a data frame, pictures (n, H, W) or (n, C, H, W), n paths of pictures, or a folder of them
     y:Any, # (n,) or (n, K), or by the names of a folder's pictures; NaN or `missing_label`: unlabelled
 )->SemiSupervisedRegressor: # itself
-    "Train. What is left: `predictor_`, `pseudo_labels_`, and `run_` with the curves."
+    "Train. What is left: `predictor_`, `pseudo_labels_`, and `run_` with the curves. `Ctrl-C` leaves the best epoch so far."
     if self.folder is not None and not isinstance(self.random_state, Integral):
         raise HplError(f"random_state is {self.random_state!r}; a run folder goes on with the same numbers only if it is a whole number.")
     X, y = rows_and_labels(X, y)
     labels, seed = label_columns(y, row_count(X), reading_of(self).missing_label), seed_of(self.random_state)
-    with OwnGenerators():
-        data = training_data(self, X, labels, seed)
-        settings, shape = method_for(self, data), tuple(data.plain(data.inputs[np.array([0])], None).shape[1:])
-        seed_everything(seed)
-        method = build_method(settings, shape, data.outputs, self.network)
-        train = schedule(self, data, method)
-        if self.network is not None: try_network(self.network, method, smallest_batch(data, train, method), data.outputs)
-    self.run_ = fit_method(method, data, train, folder=self.folder, seed=seed, progress=self.verbose)
-    self.predictor_, self._trained = Predictor.from_method(method, data), training_content(data)
+    with OwnGenerators(): data = training_data(self, X, labels, seed)
+    settings = method_for(self, data)
+    self.predictor_, self.run_, last = train_twice(self, settings, data, seed)
     with OwnGenerators(): warn_of_views(data, self.predictor_)
-    self.pseudo_labels_ = pseudo_labels(self.run_, X.index if isinstance(X, (pd.Series, pd.DataFrame)) else None)
-    self.method_, self.shape_, self.network_, self.is_column_ = settings, shape, self.network, np.asarray(y).ndim == 1
+    self.pseudo_labels_ = pseudo_labels(last, X.index if isinstance(X, (pd.Series, pd.DataFrame)) else None)
+    self._trained = training_content(data if last is self.run_ else with_validation_rows(data))
     self.defaults_ = len(NETWORKS) - 1
+    self.method_, self.shape_, self.network_, self.is_column_ = settings, plain_shape(data), self.network, np.asarray(y).ndim == 1
     return self
 
 # %% ../nbs/83_estimator.ipynb #4760324e

@@ -64,7 +64,8 @@ def fitted_estimator(model:BaseEstimator, content:Mapping[str, Any], path:str|Pa
 # %% ../nbs/83b_estimator_file.ipynb #2012a353
 def predictor_in(model:BaseEstimator, content:Mapping[str, Any], path:str|Path)->Predictor:
     with OwnGenerators():
-        method = build_method(model.method_, model.shape_, len(content["normalizer"].mean), model.network_, NETWORKS[model.defaults_ or 0])
+        default, outputs = NETWORKS[model.defaults_ or 0], len(content["normalizer"].mean)
+        method = build_method(model.method_, model.shape_, outputs, model.network_, default=default)
     return predictor_of(content, method, path)
 
 def categories_as_text(preprocessor:ColumnTransformer)->None:

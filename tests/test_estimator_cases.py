@@ -321,7 +321,8 @@ class TestNoLabel:
     @pytest.mark.parametrize("wrap", [
         lambda model: TransformedTargetRegressor(model, func=lambda y: np.where(y == -9999, y, y/10), inverse_func=lambda y: y*10,
                                                  check_inverse=False),
-        lambda model: BaggingRegressor(model.set_params(reading=Reading(missing_label=-9999, deduplicate=True)), n_estimators=2, random_state=0),
+        lambda model: BaggingRegressor(model.set_params(reading=Reading(missing_label=-9999, deduplicate=True)), n_estimators=2,
+                                       random_state=0),
         MultiOutputRegressor])
     def test_meta_estimators(self, wrap, rows):
         x, y, t = rows

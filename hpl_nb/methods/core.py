@@ -50,6 +50,7 @@ class MethodSettings(Settings):
     "Base class of the methods' settings."
     networks:ClassVar[int] = 1 # how many `build` takes
     needs_dropout:ClassVar[bool] = False # whether its networks must have some
+    predicts_by_head:ClassVar[bool] = True # whether predictions are those of a network and its head, or of an average of such
     label:str=field(default="", compare=False, kw_only=True) # name of the variant in tables; empty: the class's name alone
 
     @property
