@@ -24,8 +24,9 @@ from sklearn.utils.validation import check_is_fitted
 from .core import HplError, OwnGenerators, reading
 from .data.core import SemiSupervisedData, content_keys
 from .data.images import ImageFiles
-from .data.own import Reading, Views, are_own
+from .data.own import Reading
 from .data.tables import unmasked
+from .data.views import Views, are_own
 from .defaults import NETWORKS, method_for, plain_shape, seed_of, train_twice, with_validation_rows
 from .estimator_file import NOT_IN_FILES, estimator_content, fitted_estimator, predictor_in, refuse_untrusted, renamed
 from .inputs import as_rows, kind_of, label_columns, picture_paths, reading_of, row_count, rows_and_labels, table, training_data

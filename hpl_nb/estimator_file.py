@@ -17,7 +17,8 @@ from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.compose import ColumnTransformer
 
 from .core import HplError, OwnGenerators, usual_settings
-from .data.own import Reading, are_own
+from .data.own import Reading
+from .data.views import are_own
 from .defaults import NETWORKS, build_method
 from .methods.core import MethodSettings
 from .predictor import Predictor, predictor_content, predictor_of
