@@ -34,6 +34,10 @@ __all__ = ['PREDICTION_COLUMNS', 'HplError', 'not_negative', 'whole_number', 'on
 class HplError(ValueError):
     "Bad input or a failed write; the message names the file, row or argument and the fix."
 
+# %% ../nbs/00_core.ipynb #00c00002
+class NotPassed(HplError):
+    "A class or function of the user's own that a file names must be passed again."
+
 # %% ../nbs/00_core.ipynb #bbafa746
 def not_negative(
     name:str, # of the argument
@@ -279,7 +283,7 @@ def reading(
         require_file(path)
         yield
     except Exception as error: # a damaged file can raise anything
-        if isinstance(error, HplError) and str(path) in str(error): raise
+        if isinstance(error, NotPassed) or isinstance(error, HplError) and str(path) in str(error): raise
         raise refusal(reason(error)) from error
 
 # %% ../nbs/00_core.ipynb #3508efa0
@@ -342,7 +346,9 @@ class RunFolder:
     @property
     def predictions(self)->Path: return self.path/"predictions.parquet"
     @property
-    def stored(self)->Path: return self.path.with_name(f"{self.path.name}.json")
+    def stored(self)->Path:
+        path = self.path if self.path.name not in ("", "..") else self.path.resolve()
+        return path.with_name(f"{path.name}.json")
 
     def read_json(self, name:str)->dict|None:
         "Content of a JSON file of the folder, or None where there is none."

@@ -5,6 +5,7 @@
 # %% ../nbs/82c_defaults.ipynb #5a20c004
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,9 +23,10 @@ from torch import Tensor, nn
 from .core import HplError, OwnGenerators, reason, seed_everything
 from .data.core import SemiSupervisedData
 from .data.own import batches_for
+from .inputs import warn_of_views
 from .methods.core import Method, MethodSettings, Released, Supervised, require_dropout
 from .methods.known import method_named
-from .models import Regressor, mlp, resnet, small_cnn
+from .models import Regressor, as_regressor, mlp, resnet, small_cnn
 from .predictor import Predictor
 from .training.loop import fit, make_accelerator
 from .training.predict import Evaluator
@@ -44,7 +46,7 @@ def released_network(shape:tuple[int, ...], outputs:int, dropout:float=0.)->Regr
 def default_network(shape:tuple[int, ...], outputs:int, dropout:float=0.)->Regressor:
     "A network that suits the inputs."
     if len(shape) == 1: return mlp(shape[0], (64, 64), outputs, dropout, linear_path=True)
-    if max(shape[1:]) > 64: return resnet(18, outputs, dropout=dropout, channels=shape[0])
+    if max(shape[1:]) > 64: return released_network(shape, outputs, dropout)
     network = small_cnn(shape[0], 32, outputs, dropout, grid=4)
     if max(shape[1:]) > 32: network.body.network.insert(0, nn.AvgPool2d(2, ceil_mode=True))
     return network
@@ -89,7 +91,7 @@ def method_for(model:BaseEstimator, data:SemiSupervisedData)->MethodSettings:
     return Supervised()
 
 def build_method(settings:MethodSettings, shape:tuple[int, ...], outputs:int,
-                 network:Callable[[tuple[int, ...], int], Regressor]|None=None, ridge:RidgeCV|None=None,
+                 network:Callable[[tuple[int, ...], int], nn.Module]|None=None, ridge:RidgeCV|None=None,
                  default:Callable[..., Regressor]=default_network)->Method:
     "A method that is not trained yet, for rows of a shape and K outputs; its default networks start at a ridge regression."
     def make():
@@ -101,18 +103,18 @@ def build_method(settings:MethodSettings, shape:tuple[int, ...], outputs:int,
     return method
 
 # %% ../nbs/82c_defaults.ipynb #c777d4d6
-def made_network(network:Callable[[tuple[int, ...], int], Regressor], shape:tuple[int, ...], outputs:int)->Regressor:
-    "A new network of the user's own, in float32; what is no `Regressor` is an `HplError`."
+def made_network(network:Callable[[tuple[int, ...], int], nn.Module], shape:tuple[int, ...], outputs:int)->Regressor:
+    "A new network of the user's own as a regressor in float32; what is no network is an `HplError`."
     if isinstance(network, nn.Module) or not callable(network):
         raise HplError(f"network is of type {type(network).__name__}; give a function that builds a network, such as "
-                       "network=lambda shape, outputs: mlp(shape[0], (32,), outputs).")
-    try: regressor = network(shape, outputs)
+                       "network=lambda shape, outputs: torchvision.models.resnet18(num_classes=outputs).")
+    try: module = network(shape, outputs)
     except Exception as error: raise HplError(f"network{shape, outputs} fails ({reason(error)}); give a function of these two.") from error
-    if isinstance(regressor, Regressor): return regressor.float()
-    raise HplError(f"network{shape, outputs} returns a {type(regressor).__name__}; return a Regressor of hpl_nb.models, such as "
-                   f"Regressor(Body(module, d), nn.Linear(d, {outputs})) for a module that makes d features.")
+    if isinstance(module, nn.Module): return as_regressor(module.float(), shape, outputs)
+    raise HplError(f"network{shape, outputs} returns a {type(module).__name__}; return an nn.Module, such as "
+                   f"nn.Sequential(nn.Flatten(), nn.Linear({math.prod(shape)}, {outputs})).")
 
-def try_network(network:Callable[[tuple[int, ...], int], Regressor], method:Method, x:Tensor, outputs:int)->None:
+def try_network(network:Callable[[tuple[int, ...], int], nn.Module], method:Method, x:Tensor, outputs:int)->None:
     "Predict a batch in training mode by another copy of the user's network; what training could not use is an `HplError`."
     call = f"network{tuple(x.shape[1:]), outputs}"
     with OwnGenerators(), torch.no_grad():
@@ -201,6 +203,7 @@ def train_twice(model:BaseEstimator, settings:MethodSettings, data:SemiSupervise
     "The predictor, and the runs of the first and the last training, which are one where the network does not start at ridge regression."
     method, run = train_once(model, settings, data, seed)
     predictor, ridge = Predictor.from_method(method, data), starting_point(model, settings, data)
+    with OwnGenerators(): warn_of_views(data, predictor)
     if not run.finished or not len(data.val) or ridge is None: return predictor, run, run
     if (epochs := epochs_worth(run, data, ridge)) and method.share_of_run: return predictor, run, run
     everything = with_validation_rows(data)

@@ -141,16 +141,16 @@ def pack(value:Any, tensors:dict[str, Tensor], name:str="")->Any:
         return {type(value).__name__: pack({f.name: getattr(value, f.name) for f in fields(value)}, tensors, name)}
     raise HplError(f"{name.strip('/')} is {type(value).__name__}, which a predictor's file cannot hold.")
 
-def unpack(tree:Any, tensors:Mapping[str, Tensor])->Any:
-    "The inverse of `pack`."
+def unpack(tree:Any, tensors:Mapping[str, Tensor], *own:type[Settings])->Any:
+    "The inverse of `pack`; `own` settings may be in it as well."
     if not isinstance(tree, dict): return tree
     (kind, content), = tree.items()
     if kind == "plain_view": return plain_view
-    if kind == "settings": return from_json(content, *METHODS, Train, RowStrengths, PixelStrengths, Reading)
+    if kind == "settings": return from_json(content, *METHODS, Train, RowStrengths, PixelStrengths, Reading, *own)
     if kind == "tensor": return tensors[content]
-    if kind == "dict": return {key: unpack(value, tensors) for key, value in content.items()}
-    if kind in ("list", "tuple"): return {"list": list, "tuple": tuple}[kind](unpack(value, tensors) for value in content)
-    return KINDS[kind](**unpack(content, tensors))
+    if kind == "dict": return {key: unpack(value, tensors, *own) for key, value in content.items()}
+    if kind in ("list", "tuple"): return {"list": list, "tuple": tuple}[kind](unpack(value, tensors, *own) for value in content)
+    return KINDS[kind](**unpack(content, tensors, *own))
 
 # %% ../nbs/75_predictor.ipynb #2366ee04
 def checksum(text:str, tensors:Mapping[str, Tensor])->str:
@@ -162,7 +162,8 @@ def checksum(text:str, tensors:Mapping[str, Tensor])->str:
     return digest.hexdigest()
 
 def write_content(path:str|Path, content:Mapping[str, Any])->Path:
-    "Write a predictor's content."
+    "Write a predictor's content; refuses a name that safetensors cannot open again."
+    if str(path).encode(errors="replace").decode() != str(path): raise HplError(f"{path} is not valid UTF-8. Save under another name.")
     text = json.dumps(pack(content, tensors := {}))
     whole = safetensors_bytes(tensors, {"predictor": f"{checksum(text, tensors)} {text}"}) # one entry: of several, the order varies
     return atomic_write(path, lambda file: file.write(whole))
@@ -178,7 +179,7 @@ def not_saved(path:str|Path, why:str)->HplError:
     return HplError(f"{path} does not hold what predictor.save(...) writes ({why}); use a file from somebody you trust, or save again.")
 
 @usual_settings()
-def read_content(path:str|Path)->dict[str, Any]:
+def read_content(path:str|Path, *own:type[Settings])->dict[str, Any]:
     "What `write_content` wrote, on the CPU; a missing, damaged or foreign file is an `HplError`."
     if not Path(path).is_file(): raise HplError(f"there is no file {path}; predictor.save(...) writes one.")
     advice = "it is damaged or no safetensors file; restore a copy, or save again."
@@ -189,15 +190,15 @@ def read_content(path:str|Path)->dict[str, Any]:
     digest, _, text = metadata["predictor"].partition(" ")
     if checksum(text, tensors) != digest:
         raise HplError(f"{path} does not have its checksum: it is damaged; restore a copy, or save it again.")
-    with reading(path, partial(not_saved, path)): return _checked(path, json.loads(text)["dict"], tensors)
+    with reading(path, partial(not_saved, path)): return _checked(path, json.loads(text)["dict"], tensors, *own)
 
 # %% ../nbs/75_predictor.ipynb #de7121d5
-def _checked(path:str|Path, tree:dict[str, Any], tensors:dict[str, Tensor])->dict[str, Any]:
+def _checked(path:str|Path, tree:dict[str, Any], tensors:dict[str, Tensor], *own:type[Settings])->dict[str, Any]:
     "The content of a file of this format; a part that is missing or of another type is an error."
     if (number := tree["format"]) != FORMAT:
         advice = "save it again" if isinstance(number, int) and number < FORMAT else "update hpl_nb"
         raise HplError(f"{path} is of format {number!r:.50}, which hpl_nb {__version__} does not know; {advice}.")
-    content = unpack({"dict": tree}, tensors)
+    content = unpack({"dict": tree}, tensors, *own)
     wrong = [name for name, kind in PARTS.items() if name not in content or not isinstance(content[name], kind)]
     if wrong: raise ValueError(f"{wrong[0]} is missing or of another type")
     return content
@@ -286,7 +287,7 @@ class Predictor:
     def predict_interval(self,
         inputs:Any, # as in `predict`
         coverage:float=.9, # share of new rows whose label is to lie within; for each output on its own
-        scaled:bool=False, # wide where the method's own sigma is large, rather than the same everywhere
+        scaled:bool|None=None, # wide where the method's own sigma is large, or not; None: if it makes the calibration rows' intervals narrower
     )->Interval: # prediction, low, high
         "Predictions with split conformal intervals."
         return interval_of(self, inputs, coverage, scaled)
@@ -330,14 +331,16 @@ def calibrated(predictor:Predictor, samples:Any, rows:np.ndarray, labels:np.ndar
         raise row_error("calibration", bad, "its prediction is NaN or infinite", "Leave it out, or give inputs in the unit of training.")
     return replace(predictor, errors=errors, deviations=deviations(predictor, samples, rows))
 
-def interval_of(predictor:Predictor, inputs:Any, coverage:float, scaled:bool, arguments:str="val_share, or calibration=")->Interval:
+def interval_of(predictor:Predictor, inputs:Any, coverage:float, scaled:bool|None, arguments:str="val_share, or calibration=")->Interval:
     "See `Predictor.predict_interval`; `arguments` of the caller would give more calibration rows."
-    samples, errors = predictor.reader(inputs), predictor.errors
-    if scaled and predictor.deviations is None:
+    samples, errors, sigma = predictor.reader(inputs), predictor.errors, predictor.deviations
+    if scaled and sigma is None:
         raise HplError(f"{predictor.method.title} has no variance of its own that could scale intervals; use scaled=False.")
-    rows = np.arange(len(samples))
-    radius = conformal_radius(errors/predictor.deviations if scaled else errors, coverage, arguments)
-    if scaled: radius = radius*deviations(predictor, samples, rows)
+    rows, radius = np.arange(len(samples)), conformal_radius(errors, coverage, arguments)
+    if scaled is not False and sigma is not None:
+        times = conformal_radius(errors/sigma, coverage, arguments)
+        narrower = (times*sigma).mean(axis=0) < radius # for each output
+        if scaled or narrower.any(): radius = np.where(narrower | bool(scaled), times*deviations(predictor, samples, rows), radius)
     prediction = predictions(predictor, samples, rows)
     return Interval(*map(_squeezed, (prediction, prediction - radius, prediction + radius)))
 
