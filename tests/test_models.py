@@ -171,7 +171,7 @@ class TestOthersNetworks:
         assert made().head.weight.equal(made().head.weight)
 
     @pytest.mark.parametrize("module, shape, message", [
-        (torchvision.models.resnet18(), (1, 28, 30), r"of 3 channels, and these have 1; give X.reshape\(-1, 1, 28, 30\).repeat\(3, axis=1\)"),
+        (torchvision.models.resnet18(), (1, 28, 30), r"of 3 channels, and these have 1; give X.reshape\(-1, 1, 28, 30\).repeat\(3, "),
         (torchvision.models.resnet18(), (4, 28, 28), "of 3 channels, and these have 4; give a network for 4"),
         (nn.Linear(3, 1), (5,), r"fails on two inputs of shape \(5,\) \(.*\); give a network for this shape"),
         (nn.LSTM(3, 4), (3,), "the network gives a tuple for two inputs"),
