@@ -1,8 +1,10 @@
 # The public face: what `import hpl_nb` offers. `__init__.py` loads each name when it is first used (lazy_loader).
 from . import figures as figures
+from .comparison import compare as compare
 from .core import HplError as HplError
 from .data import check as check
 from .data.imdb_wiki import IMDBWiki as IMDBWiki
+from .data.own import Reading as Reading
 from .data.own import from_arrays as from_arrays
 from .data.own import from_frame as from_frame
 from .data.own import from_images as from_images

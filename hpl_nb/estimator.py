@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -21,19 +21,21 @@ from sklearn.model_selection import KFold
 from sklearn.utils import check_consistent_length
 from sklearn.utils.validation import check_is_fitted
 
-from .core import HplError, OwnGenerators, reading, seed_everything
+from .core import HplError, OwnGenerators, reading
 from .data.core import SemiSupervisedData, content_keys
 from .data.images import ImageFiles
-from .data.own import PixelStrengths, RowStrengths
+from .data.own import Reading, Views, are_own
 from .data.tables import unmasked
-from .defaults import build_method, method_for, method_of, schedule, seed_of, smallest_batch, try_network
-from .estimator_file import NOT_IN_FILES, estimator_content, fitted_estimator, predictor_in, refuse_untrusted, the_same
-from .inputs import kind_of, label_columns, picture_paths, row_count, table, training_data
+from .defaults import NETWORKS, method_for, method_of, plain_shape, seed_of, train_twice
+from .defaults import with_validation_rows
+from .estimator_file import NOT_IN_FILES, TRANSFORMERS, estimator_content, fitted_estimator, predictor_in, refuse_untrusted, renamed
+from .estimator_file import the_same
+from .inputs import as_rows, kind_of, label_columns, picture_paths, reading_of, row_count, rows_and_labels, table, training_data
 from .methods.core import MethodSettings
 from .models import Regressor
-from .predictor import Interval, Pictures, Predictor, calibrated, check_outputs, interval_of, not_saved
+from .predictor import Interval, Pictures, calibrated, check_outputs, interval_of, not_saved
 from .predictor import predictor_content, read_content, write_content
-from .training.loop import fit as fit_method
+from .target import fitted_target, in_label_units, in_target_units
 from .training.run import Run, selected
 from .training.state import Train
 
@@ -47,29 +49,25 @@ class SemiSupervisedRegressor(RegressorMixin, BaseEstimator):
         method:MethodSettings|str="hpl_paper", # settings of a method, such as HPL.paper(), or a short name of `known_methods()`
         network:Callable[[tuple[int, ...], int], Regressor]|None=None, # (shape of a row, K) -> network; None: `default_network`
         *,
-        preprocessor:TransformerMixin|None=None, # for tables; None: `default_preprocessor` for a data frame, nothing for an array
-        strengths:RowStrengths|PixelStrengths|None=None, # of the views of tables and of picture arrays; None: the defaults
-        size:int=64, # of pictures in files: the side to which they are squeezed, pixels
-        pixel_range:tuple[float, float]|None=None, # of files with more than 8 bits: black and white, such as (0, 4095); None: refuse them
-        skip_broken:bool=False, # leave out, with a warning, the rows of `fit` whose picture file cannot be read
+        preprocessor:TransformerMixin|None=None, # for tables; None: `default_preprocessor`, which fills what is missing
+        target:Literal["log", "log1p"]|TransformerMixin|None=None, # of the labels, undone in all that is predicted
+        views:Views=None, # names such as ("shift", "noise"), strengths, two functions, or `image_views(...)` of files; None: mild ones
+        reading:Reading|None=None, # size of pictures, broken files, repeated rows, a number that means no label; None: `Reading()`
         epochs:int|None=None, # after each, the validation rows are predicted; None: those of `train`
         train:Train|None=None, # schedule; None: 30 epochs of 50 iterations or more, batches of 32, Adam at 1e-3
         validation_fraction:float=.2, # of the labelled rows: they select the epoch and make the intervals
-        missing_label:float=np.nan, # a number that says in y that a row has no label, as NaN always does
-        deduplicate:bool=False, # leave out training rows that are repeated, or are validation rows too
         folder:str|Path|None=None, # run folder: the same call resumes a killed run; None: in memory
         random_state:int|np.random.RandomState|None=None, # of everything; None: NumPy's own
         verbose:bool=False, # show a progress bar
     ):
-        self.method, self.network, self.preprocessor, self.strengths, self.size = method, network, preprocessor, strengths, size
-        self.pixel_range = pixel_range
-        self.epochs, self.train, self.validation_fraction, self.deduplicate = epochs, train, validation_fraction, deduplicate
+        self.method, self.network, self.preprocessor, self.target, self.views, self.reading = method, network, preprocessor, target, views, reading
+        self.epochs, self.train, self.validation_fraction = epochs, train, validation_fraction
         self.folder, self.random_state, self.verbose = folder, random_state, verbose
-        self.skip_broken, self.missing_label = skip_broken, missing_label
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
         tags.target_tags.multi_output = True
+        tags.input_tags.allow_nan = True
         return tags
 
 # %% ../nbs/83_estimator.ipynb #b7c41e03
@@ -78,37 +76,36 @@ def training_content(data:SemiSupervisedData)->list:
     rows = np.concatenate([data.labelled, data.unlabelled])
     return [data.inputs.sources[row] for row in rows] if isinstance(data.inputs, ImageFiles) else content_keys(data.inputs, rows)
 
-# %% ../nbs/83_estimator.ipynb #02c54998
+# %% ../nbs/83_estimator.ipynb #5a83d001
 @patch
 def fit(self:SemiSupervisedRegressor,
-    X:Any, # (n, d) numbers, a data frame, pictures (n, H, W) or (n, C, H, W), or n paths of pictures
-    y:Any, # (n,) or (n, K); NaN or `missing_label`: unlabelled
+    X:Any, # (n, d) numbers, a data frame, pictures (n, H, W) or (n, C, H, W), n paths of pictures, or a folder of them
+    y:Any, # (n,) or (n, K), or by the names of a folder's pictures; NaN or `missing_label`: unlabelled
 )->SemiSupervisedRegressor: # itself
-    "Train. What is left: `predictor_`, `pseudo_labels_`, and `run_` with the curves."
+    "Train. What is left: `predictor_`, `pseudo_labels_`, and `run_` with the curves. `Ctrl-C` leaves the best epoch so far."
     if self.folder is not None and not isinstance(self.random_state, Integral):
         raise HplError(f"random_state is {self.random_state!r}; a run folder goes on with the same numbers only if it is a whole number.")
-    labels, seed = label_columns(y, row_count(X), self.missing_label), seed_of(self.random_state)
-    with OwnGenerators():
-        data = training_data(self, X, labels, seed)
-        settings, shape = method_for(self, data), tuple(data.plain(data.inputs[np.array([0])], None).shape[1:])
-        seed_everything(seed)
-        method = build_method(settings, shape, data.outputs, self.network)
-        train = schedule(self, data, method)
-        if self.network is not None: try_network(self.network, method, smallest_batch(data, train, method), data.outputs)
-    self.run_ = fit_method(method, data, train, folder=self.folder, seed=seed, progress=self.verbose)
-    self.predictor_, self._trained = Predictor.from_method(method, data), training_content(data)
-    self.pseudo_labels_ = pseudo_labels(self.run_, X.index if isinstance(X, (pd.Series, pd.DataFrame)) else None)
-    self.method_, self.shape_, self.network_, self.is_column_ = settings, shape, self.network, np.asarray(y).ndim == 1
+    X, y = rows_and_labels(X, y)
+    labels, seed = label_columns(y, row_count(X), reading_of(self).missing_label), seed_of(self.random_state)
+    target = fitted_target(self.target, labels)
+    with OwnGenerators(): data = training_data(self, X, in_target_units(target, labels), seed)
+    settings = method_for(self, data)
+    self.predictor_, self.run_, last = train_twice(self, settings, data, seed)
+    self.pseudo_labels_ = pseudo_labels(last, target, X.index if isinstance(X, (pd.Series, pd.DataFrame)) else None)
+    self._trained = training_content(data if last is self.run_ else with_validation_rows(data))
+    self.method_, self.shape_, self.network_, self.is_column_ = settings, plain_shape(data), self.network, np.asarray(y).ndim == 1
+    self.defaults_, self.target_ = len(NETWORKS) - 1, target
     return self
 
 # %% ../nbs/83_estimator.ipynb #4760324e
-def pseudo_labels(run:Run, index:pd.Index|None=None)->pd.DataFrame:
-    "Pseudo-labels of the unlabelled rows at the selected epoch (label units), their variance (label units squared) and their weight."
+def pseudo_labels(run:Run, target:TransformerMixin|None=None, index:pd.Index|None=None)->pd.DataFrame:
+    "Pseudo-labels of the unlabelled rows at the selected epoch (label units), their variance (label or target units squared) and their weight."
     table = selected(run)
     table = table[table["split"] == "unlabelled"].reset_index(drop=True)
-    rows = table["index"].astype(int)
+    rows, wide = table["index"].astype(int), table.pivot(index="index", columns="output", values="pseudo_label").astype(float)
+    values = in_label_units(target, wide.to_numpy())[wide.index.get_indexer(table["index"]), wide.columns.get_indexer(table["output"])]
     return pd.DataFrame({
-        "row": rows if index is None else index[rows], "output": table["output"], "pseudo_label": table["pseudo_label"],
+        "row": rows if index is None else index[rows], "output": table["output"], "pseudo_label": values,
         "variance": np.exp(table["log_variance"].astype(float)), "weight": table["weight"].astype(float).fillna(1.)})
 
 # %% ../nbs/83_estimator.ipynb #b7c41e02
@@ -118,17 +115,20 @@ def fitted_kind(model:SemiSupervisedRegressor)->str:
 
 def samples_of(model:SemiSupervisedRegressor, X:Any)->Any:
     "New rows as the predictor's reader wants them; another kind than that of `fit` is refused."
+    X = as_rows(X)
     if (kind := kind_of(X)) != (fitted := fitted_kind(model)): raise HplError(f"X is {kind}, but fit was given {fitted}; give {fitted}.")
     return picture_paths(X) if kind == "picture files" else unmasked(X) if kind == "an array of pictures" else table(model, X)
 
 # %% ../nbs/83_estimator.ipynb #36c56cb4
 def as_fitted(model:SemiSupervisedRegressor, values:np.ndarray)->np.ndarray:
-    "One column (n,) or a table (n, K), as y was."
-    return values.reshape(len(values)) if model.is_column_ else values.reshape(len(values), -1)
+    "Label units, and one column (n,) or a table (n, K), as y was."
+    values = in_label_units(model.target_, values.reshape(len(values), -1))
+    return values[:, 0] if model.is_column_ else values
 
 def known_labels(model:SemiSupervisedRegressor, X:Any, y:Any)->tuple[np.ndarray, np.ndarray]:
     "Labels (n, K) such as those of `fit`, and the rows that have one; none at all is an `HplError`."
-    labels = label_columns(y, row_count(X), model.missing_label)
+    X, y = rows_and_labels(X, y)
+    labels = label_columns(y, row_count(X), reading_of(model).missing_label)
     check_outputs(model.predictor_, labels)
     if len(known := np.flatnonzero(np.isfinite(labels).all(axis=1))): return labels, known
     raise HplError("no row of y has a label, so that there is nothing to compare with; give rows that have one, and cross-validate with "
@@ -171,12 +171,13 @@ def rows_that_trained(model:SemiSupervisedRegressor, samples:Any, rows:np.ndarra
 def predict_interval(self:SemiSupervisedRegressor,
     X:Any, # rows such as those of `fit`
     coverage:float=.9, # share of new labels that are to lie within; for each output on its own
-    scaled:bool=False, # wide where the method's own sigma is large
+    scaled:bool|None=None, # wide where the method's own sigma is large; None: if that makes intervals of the calibration rows narrower
 )->Interval: # prediction, low, high
     "Predictions with split conformal intervals."
     check_is_fitted(self)
     interval = interval_of(self.predictor_, samples_of(self, X), coverage, scaled, "validation_fraction, or calibrate(X, y)")
-    return Interval(*(as_fitted(self, values) for values in interval))
+    prediction, *limits = (as_fitted(self, values) for values in interval)
+    return Interval(prediction, np.minimum(*limits), np.maximum(*limits)) # a target may turn the order round
 
 @patch
 def calibrate(self:SemiSupervisedRegressor,
@@ -190,27 +191,30 @@ def calibrate(self:SemiSupervisedRegressor,
         warnings.warn(f"{len(trained)} of {len(known)} calibration rows are equal to a row that trained (the first is row {trained[0]} of "
                       "X), and their errors are too small. Leave such rows out, unless features are so coarse that different samples are "
                       "equal.", stacklevel=2)
-    self.predictor_ = calibrated(self.predictor_, samples, known, labels[known])
+    self.predictor_ = calibrated(self.predictor_, samples, known, in_target_units(self.target_, labels)[known])
     return self
 
 # %% ../nbs/83_estimator.ipynb #cb1e6ab5
 @patch
 def save(self:SemiSupervisedRegressor,
     path:str|Path, # such as model.safetensors
-    trusted:Sequence[str]=(), # types of a preprocessor of your own that `load` will be told to trust
+    trusted:Sequence[str]=(), # types of a preprocessor or target of your own that `load` will be told to trust
 )->Path: # `path`
     "Write one file that `load` reads; an existing one is replaced at once or not at all."
     check_is_fitted(self)
+    if are_own(self.views):
+        warnings.warn("views are functions of your own, which a file does not hold: what is loaded predicts as this one, and takes the "
+                      "default views if it is fitted again. Give it the same with set_params(views=...).", stacklevel=2)
     content = estimator_content(self)
-    if (transformer := content["estimator"]["preprocessor"]) is not None:
-        refuse_untrusted(transformer.numpy().tobytes(), path, trusted, "save")
+    for part in TRANSFORMERS:
+        if (written := content["estimator"][part]) is not None: refuse_untrusted(written.numpy().tobytes(), part, path, trusted, "save")
     return write_content(path, content)
 
 @patch(cls_method=True)
 def load(cls:SemiSupervisedRegressor,
     path:str|Path, # written by `save`
     network:Callable[[tuple[int, ...], int], Regressor]|None=None, # where it was trained with one of your own
-    trusted:Sequence[str]=(), # types that the preprocessor may be made of beside scikit-learn's, such as "my_module.MyScaler"
+    trusted:Sequence[str]=(), # types that the preprocessor or target may be made of beside scikit-learn's, such as "my_module.MyScaler"
     method:MethodSettings|None=None, # where it was trained with a method or a learner of your own: the same settings
 )->SemiSupervisedRegressor: # fitted; `run_` stays in the run folder
     "Read an estimator; a damaged file, another network or a type that is not trusted is refused."
@@ -220,11 +224,12 @@ def load(cls:SemiSupervisedRegressor,
         own = content["estimator"]
         if own["own_network"] and network is None:
             raise HplError(f"{path} was trained with a network of your own: pass the same function, load(path, network=...).")
-        if unknown := set(own["parameters"]) - {name for name in cls().get_params(deep=False) if name not in NOT_IN_FILES}:
+        parameters = renamed(own["parameters"])
+        if unknown := set(parameters) - {name for name in cls().get_params(deep=False) if name not in NOT_IN_FILES}:
             raise HplError(f"{path} is of another version of hpl_nb: it has the parameter {sorted(unknown)[0]!r:.50}, which this one does "
                            "not know. Save it again.")
-        if method is not None: own["parameters"]["method"] = the_same(own["parameters"]["method"], method, path)
-        return fitted_estimator(cls(**own["parameters"], network=network), content, path, trusted)
+        if method is not None: parameters["method"] = the_same(parameters["method"], method, path)
+        return fitted_estimator(cls(**parameters, network=network), content, path, trusted)
 
 # %% ../nbs/83_estimator.ipynb #16cd0c6f
 @patch

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -14,18 +16,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from scipy.sparse import issparse
 from sklearn.base import BaseEstimator, clone
-from sklearn.compose import ColumnTransformer
+from .core import HplError, derive_seed
+from .data.columns import ESTIMATOR_WORDS, default_preprocessor, dense
+from .data.core import SemiSupervisedData, View, row_error
+from sklearn.linear_model import RidgeCV
 from sklearn.utils import check_array
 from sklearn.utils.validation import validate_data
-
-from .core import HplError
-from .data.columns import ESTIMATOR_WORDS, default_preprocessor, dense, refuse_missing
-from .data.core import SemiSupervisedData, row_error
-from .data.images import SUFFIXES, ImageFiles, broken_images, image_data, randaugment_mc_views
-from .data.own import Split, array_data, input_tensor, label_array, make_sets
+from .data.images import SUFFIXES, ImageFiles, broken_images, unlisted_images
+from .data.own import (
+    Reading, Split, array_data, file_data, fit_standardizer, in_reading, input_tensor, label_array, make_sets, single_views)
 from .data.tables import unmasked
+from .predictor import Predictor, predictions
 
 # %% auto #0
 __all__ = []
@@ -40,36 +44,33 @@ def label_columns(y:Any, rows:int, missing_label:float=np.nan)->np.ndarray:
     if y is None: raise HplError("This estimator requires y to be passed, but the target y is None; give labels, NaN where there is none.")
     array = y.to_numpy(dtype=object, copy=True, na_value=np.nan) if isinstance(y, (pd.Series, pd.DataFrame)) else np.asarray(unmasked(y))
     if array.dtype.kind in "biufc": check_array(array, ensure_2d=False, ensure_all_finite="allow-nan", input_name="y")
-    labels = label_array(array, rows, "y")
-    marked = labels == missing_label
-    if len(partly := np.flatnonzero(marked.any(axis=1) & ~marked.all(axis=1))):
-        raise row_error("y", partly, f"some of its labels are {missing_label:g}, the missing_label", "Give all or none.")
-    return np.where(marked, np.nan, labels)
+    return label_array(array, rows, "y", missing_label)
 
 # %% ../nbs/82b_inputs.ipynb #eb1dbb93
-def as_text(X:pd.DataFrame, preprocessor:ColumnTransformer)->pd.DataFrame:
-    "The columns that a default preprocessor takes for text as text: a file holds no `Interval`, `Period` or other type of pandas."
-    X = X.copy(deep=False)
-    for place in [place for name, _, places in preprocessor.transformers if name == "texts" for place in places]:
-        X.isetitem(place, X.iloc[:, place].astype(object).map(str))
-    return X
+def with_names(model:BaseEstimator, X:Any, fitting:bool)->Any:
+    "A table whose columns are those of `fit`; a data frame of other columns is refused with the line that repairs it."
+    try: X = validate_data(model, X, skip_check_array=True, reset=fitting)
+    except ValueError as error:
+        if "feature names" not in str(error): raise
+        raise HplError(f"{str(error).strip()}\nType X = X.reindex(columns=model.feature_names_in_), which leaves new columns out and takes "
+                       "missing ones for missing values.") from error
+    names = getattr(model, "feature_names_in_", None)
+    if names is None: return X
+    return X.set_axis(names, axis=1) if isinstance(X, pd.DataFrame) else pd.DataFrame(X, columns=names)
 
 # %% ../nbs/82b_inputs.ipynb #9a35840f
 def table(model:BaseEstimator, X:Any, train:np.ndarray|None=None)->np.ndarray:
     "A table as numbers (n, d'); with rows that train the preprocessor is fitted, without them X is compared with what was fitted."
-    fitting, X = train is not None, dense(X)
-    if fitting and model.preprocessor is not None: model.preprocessor_ = clone(model.preprocessor)
-    if model.preprocessor_ is None and not (fitting and isinstance(X, pd.DataFrame)):
-        return validate_data(model, X, dtype=np.float64, reset=fitting, ensure_min_samples=1 + fitting)
-    X = validate_data(model, X, skip_check_array=True, reset=fitting)
-    names = getattr(model, "feature_names_in_", None)
-    if names is not None: X = X.set_axis(names, axis=1) if isinstance(X, pd.DataFrame) else pd.DataFrame(X, columns=names)
-    if not isinstance(X, pd.DataFrame): X = check_array(X, dtype=None, ensure_all_finite=False, input_name="X")
-    if model.preprocessor is None:
-        refuse_missing(X := pd.DataFrame(X), "X", ESTIMATOR_WORDS)
-        if fitting: model.preprocessor_ = default_preprocessor(X, train)
-        X = as_text(X, model.preprocessor_)
-    if fitting: model.preprocessor_.fit(X.iloc[train] if isinstance(X, pd.DataFrame) else X[train])
+    default, fitting, X = model.preprocessor is None, train is not None, dense(X)
+    if is_array := not isinstance(X, pd.DataFrame):
+        numbers = default and fitting
+        X = check_array(X, dtype=np.float64 if numbers else None, ensure_all_finite="allow-nan" if numbers else False,
+                        ensure_min_samples=1 + numbers, estimator=model, input_name="X")
+    X = with_names(model, X, fitting)
+    if default: X = pd.DataFrame(X)
+    if fitting:
+        model.preprocessor_ = default_preprocessor(X, train, standardise=not is_array, stacklevel=5) if default else clone(model.preprocessor)
+        model.preprocessor_.fit(X.iloc[train] if isinstance(X, pd.DataFrame) else X[train])
     encoded = check_array(model.preprocessor_.transform(X), accept_sparse=True, dtype=np.float64, input_name="X after the preprocessor")
     return encoded.toarray() if issparse(encoded) else encoded
 
@@ -100,21 +101,57 @@ def picture_paths(X:Any)->list[str|Path]:
         raise row_error("X", bad, f"{paths[bad[0]]!r} is no path of a picture", "Name the picture, or drop the row.")
     return [Path(path) for path in paths]
 
-def readable_pictures(X:Any, model:BaseEstimator)->ImageFiles:
-    "Pictures in files, all decoded once and kept; one that cannot be read is refused by its row, unless rows may be skipped."
-    files = ImageFiles(picture_paths(X), model.size, True, model.pixel_range)
-    for row, why in ({} if model.skip_broken else broken_images(files, model.verbose)).items():
-        raise HplError(f"X, row {row} (the first is 0): {why}")
-    return files
+def readable_pictures(X:Any, how:Reading, progress:bool)->tuple[ImageFiles, np.ndarray]:
+    "Pictures in files, all decoded once and kept, and the rows that can be; another one is refused, unless rows may be skipped."
+    files = ImageFiles(picture_paths(X), how.size, True, how.pixel_range)
+    broken = broken_images(files, progress)
+    for row, why in ({} if how.skip_broken else broken).items(): raise HplError(f"X, row {row} (the first is 0): {in_reading(why)}")
+    return files, np.setdiff1d(np.arange(len(files)), [*broken])
 
 # %% ../nbs/82b_inputs.ipynb #aeb53123
 def kind_of(X:Any)->str: return "picture files" if are_files(X) else "an array of pictures" if are_pixels(X) else "a table"
+
+# %% ../nbs/82b_inputs.ipynb #abbc37bb
+def as_rows(X:Any)->Any:
+    "A folder as a series of its pictures' paths, indexed by their names; the path of a picture as a list; anything else as it is."
+    if not isinstance(X, (str, os.PathLike)): return X
+    path = Path(X)
+    if path.is_dir():
+        names = [name for name in unlisted_images(path, ()) if not Path(name).name.startswith(".")] # macOS leaves ._a.png beside a.png
+        if names: return pd.Series([path/name for name in names], index=[Path(name).as_posix() for name in names])
+        raise HplError(f"X is the folder {path}, which holds no picture ({', '.join(SUFFIXES)}); give the folder of the pictures.")
+    if path.suffix.lower() in SUFFIXES: return [path]
+    advice = f"read a table first, pandas.read_csv({str(path)!r}) for example" if path.is_file() else "correct the path"
+    raise HplError(f"X is {str(X)!r:.200}, which is {'a file but no picture' if path.is_file() else 'no folder and no file'}; {advice}, or "
+                   "give a folder of pictures.")
+
+def labels_in_order(X:Any, y:Any)->Any:
+    "Labels that come by the names of a folder's pictures in the order of these, NaN where one has none; others as they are."
+    if isinstance(y, Mapping): y = pd.Series(dict(y), dtype=object)
+    if not isinstance(y, (pd.Series, pd.DataFrame)) or y.index.inferred_type != "string" or not isinstance(X, pd.Series): return y
+    if not y.index.is_unique: raise HplError(f"y names {y.index[y.index.duplicated()][0]!r} twice; keep one label.")
+    if len(unknown := y.index.difference(X.index)):
+        raise HplError(f"y has a label of {unknown[0]!r}, and the folder holds no such picture; {len(unknown)} such name(s). Name pictures "
+                       f"as {X.index[0]!r}, from the folder on.")
+    return y.reindex(X.index)
+
+def rows_and_labels(X:Any, y:Any)->tuple[Any, Any]:
+    "Rows and labels as arrays, frames and lists, where they came as a folder and by names."
+    if isinstance(y, Mapping) and not (isinstance(X, (str, os.PathLike)) and os.path.isdir(X)):
+        raise HplError("y is a dictionary, which is for a folder of pictures as X; give one label per row.")
+    rows = as_rows(X)
+    return rows, labels_in_order(rows, y) if rows is not X else y
 
 # %% ../nbs/82b_inputs.ipynb #a90c4471
 def forget_table(model:BaseEstimator)->None:
     "No preprocessor and no features, until a table brings some."
     model.preprocessor_ = None
     for name in ("n_features_in_", "feature_names_in_"): vars(model).pop(name, None)
+
+def reading_of(model:BaseEstimator)->Reading:
+    "How the rows are read, as the parameter says."
+    if isinstance(model.reading, Reading|None): return model.reading or Reading()
+    raise HplError(f"reading is {model.reading!r:.100}; give Reading(...), or None for the default.")
 
 def training_data(model:BaseEstimator, X:Any, labels:np.ndarray, seed:int)->SemiSupervisedData:
     "The dataset that a method is trained on."
@@ -124,13 +161,60 @@ def training_data(model:BaseEstimator, X:Any, labels:np.ndarray, seed:int)->Semi
     if not 0 <= model.validation_fraction < 1:
         raise HplError(f"validation_fraction is {model.validation_fraction}; give a share of at least 0 and below 1.")
     sets = make_sets(labels, Split(val_share=model.validation_fraction, test_share=0., seed=seed), "y", ESTIMATOR_WORDS)
-    if kind == "picture files": return file_data(model, X, labels, sets)
-    train = np.sort(np.concatenate([sets["labelled"], sets["unlabelled"]]))
+    train, how = np.sort(np.concatenate([sets["labelled"], sets["unlabelled"]])), reading_of(model)
+    if kind == "picture files":
+        files, readable = readable_pictures(X, how, model.verbose)
+        plain = fit_standardizer(files, np.intersect1d(train, readable))
+        return file_data("X", files, labels, sets, model.views, plain, how)
     pixels = kind != "a table"
     samples = input_tensor(X, "X", "make them numbers", "no method takes them") if pixels else torch.as_tensor(table(model, X, train))
-    return array_data(samples, labels, sets, model.strengths, "X", None, model.deduplicate)
+    return array_data(samples, labels, sets, model.views, "X", None, how.deduplicate)
 
-def file_data(model:BaseEstimator, X:Any, labels:np.ndarray, sets:Mapping[str, np.ndarray])->SemiSupervisedData:
-    files = readable_pictures(X, model)
-    views = randaugment_mc_views(round(.04*model.size), "reflect", round(.08*model.size))
-    return image_data("X", files, labels, sets, views, model.deduplicate, model.skip_broken, compare=True)
+# %% ../nbs/82b_inputs.ipynb #35317767
+def seeded(view:View)->View:
+    "A view that always draws the same."
+    return lambda samples, _=None: view(samples, np.array([derive_seed("validation view", row) for row in range(len(samples))]))
+
+def coarse(data:SemiSupervisedData, rows:np.ndarray, view:View)->np.ndarray:
+    "Rows in a view as a linear model takes them: pictures of at most 16 x 16 pixels."
+    parts = [view(data.inputs[part], None) for part in np.array_split(rows, 1 + len(rows)//256)]
+    small = [F.adaptive_avg_pool2d(x, [min(16, side) for side in x.shape[2:]]) if x.ndim == 4 else x for x in parts]
+    return torch.cat(small).flatten(1).double().numpy()
+
+def ridge_errors(data:SemiSupervisedData)->Callable[[View], np.ndarray]:
+    "A function that gives the errors of a ridge regression on the validation rows in a view, (n,); it was fitted to plain labelled rows."
+    rows = data.labelled[:1000]
+    ridge = RidgeCV(np.logspace(-1, 5, 13)).fit(coarse(data, rows, data.plain), data.normalizer.normalize(data.targets[rows]))
+    y = data.normalizer.normalize(data.targets[data.val])
+    return lambda view: np.abs(ridge.predict(coarse(data, data.val, view)).reshape(y.shape) - y).mean(axis=1)
+
+def network_errors(data:SemiSupervisedData, predictor:Predictor)->Callable[[View], np.ndarray]:
+    "The same for a trained network."
+    y, scale = data.targets[data.val], np.asarray(data.normalizer.scale)
+    return lambda view: np.abs((predictions(replace(predictor, view=view), data.inputs, data.val) - y)/scale).mean(axis=1)
+
+# %% ../nbs/82b_inputs.ipynb #3c565737
+def clearly_larger(a:np.ndarray, b:np.ndarray, times:float)->bool:
+    "Whether paired errors are on average `times` as large, by more than three standard errors."
+    return a.mean() >= times*b.mean() and (a - b).mean() > 3*(a - b).std(ddof=1)/np.sqrt(len(a))
+
+def changed_labels(data:SemiSupervisedData, errors:Callable[[View], np.ndarray])->dict[str, float]:
+    "Views after which errors are at least twice as large, and half as large as without any model: the mean error of each."
+    plain, y = errors(data.plain), data.normalizer.normalize(data.targets[data.val])
+    spread = np.abs(y - np.median(y, axis=0)).mean()
+    found = {name: errors(seeded(view)) for name, view in single_views(data).items()}
+    return {name: e.mean() for name, e in found.items() if clearly_larger(e, plain, 2) and e.mean() > spread/2}
+
+def warn_of_views(data:SemiSupervisedData, predictor:Predictor)->None:
+    "Name views that change what the label says, by the errors on the validation rows."
+    if min(len(data.val), len(data.labelled)) < 10: return
+    network, ridge = network_errors(data, predictor), ridge_errors(data)
+    beaten = clearly_larger(network(data.plain), ridge(data.plain), 1)
+    who, errors = ("a ridge regression that was fitted without views", ridge) if beaten else ("this fit", network)
+    if not (found := changed_labels(data, errors)): return
+    unit = data.normalizer.scale[0] if data.outputs == 1 else 1
+    said = ", ".join(f"{unit*e:.3g} after {name}" for name, e in found.items())
+    more = f", and this fit by {unit*network(data.plain).mean():.3g}" if beaten else ""
+    others = tuple(name.strip("'") for name in single_views(data) if name not in found and "strengths" in data.notes)
+    warnings.warn(f"views seem to change the label: on {len(data.val)} validation rows {who} errs by "
+                  f"{unit*errors(data.plain).mean():.3g}, by {said}{more}. Leave them out, views={others!r}.", stacklevel=3)

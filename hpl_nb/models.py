@@ -179,26 +179,40 @@ class ModelSettings(Settings):
             raise HplError(f"dropout is {self.dropout}; give a share of at least 0 and below 1, such as 0.05.")
 
 # %% ../nbs/30_models.ipynb #c60aff29
+class BesideInput(nn.Module):
+    "The inputs, and beside them what a network makes of them: a head on both has a linear path."
+    def __init__(self, network:nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x:Tensor)->Tensor: return torch.cat([x, self.network(x)], dim=1)
+
+# %% ../nbs/30_models.ipynb #c60aff2a
 def mlp(
     inputs:int, # number of input columns
     hidden:Sequence[int]=(64, 64), # widths of the hidden layers; empty = linear regression
     outputs:int=1, # K
     dropout:float=0.0, # after every hidden layer
+    linear_path:bool=False, # the head sees the inputs too, before what the hidden layers make of them
 )->Regressor: # takes x of shape (B, inputs)
     "A multilayer perceptron with ReLU."
     widths, layers = [inputs, *hidden], []
     for before, after in zip(widths, widths[1:]):
         layers += [nn.Linear(before, after), nn.ReLU(), nn.Dropout(dropout)]
-    return Regressor(Body(nn.Sequential(*layers), widths[-1]), Head(widths[-1], outputs))
+    network, features = nn.Sequential(*layers), widths[-1]
+    if linear_path: network, features = BesideInput(network), inputs + features
+    return Regressor(Body(network, features), Head(features, outputs))
 
 @dataclass(frozen=True)
 class MLP(ModelSettings):
     "A multilayer perceptron for rows of numbers."
     short:ClassVar[str] = "mlp"
     hidden:tuple[int, ...]=(64, 64) # widths of the hidden layers; empty: linear regression
+    linear_path:bool=False # the head sees the inputs too
 
     def network(self, data:SemiSupervisedData)->Regressor:
-        return mlp(data.plain(data.inputs[data.labelled[:1]], None).shape[1], self.hidden, data.outputs, self.dropout or 0.)
+        inputs = data.plain(data.inputs[data.labelled[:1]], None).shape[1]
+        return mlp(inputs, self.hidden, data.outputs, self.dropout or 0., self.linear_path)
 
 # %% ../nbs/30_models.ipynb #07ceeff3
 class _ChannelsLast(nn.Module):

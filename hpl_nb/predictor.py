@@ -29,7 +29,7 @@ from .core import HplError, LabelNormalizer, RunFolder, atomic_write, reading, s
 from .data.columns import FrameEncoder
 from .data.core import SemiSupervisedData, View, plain_view, row_error, row_numbers, row_owners
 from .data.images import ImageFiles, ImageSource, ImageView, decode_image
-from .data.own import PixelStrengths, RowStrengths, Standardizer, input_tensor
+from .data.own import PixelStrengths, Reading, RowStrengths, Standardizer, input_tensor
 from .methods.core import Method
 from .methods.known import METHODS
 from .settings import Settings, as_json, differences, from_json
@@ -132,7 +132,7 @@ def pack(value:Any, tensors:dict[str, Tensor], name:str="")->Any:
     if value is plain_view: return {"plain_view": None}
     if isinstance(value, Settings): return {"settings": as_json(value)}
     if isinstance(value, Tensor):
-        tensors[name] = value.detach().cpu().contiguous().clone()
+        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
         return {"tensor": name}
     if isinstance(value, (list, tuple)): return {type(value).__name__: [pack(v, tensors, f"{name}/{i}") for i, v in enumerate(value)]}
     if isinstance(value, Mapping): return {"dict": {key: pack(v, tensors, f"{name}/{key}") for key, v in value.items()}}
@@ -145,7 +145,7 @@ def unpack(tree:Any, tensors:Mapping[str, Tensor], *own:type[Settings])->Any:
     if not isinstance(tree, dict): return tree
     (kind, content), = tree.items()
     if kind == "plain_view": return plain_view
-    if kind == "settings": return from_json(content, *METHODS, Train, RowStrengths, PixelStrengths, *own)
+    if kind == "settings": return from_json(content, *METHODS, Train, RowStrengths, PixelStrengths, Reading, *own)
     if kind == "tensor": return tensors[content]
     if kind == "dict": return {key: unpack(value, tensors, *own) for key, value in content.items()}
     if kind in ("list", "tuple"): return {"list": list, "tuple": tuple}[kind](unpack(value, tensors, *own) for value in content)
@@ -161,7 +161,8 @@ def checksum(text:str, tensors:Mapping[str, Tensor])->str:
     return digest.hexdigest()
 
 def write_content(path:str|Path, content:Mapping[str, Any])->Path:
-    "Write a predictor's content."
+    "Write a predictor's content; refuses a name that safetensors cannot open again."
+    if str(path).encode(errors="replace").decode() != str(path): raise HplError(f"{path} is not valid UTF-8. Save under another name.")
     text = json.dumps(pack(content, tensors := {}))
     whole = safetensors_bytes(tensors, {"predictor": f"{checksum(text, tensors)} {text}"}) # one entry: of several, the order varies
     return atomic_write(path, lambda file: file.write(whole))
@@ -285,7 +286,7 @@ class Predictor:
     def predict_interval(self,
         inputs:Any, # as in `predict`
         coverage:float=.9, # share of new rows whose label is to lie within; for each output on its own
-        scaled:bool=False, # wide where the method's own sigma is large, rather than the same everywhere
+        scaled:bool|None=None, # wide where the method's own sigma is large, or not; None: if it makes the calibration rows' intervals narrower
     )->Interval: # prediction, low, high
         "Predictions with split conformal intervals."
         return interval_of(self, inputs, coverage, scaled)
@@ -329,14 +330,16 @@ def calibrated(predictor:Predictor, samples:Any, rows:np.ndarray, labels:np.ndar
         raise row_error("calibration", bad, "its prediction is NaN or infinite", "Leave it out, or give inputs in the unit of training.")
     return replace(predictor, errors=errors, deviations=deviations(predictor, samples, rows))
 
-def interval_of(predictor:Predictor, inputs:Any, coverage:float, scaled:bool, arguments:str="val_share, or calibration=")->Interval:
+def interval_of(predictor:Predictor, inputs:Any, coverage:float, scaled:bool|None, arguments:str="val_share, or calibration=")->Interval:
     "See `Predictor.predict_interval`; `arguments` of the caller would give more calibration rows."
-    samples, errors = predictor.reader(inputs), predictor.errors
-    if scaled and predictor.deviations is None:
+    samples, errors, sigma = predictor.reader(inputs), predictor.errors, predictor.deviations
+    if scaled and sigma is None:
         raise HplError(f"{predictor.method.title} has no variance of its own that could scale intervals; use scaled=False.")
-    rows = np.arange(len(samples))
-    radius = conformal_radius(errors/predictor.deviations if scaled else errors, coverage, arguments)
-    if scaled: radius = radius*deviations(predictor, samples, rows)
+    rows, radius = np.arange(len(samples)), conformal_radius(errors, coverage, arguments)
+    if scaled is not False and sigma is not None:
+        times = conformal_radius(errors/sigma, coverage, arguments)
+        narrower = (times*sigma).mean(axis=0) < radius # for each output
+        if scaled or narrower.any(): radius = np.where(narrower | bool(scaled), times*deviations(predictor, samples, rows), radius)
     prediction = predictions(predictor, samples, rows)
     return Interval(*map(_squeezed, (prediction, prediction - radius, prediction + radius)))
 

@@ -48,7 +48,7 @@ from hpl_nb.convert import convert_runs
 from hpl_nb.core import HplError, RunFolder
 from hpl_nb.data import tables
 from hpl_nb.data.images import FORMATS, MOST_PIXELS, ImageFiles, ImageSource, decode_image, find_images, tar_index
-from hpl_nb.data.own import from_images
+from hpl_nb.data.own import Reading, from_images
 from hpl_nb.data.pixels import DiskCache, is_intact, on_disk
 from hpl_nb.data.stsb import load_vectors
 from hpl_nb.data.tables import fetch
@@ -525,7 +525,7 @@ def do_pictures(folder):
     for row in range(30): Image.fromarray(np.full((16, 16, 3), 8*row, dtype=np.uint8)).save(folder/f"{row}.png")
     pd.DataFrame({"file": [f"{row}.png" for row in range(30)], "label": range(30)}).to_csv(folder/"table.csv", index=False)
     str(hpl_nb.data.check(folder, progress=False))
-    on_disk(from_images(folder, folder/"table.csv", "file", "label", size=16), folder/"cache").inputs[np.arange(3)]
+    on_disk(from_images(folder, folder/"table.csv", "file", "label", reading=Reading(16)), folder/"cache").inputs[np.arange(3)]
 
 
 class Seen:

@@ -5,44 +5,46 @@
 # %% ../../nbs/15_data.own.ipynb #1064464b
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
-from ..core import HplError, derive_seed, usual_settings
+from ..core import HplError, derive_seed, reason, usual_settings, whole_number
 from .columns import FRAME_WORDS, Words, fit_encoder, require_columns
 from .core import (
-    SPLITS, BatchView, SemiSupervisedData, StreamSettings, View, announce, content_keys, largest_batches, row_error, row_numbers,
-    row_owners, split_rows)
-from hpl_nb.data.images import (
-    ImageFiles, ImageSource, ImageViews, exact_count, find_images, image_data, is_below, randaugment_mc_views, repeated_rows,
-    require_images,
-    unlisted_images)
+    SPLITS, BatchView, PerSample, SemiSupervisedData, StreamSettings, View, announce, content_keys, largest_batches, row_error,
+    row_numbers, row_owners, split_rows)
+from .images import (
+    IMAGENET_MEAN, IMAGENET_STD, ImageFiles, ImageSource, ImageViews, RandAugmentMC, exact_count, find_images, image_data, is_below,
+    known_range, repeated_rows, require_images, unlisted_images)
+from .pixels import carry_out, draw_plans
 from .tables import first_kind, is_missing, is_real, label_problems, read_table, split_problems, unmasked
-from ..settings import Settings
+from ..settings import Settings, unknown_name
 
 # %% auto #0
-__all__ = ['Split', 'RowStrengths', 'PixelStrengths', 'from_arrays', 'batches_for', 'from_frame', 'from_images']
+__all__ = ['Split', 'RowStrengths', 'PixelStrengths', 'from_arrays', 'batches_for', 'from_frame', 'Reading', 'from_images']
 
 # %% ../../nbs/15_data.own.ipynb #671a7d30
-def read_labels(columns:Mapping[str, Iterable], name:str)->np.ndarray:
-    "Labels (n, K) of K columns, NaN where there is none; text, an infinite one or a partly labelled row is an `HplError`."
+def read_labels(columns:Mapping[str, Iterable], name:str, missing_label:float=np.nan)->np.ndarray:
+    "Labels (n, K) of K columns, NaN where there is none or `missing_label`; text, infinity or a partly labelled row is an `HplError`."
     labels = []
     for column, raw in columns.items():
         values, problems = label_problems(raw, unknown_ok=True)
         if problems:
             raise row_error(f"{name}, target {column!r}", *first_kind(problems),
                             "Correct it, or leave it empty (NaN) to make the row unlabelled.")
-        labels.append(values)
+        labels.append(np.where(values == missing_label, np.nan, values))
     labels = np.stack(labels, axis=1)
     partly = np.flatnonzero(np.isnan(labels).any(axis=1) & ~np.isnan(labels).all(axis=1))
     if len(partly):
@@ -61,7 +63,7 @@ def as_array(values:np.ndarray|Tensor|Sequence, source:str)->np.ndarray:
     except (ValueError, TypeError, RuntimeError) as error: # rows of several lengths, a sparse tensor, a list of tensors with gradients
         raise HplError(f"{source} are not one array ({error}). Give an array, or lists of one length.") from error
 
-def label_array(targets:np.ndarray|Tensor|Sequence, rows:int, name:str)->np.ndarray:
+def label_array(targets:np.ndarray|Tensor|Sequence, rows:int, name:str, missing_label:float=np.nan)->np.ndarray:
     "Labels (n, K) of an array (n,) or (n, K); a masked one is NaN."
     array = as_array(targets, f"{name}: targets")
     if array.ndim not in (1, 2):
@@ -69,7 +71,7 @@ def label_array(targets:np.ndarray|Tensor|Sequence, rows:int, name:str)->np.ndar
     if len(array) != rows:
         raise HplError(f"{name}: {rows} inputs but {len(array)} targets; give one per input, NaN where unlabelled.")
     array = array.reshape(len(array), -1)
-    return read_labels({str(k): array[:, k] for k in range(array.shape[1])}, name)
+    return read_labels({str(k): array[:, k] for k in range(array.shape[1])}, name, missing_label)
 
 # %% ../../nbs/15_data.own.ipynb #9347e13c
 @dataclass(frozen=True)
@@ -169,28 +171,39 @@ def check_shape(shape:tuple[int, ...], name:str)->None:
         raise HplError(f"{name}: inputs have shape {shape}; give (n, d) features - a single one as (n, 1) - or "
                        "pictures, (n, H, W) or (n, C, H, W).")
     if len(shape) == 4 and shape[3] in (1, 3, 4) and min(shape[1:3]) > 4:
-        raise HplError(f"{name}: inputs of shape {shape} have their channels last; give np.moveaxis(inputs, 3, 1).")
+        raise HplError(f"{name}: inputs of shape {shape} may have {shape[3]} channels last or {shape[1]} first; "
+                       f"give np.moveaxis(inputs, 3, 1) if they are last, or np.swapaxes(inputs, 2, 3) (pictures on their side) if first.")
 
 # %% ../../nbs/15_data.own.ipynb #202ddc4f
+def as_tensor(samples:Any)->Tensor:
+    "Samples as one tensor; decoded pictures as uint8 (b, 3, H, W)."
+    if not (isinstance(samples, list) and samples and isinstance(samples[0], Image.Image)): return torch.as_tensor(samples)
+    if len(sizes := {image.size for image in samples}) > 1:
+        raise HplError(f"pictures of one batch differ in size, {sorted(sizes)[:2]} for example; give size=.")
+    return torch.from_numpy(np.stack([np.asarray(image) for image in samples])).permute(0, 3, 1, 2)
+
 @dataclass(frozen=True)
 class Standardizer:
     "The plain view of rows or pictures: `(x - mean)/scale` for each feature or channel, as float32."
     mean:tuple[float, ...] # one for each feature or channel
     scale:tuple[float, ...] # above zero
 
-    def __call__(self, samples:Tensor|np.ndarray, seeds:np.ndarray|None=None)->Tensor:
-        "Standardise a batch (b, d) or (b, C, H, W)."
-        x = torch.as_tensor(samples).double()
+    def __call__(self, samples:Any, seeds:np.ndarray|None=None)->Tensor:
+        "Standardise a batch (b, d) or (b, C, H, W), or a list of decoded pictures."
+        x = as_tensor(samples).double()
         shape = (-1, *[1]*(x.ndim - 2))
         return ((x - x.new_tensor(self.mean).view(shape))/x.new_tensor(self.scale).view(shape)).float()
 
+# %% ../../nbs/15_data.own.ipynb #545ce38a
 @usual_settings()
-def fit_standardizer(x:Tensor, rows:np.ndarray)->Standardizer:
+def fit_standardizer(x:Tensor|ImageFiles, rows:np.ndarray)->Standardizer:
     "Mean and standard deviation of each feature or channel over the training rows; a constant one keeps its unit."
-    parts = [torch.from_numpy(part) for part in np.array_split(rows, 1 + len(rows)//1024)]
-    dims, count = (0, *range(2, x.ndim)), len(rows)*x[0, 0].numel()
-    def shifted(part, by): return x[part].double() - by.view(-1, *[1]*(x.ndim - 2))
-    first = x[rows[0]].double().view(x.shape[1], -1)[:, 0]
+    sample = as_tensor(x[rows[:1]])[0].double()
+    at_once = max(1, min(1024, 2**24//sample.numel())) # rows: pictures of any size need at most 300 MB
+    parts = [torch.from_numpy(part) for part in np.array_split(rows, 1 + len(rows)//at_once)]
+    dims, count = (0, *range(2, sample.ndim + 1)), len(rows)*sample[0].numel()
+    def shifted(part, by): return as_tensor(x[part]).double() - by.view(-1, *[1]*(sample.ndim - 1))
+    first = sample.reshape(len(sample), -1)[:, 0]
     mean = first + sum(shifted(part, first).sum(dims) for part in parts)/count # of a constant: its own value, exactly
     variance = sum(shifted(part, mean).square().sum(dims) for part in parts)/count
     return Standardizer(tuple(mean.tolist()), tuple(torch.where(variance > 0, variance.sqrt(), 1.).tolist()))
@@ -214,10 +227,11 @@ class RowStrengths(Settings):
     weak_noise:float=.05 # standard deviation of the noise, in standard deviations of the feature
     strong_noise:float=.1 # and of the strong view
     feature_dropout:float=0. # probability that the strong view sets a feature to its mean
+    named:ClassVar[dict[str, dict[str, float]]] = {"noise": {"weak_noise": .05, "strong_noise": .1}, "dropout": {"feature_dropout": .1}}
 
     def check(self)->None: _check_strengths(self, "feature_dropout")
 
-    def views(self, standardizer:Standardizer, shape:Sequence[int])->dict[str, View]:
+    def views(self, standardizer:Standardizer)->dict[str, View]:
         "The weak, strong and plain view of rows of features."
         weak = partial(perturb_rows, standardizer=standardizer, noise=self.weak_noise)
         strong = partial(perturb_rows, standardizer=standardizer, noise=self.strong_noise, dropout=self.feature_dropout)
@@ -240,11 +254,22 @@ def cut_squares(images:Tensor, generator:torch.Generator, side:int)->Tensor:
     y, x = torch.arange(height)[:, None] - top, torch.arange(width) - left
     return images.masked_fill(((0 <= y) & (y < side) & (0 <= x) & (x < side))[:, None], 0.)
 
-def perturb_pixels(images:Tensor, generator:torch.Generator, standardizer:Standardizer, shift:int, noise:float=0., cutout:int=0)->Tensor:
-    "Standardise and shift; add noise and cut out a square where they are asked for."
-    images = shift_pixels(standardizer(images), generator, shift)
-    if noise: images = images + noise*torch.randn(images.shape, generator=generator)
-    return cut_squares(images, generator, cutout) if cutout else images
+# %% ../../nbs/15_data.own.ipynb #1a479b96
+def flip_some(images:Tensor, generator:torch.Generator)->Tensor:
+    "Mirror half of the pictures, left to right."
+    chosen = torch.rand(len(images), generator=generator) < .5
+    return torch.where(chosen[:, None, None, None], images.flip(3), images)
+
+def recolour(images:Tensor, generator:torch.Generator, strength:float)->Tensor:
+    "Change each picture's contrast, and the brightness of each of its channels, by up to `strength` standard deviations."
+    def draw(channels): return strength*(2*torch.rand((len(images), channels, 1, 1), generator=generator) - 1)
+    contrast, brightness = draw(1), draw(images.shape[1])
+    return images*(1 + contrast) + brightness
+
+def randaugment(pixels:Tensor, generator:torch.Generator)->Tensor:
+    "The release's operations on bytes (b, 1 or 3, H, W)."
+    seeds = torch.randint(2**62, (len(pixels),), generator=generator).tolist()
+    return carry_out(pixels, draw_plans((RandAugmentMC(cutout=0),), seeds, len(pixels), *pixels.shape[:1:-1]))
 
 # %% ../../nbs/15_data.own.ipynb #9db7d38e
 @dataclass(frozen=True)
@@ -253,29 +278,129 @@ class PixelStrengths(Settings):
     shift:float=1/16 # largest shift, as a share of the shorter side
     noise:float=.25 # of the strong view, in standard deviations of the channel's pixels
     cutout:float=1/8 # side of the strong view's square, as a share of the shorter side
+    flip:bool=False # mirror half of the pictures
+    colour:float=0. # largest change of the strong view's contrast (a share) and brightness (standard deviations of the channel's pixels)
+    randaugment:bool=False # turn, shear, move and recolour the strong view: `RandAugmentMC`, for bytes of 1 or 3 channels
+    named:ClassVar[dict[str, dict[str, float]]] = {"shift": {"shift": 1/16}, "noise": {"noise": .25}, "cutout": {"cutout": 1/8},
+                                                   "flip": {"flip": True}, "colour": {"colour": .3}, "randaugment": {"randaugment": True}}
 
     def check(self)->None: _check_strengths(self, "shift", "cutout")
 
-    def views(self, standardizer:Standardizer, shape:Sequence[int])->dict[str, View]:
-        "The weak, strong and plain view of pictures (n, C, H, W)."
-        side = min(shape[2:])
-        common = {"standardizer": standardizer, "shift": round(self.shift*side)}
-        strong = partial(perturb_pixels, **common, noise=self.noise, cutout=round(self.cutout*side))
-        return {"weak": BatchView(partial(perturb_pixels, **common)), "strong": BatchView(strong), "plain": standardizer}
+    def views(self, standardizer:Standardizer)->dict[str, View]:
+        "The weak, strong and plain view of pictures (n, C, H, W), or in files."
+        made = {name: BatchView(partial(perturb_pixels, standardizer=standardizer, strengths=self, strong=name == "strong"))
+                for name in ("weak", "strong")}
+        return made | {"plain": standardizer}
+
+# %% ../../nbs/15_data.own.ipynb #a07790f8
+def perturb_pixels(samples:Any, generator:torch.Generator, standardizer:Standardizer, strengths:PixelStrengths, strong:bool)->Tensor:
+    "Standardise, mirror and shift; the strong view has other colours, noise and a square cut out as well."
+    pixels = as_tensor(samples)
+    images = standardizer(randaugment(pixels, generator) if strong and strengths.randaugment else pixels)
+    side = min(images.shape[2:])
+    if strengths.flip: images = flip_some(images, generator)
+    images = shift_pixels(images, generator, round(strengths.shift*side))
+    if not strong: return images
+    if strengths.colour: images = recolour(images, generator, strengths.colour)
+    if strengths.noise: images = images + strengths.noise*torch.randn(images.shape, generator=generator)
+    square = round(strengths.cutout*side)
+    return cut_squares(images, generator, square) if square else images
+
+# %% ../../nbs/15_data.own.ipynb #e5d90aa8
+Function = Callable[[Tensor], Tensor]
+Views = str | Sequence[str] | RowStrengths | PixelStrengths | ImageViews | tuple[Function, Function] | None
+
+def named_strengths(kind:type[Settings], names:Sequence[str], source:str)->Settings:
+    "Strengths at which the named views are as usual and the others are off."
+    for name in names:
+        if name not in kind.named:
+            raise unknown_name(name, [*kind.named], f"{source}: {'a row' if kind is RowStrengths else 'a picture'}", "view")
+    off = {each.name: type(each.default)(0) for each in fields(kind)}
+    return kind(**off | {key: value for name in names for key, value in kind.named[name].items()})
+
+def chosen_strengths(views:Any, x:Tensor|ImageFiles, source:str)->RowStrengths|PixelStrengths:
+    "The strengths that `views` means; what such samples cannot take is an `HplError`."
+    kind = RowStrengths if isinstance(x, Tensor) and x.ndim == 2 else PixelStrengths
+    names = (views,) if isinstance(views, str) else views
+    if isinstance(names, (tuple, list)) and all(isinstance(name, str) for name in names): views = named_strengths(kind, names, source)
+    if not isinstance(strengths := kind() if views is None else views, kind):
+        raise HplError(f"{source}: views is {views!r:.100}; give names among {', '.join(kind.named)}, {kind.__name__}(...), or two "
+                       "functions (weak, strong).")
+    if getattr(strengths, "randaugment", False) and isinstance(x, Tensor) and (x.dtype != torch.uint8 or x.shape[1] not in (1, 3)):
+        raise HplError(f"{source}: randaugment changes whole numbers from 0 to 255 (uint8) in 1 or 3 channels, and these pictures are "
+                       f"{str(x.dtype).removeprefix('torch.')} in {x.shape[1]}; convert them, or name other views.")
+    return strengths
+
+# %% ../../nbs/15_data.own.ipynb #10d82163
+@dataclass(frozen=True)
+class OwnView:
+    "Functions of one sample, applied in turn, and then the plain view."
+    functions:tuple[Callable[[Tensor], Tensor], ...]
+    plain:View
+
+    def __call__(self, samples:Any, seeds:np.ndarray|None=None)->Tensor:
+        return self.plain(PerSample(self.transform)(as_tensor(samples), seeds))
+
+    def transform(self, sample:Tensor)->Tensor:
+        for function in self.functions: sample = function(sample)
+        return sample
+
+def try_view(view:OwnView, sample:Tensor, word:str, source:str)->None:
+    "Refuse a function that fails, gives another shape, or draws from a generator that nobody seeds."
+    shape = tuple(sample.shape[1:])
+    try: first, second = (PerSample(view.transform)(sample, np.array([0])) for _ in range(2))
+    except Exception as error:
+        raise HplError(f"{source}: the {word} view fails on a sample of shape {shape} ({reason(error)}); give a function of one tensor "
+                       "that returns a tensor.") from error
+    if (found := tuple(first.shape[1:])) != shape:
+        raise HplError(f"{source}: the {word} view makes shape {found} of {shape}; keep the shape.")
+    if not torch.equal(first, second):
+        raise HplError(f"{source}: the {word} view of the same sample and seed differs from call to call; draw from torch's generator "
+                       "only, with torch.rand and the like.")
+
+# %% ../../nbs/15_data.own.ipynb #903bec2b
+def are_functions(views:Any)->bool: return isinstance(views, (tuple, list)) and len(views) == 2 and all(map(callable, views))
+
+def are_own(views:Any)->bool:
+    "Whether views are code, which no file holds."
+    return isinstance(views, ImageViews) or are_functions(views)
+
+def make_views(views:Views, x:Tensor|ImageFiles, plain:View, source:str)->tuple[dict[str, View], dict[str, Any]]:
+    "The weak, strong and plain view of samples, and what the notes keep of them."
+    if isinstance(views, ImageViews):
+        if isinstance(x, ImageFiles): return views._asdict(), {}
+        raise HplError(f"{source}: these views are for picture files, and the inputs are an array; name some, such as "
+                       "views=('shift', 'noise'), or give two functions (weak, strong).")
+    if are_functions(views):
+        made = {"weak": OwnView((views[0],), plain), "strong": OwnView(tuple(views), plain)}
+        sample = x[:1] if isinstance(x, Tensor) else torch.arange(3*x.size**2).to(torch.uint8).view(1, 3, x.size, x.size)
+        for word, view in made.items(): try_view(view, sample, word, source)
+        return made | {"plain": plain}, {}
+    strengths = chosen_strengths(views, x, source)
+    return strengths.views(plain), {"strengths": asdict(strengths)}
+
+# %% ../../nbs/15_data.own.ipynb #e66160d0
+def single_views(data:SemiSupervisedData)->dict[str, View]:
+    "Each view that is on, alone."
+    strengths = data.notes.get("strengths")
+    if strengths is None: return {"the weak view": data.weak, "the strong view": data.strong}
+    kind = RowStrengths if "feature_dropout" in strengths else PixelStrengths
+    off = {each.name: type(each.default)(0) for each in fields(kind)}
+    chosen = {name: {key: strengths[key] for key in keys} for name, keys in kind.named.items()}
+    return {repr(name): kind(**off | values).views(data.plain)["strong"] for name, values in chosen.items() if any(values.values())}
 
 # %% ../../nbs/15_data.own.ipynb #3eb440d1
-def array_data(x:Tensor, labels:np.ndarray, sets:dict[str, np.ndarray], strengths:RowStrengths|PixelStrengths|None, name:str,
-               notes:dict[str, Any]|None=None, deduplicate:bool=False, **fields:Any)->SemiSupervisedData:
+def array_data(x:Tensor, labels:np.ndarray, sets:dict[str, np.ndarray], views:Views, name:str, notes:dict[str, Any]|None=None,
+               deduplicate:bool=False, **fields:Any)->SemiSupervisedData:
     "Join inputs, labels and rows; fit the standardisation to the training rows, make the views, and warn of likely mistakes."
-    kind, notes = RowStrengths if x.ndim == 2 else PixelStrengths, notes or {}
-    if not isinstance(strengths := kind() if strengths is None else strengths, kind):
-        raise HplError(f"{name}: inputs of shape {tuple(x.shape)} need strengths={kind.__name__}(...).")
+    notes = notes or {}
     if deduplicate:
         repeated = repeated_rows(sets, content_keys(x, np.arange(len(x))))
         sets, notes = {split: rows[~np.isin(rows, repeated)] for split, rows in sets.items()}, notes | {"duplicates": repeated.tolist()}
     standardizer = fit_standardizer(x, np.sort(np.concatenate([sets["labelled"], sets["unlabelled"]])))
-    notes = notes | {"strengths": asdict(strengths), "standardizer": asdict(standardizer)}
-    return announce(SemiSupervisedData(name, x, labels, **sets, **strengths.views(standardizer, x.shape), notes=notes, **fields))
+    made, noted = make_views(views, x, standardizer, name)
+    notes = notes | noted | {"standardizer": asdict(standardizer)}
+    return announce(SemiSupervisedData(name, x, labels, **sets, **made, notes=notes, **fields))
 
 # %% ../../nbs/15_data.own.ipynb #aa7c95d1
 def from_arrays(
@@ -284,7 +409,7 @@ def from_arrays(
     *,
     split:Split|Sequence[str]|Mapping[str, Sequence[int]]|None=None, # names of n rows, lists of rows, or `Split(val_share=.1)` and the like
     true_targets:np.ndarray|Tensor|Sequence|None=None, # known labels of unlabelled rows, for evaluation only
-    strengths:RowStrengths|PixelStrengths|None=None, # of the views; None: the defaults
+    views:Views=None, # names such as "noise" or ("shift", "flip"), strengths, or two functions (weak, strong); None: the defaults
     deduplicate:bool=False, # drop training rows that are repeated or held out
     name:str="own data", # for tables, figures and messages
     unit:str="", # of the targets, for axes
@@ -297,7 +422,7 @@ def from_arrays(
     if sample_names is not None and len(sample_names) != len(x):
         raise HplError(f"{name}: {len(x)} inputs but {len(sample_names)} sample_names. Give one name per input.")
     if true_targets is not None: labels = with_true_labels(labels, label_array(true_targets, len(x), name), name)
-    return array_data(x, labels, sets, strengths, name, None, deduplicate, unit=unit, sample_names=sample_names)
+    return array_data(x, labels, sets, views, name, None, deduplicate, unit=unit, sample_names=sample_names)
 
 # %% ../../nbs/15_data.own.ipynb #7107307b
 def batches_for(
@@ -311,12 +436,13 @@ def batches_for(
                           unlabelled_batch=max(1, min(unlabelled_batch, most["unlabelled"])))
 
 # %% ../../nbs/15_data.own.ipynb #b5a80d8a
-def frame_labels(frame:pd.DataFrame, target:str|Sequence[str], split:Any, name:str)->tuple[np.ndarray, Split, set[str]]:
+def frame_labels(frame:pd.DataFrame, target:str|Sequence[str], split:Any, name:str,
+                 missing_label:float=np.nan)->tuple[np.ndarray, Split, set[str]]:
     "Labels (n, K) and split of a table, and the columns that they took."
     targets, split = [target] if isinstance(target, str) else list(target), as_split(split)
     splits = [split.by] if isinstance(split.by, str) else []
     require_columns(frame, targets + splits, name)
-    labels = read_labels({column: frame[column] for column in targets}, name)
+    labels = read_labels({column: frame[column] for column in targets}, name, missing_label)
     return labels, replace(split, by=frame[split.by].to_numpy()) if splits else split, {*targets, *splits}
 
 def feature_columns(frame:pd.DataFrame, columns:Sequence[str]|None, used:set[str], name:str)->list[str]:
@@ -337,7 +463,7 @@ def from_frame(
     split:Split|str|Sequence[str]|Mapping[str, Sequence[int]]|None=None, # column of split names, or as in `from_arrays`
     impute:Literal["median"]|None=None, # fill missing features; None: refuse them
     max_categories:int=50, # most values of a column of text
-    strengths:RowStrengths|None=None, # of the views; None: the defaults
+    views:Views=None, # names such as ("noise", "dropout"), strengths, or two functions (weak, strong); None: the defaults
     deduplicate:bool=False, # drop training rows that are repeated or held out, as they are encoded
     name:str="own data", # for tables, figures and messages
     unit:str="", # of the targets, for axes
@@ -349,7 +475,27 @@ def from_frame(
     train = np.concatenate([sets["labelled"], sets["unlabelled"]])
     encoder = fit_encoder(frame, features, train, impute, max_categories, name)
     x, names = torch.from_numpy(encoder.encode(frame, name)), [str(label) for label in frame.index]
-    return array_data(x, labels, sets, strengths, name, {"encoder": asdict(encoder)}, deduplicate, unit=unit, sample_names=names)
+    return array_data(x, labels, sets, views, name, {"encoder": asdict(encoder)}, deduplicate, unit=unit, sample_names=names)
+
+# %% ../../nbs/15_data.own.ipynb #ce6b914f
+@dataclass(frozen=True)
+class Reading(Settings):
+    "How rows are read."
+    size:int=64 # side to which pictures in files are squeezed, pixels
+    pixel_range:tuple[float, float]|None=None # black and white of files with more than 8 bits, such as (0, 4095); None: refuse them
+    skip_broken:bool=False # leave out, with a warning, rows whose picture is missing or cannot be read
+    deduplicate:bool=False # leave out training rows that are repeated or held out
+    missing_label:float=np.nan # a number that says that a row has no label, as NaN always does
+
+    def check(self)->None:
+        whole_number("size", self.size)
+        known_range(self.pixel_range)
+        if np.isnan(self.missing_label): object.__setattr__(self, "missing_label", np.nan) # one NaN, since no two are equal
+
+# %% ../../nbs/15_data.own.ipynb #924d2681
+def in_reading(message:str)->str:
+    "A message that names an argument of a loader, for those who write it in a `Reading`."
+    return re.sub(r"\b([Pp]ass) (\w+=(?:True|\(.*?\)))", r"\1 reading=Reading(\2)", message)
 
 # %% ../../nbs/15_data.own.ipynb #56f049ba
 def picture_table(table:str|Path|pd.DataFrame, file:str, name:str)->tuple[pd.DataFrame, list[str]]:
@@ -364,7 +510,7 @@ def picture_table(table:str|Path|pd.DataFrame, file:str, name:str)->tuple[pd.Dat
 
 def refuse_twice(sources:Sequence[ImageSource], names:Sequence[str], name:str)->None:
     "Refuse two rows that name the same picture."
-    paths = pd.Series([str(source) for source in sources])
+    paths = pd.Series([str(source) for source in sources], dtype=object)
     if len(again := np.flatnonzero(paths.duplicated())):
         first = int(np.flatnonzero(paths == paths[again[0]])[0])
         raise row_error(name, again, f"its picture {names[first]} stands in row {first} already", "Keep one row.")
@@ -378,7 +524,17 @@ def picture_sources(folder:str|Path, names:Sequence[str], skip_missing:bool)->li
     sources = find_images(folder, names)
     if skip_missing: return [source or ImageSource(Path(folder)/name) for name, source in zip(names, sources)]
     return require_images(sources, names, folder, "Correct the names in the table, put the pictures there, or pass "
-                          "skip_broken=True to leave such rows out.")
+                          "reading=Reading(skip_broken=True) to leave such rows out.")
+
+# %% ../../nbs/15_data.own.ipynb #6c466b74
+def file_data(name:str, files:ImageFiles, labels:np.ndarray, sets:Mapping[str, np.ndarray], views:Views, plain:View, how:Reading,
+              **fields:Any)->SemiSupervisedData:
+    "Join pictures in files, labels and rows; make the views, and warn of likely mistakes."
+    made, noted = make_views(views, files, plain, name)
+    if noted: noted |= {"standardizer": asdict(plain)}
+    data = image_data(name, files, labels, dict(sets), ImageViews(**made), how.deduplicate, how.skip_broken, compare=True, **fields)
+    data.notes |= noted
+    return data
 
 # %% ../../nbs/15_data.own.ipynb #2986209d
 def from_images(
@@ -388,24 +544,22 @@ def from_images(
     target:str|Sequence[str], # its column(s) of labels; empty = unlabelled
     *,
     split:Split|str|Sequence[str]|Mapping[str, Sequence[int]]|None=None, # column of split names, or as in `from_arrays`
-    size:int=224, # side in pixels, to which pictures are squeezed; ImageNet weights know 224, smaller is quicker
-    views:ImageViews|None=None, # None: mirror and crop, `RandAugmentMC` and cutout; or `image_views(weak, strong)`
-    deduplicate:bool=False, # drop training pictures that are repeated or held out
-    skip_broken:bool=False, # leave out broken and missing pictures, with a warning
+    views:Views=None, # names such as "noise" or ("shift", "flip"), strengths, two functions, or `image_views(weak, strong)`
+    reading:Reading|None=None, # None: `Reading(size=224)`, as ImageNet weights know it; smaller is quicker
     cache_in_memory:bool=False, # keep decoded pictures
-    pixel_range:tuple[float, float]|None=None, # black and white of pictures with more than 8 bits, such as (0, 4095); None: refuse them
     name:str="own data", unit:str="", # for tables, figures and messages; of the targets
 )->SemiSupervisedData: # notes["skipped"] is {row: reason}, notes["duplicates"] the rows dropped
     "A dataset from a folder of pictures and a table."
     source = name if isinstance(table, pd.DataFrame) else f"{name} ({table})"
     frame, names = picture_table(table, file, source)
-    labels, split, _ = frame_labels(frame, target, split, source)
+    how = Reading(size=224) if reading is None else reading
+    labels, split, _ = frame_labels(frame, target, split, source, how.missing_label)
     sets = make_sets(labels, split, source)
-    files = ImageFiles(picture_sources(folder, names, skip_broken), size, cache_in_memory, pixel_range)
+    files = ImageFiles(picture_sources(folder, names, how.skip_broken), how.size, cache_in_memory, how.pixel_range)
     refuse_twice(files.sources, names, source)
     if extra := unlisted_images(folder, files.sources):
         warnings.warn(f"{name}: {len(extra):,} pictures in {folder} are in no row of the table and are left out, for example {extra[0]}; "
                       "give each a row without a label to train on it.", stacklevel=2)
-    views = views or randaugment_mc_views(round(.04*size), "reflect", round(.08*size))
-    try: return image_data(name, files, labels, sets, views, deduplicate, skip_broken, compare=True, unit=unit, sample_names=names)
-    except HplError as error: raise HplError(f"{source}: {str(error).removeprefix(f'{name}: ')}") from error
+    plain = Standardizer(*(tuple(255*value for value in values) for values in (IMAGENET_MEAN, IMAGENET_STD)))
+    try: return file_data(name, files, labels, sets, views, plain, how, unit=unit, sample_names=names)
+    except HplError as error: raise HplError(f"{source}: {in_reading(str(error)).removeprefix(f'{name}: ')}") from error
