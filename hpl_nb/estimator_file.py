@@ -16,6 +16,7 @@ import torch
 from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.compose import ColumnTransformer
 from sklearn.pipeline import Pipeline, make_pipeline
+from torch import Tensor
 
 from .core import HplError, OwnGenerators, usual_settings
 from .data.columns import ColumnReader
@@ -31,22 +32,31 @@ __all__ = []
 # %% ../nbs/83b_estimator_file.ipynb #035b5fa7
 TRANSFORMERS = ("preprocessor", "target")
 NOT_IN_FILES = ("network", "preprocessor", "folder", "random_state") # parameters
-FITTED = ("method_", "shape_", "is_column_", "n_features_in_", "defaults_")
+FITTED = ("method_", "shape_", "is_column_", "n_features_in_", "defaults_", "_ridge")
+TABLES = ("pseudo_labels", "held_out", "trust")
+
+def as_columns(frame:pd.DataFrame)->dict[str, Tensor|list[str]]:
+    "A table as a file holds it: numbers as tensors, everything else as text."
+    return {name: torch.from_numpy(np.array(column)) if column.dtype.kind in "biuf" else list(map(str, column))
+            for name, column in frame.items()}
+
+def as_frame(columns:Mapping[str, Tensor|list[str]])->pd.DataFrame:
+    "The inverse of `as_columns`."
+    return pd.DataFrame({name: column.numpy() if isinstance(column, Tensor) else column for name, column in columns.items()})
 
 @usual_settings()
 def estimator_content(model:BaseEstimator)->dict[str, Any]:
     "What an estimator's file holds: that of its predictor, and what is the estimator's own."
-    frame, names = model.pseudo_labels_, getattr(model, "feature_names_in_", None)
-    columns = {name: torch.from_numpy(np.array(column)) if column.dtype.kind in "biuf" else list(map(str, column))
-               for name, column in frame.items()}
+    names = getattr(model, "feature_names_in_", None)
     written = {name: None if (part := getattr(model, f"{name}_")) is None else torch.tensor(bytearray(skops.io.dumps(part)), dtype=torch.uint8)
                for name in TRANSFORMERS}
     return predictor_content(model.predictor_) | {"estimator": {
         "parameters": {name: None if are_own(value) or hasattr(value, "transform") else value
                        for name, value in model.get_params(deep=False).items() if name not in NOT_IN_FILES},
         "fitted": {name: getattr(model, name, None) for name in FITTED}, "own_network": model.network_ is not None,
-        "own_preprocessor": model.preprocessor is not None, "own_target": hasattr(model.target, "transform"), **written, "pseudo_labels": columns,
-        "feature_names": None if names is None else list(map(str, names))}}
+        "own_preprocessor": model.preprocessor is not None, "own_target": hasattr(model.target, "transform"), **written,
+        "feature_names": None if names is None else list(map(str, names)),
+        **{name: as_columns(getattr(model, f"{name}_")) for name in TABLES}}}
 
 # %% ../nbs/83b_estimator_file.ipynb #5b451569
 def fitted_estimator(model:BaseEstimator, content:Mapping[str, Any], path:str|Path,
@@ -67,8 +77,7 @@ def fitted_estimator(model:BaseEstimator, content:Mapping[str, Any], path:str|Pa
     if not own["own_preprocessor"] and hasattr(model, "n_features_in_"):
         model.preprocessor_ = as_today(model.preprocessor_, model.n_features_in_)
     model.predictor_ = predictor_in(model, content, path)
-    model.pseudo_labels_ = pd.DataFrame({name: column.numpy() if isinstance(column, torch.Tensor) else column
-                                         for name, column in own["pseudo_labels"].items()})
+    for name in TABLES: setattr(model, f"{name}_", as_frame(own.get(name, {})))
     return model
 
 # %% ../nbs/83b_estimator_file.ipynb #2012a353

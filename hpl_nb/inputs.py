@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from scipy.sparse import issparse
 from sklearn.base import BaseEstimator, clone
-from .core import HplError, derive_seed
+from .core import HplError, is_watched, derive_seed
 from .data.columns import ESTIMATOR_WORDS, default_preprocessor, dense
 from .data.core import SemiSupervisedData, View, row_error
 from sklearn.linear_model import RidgeCV
@@ -142,6 +142,11 @@ def rows_and_labels(X:Any, y:Any)->tuple[Any, Any]:
     rows = as_rows(X)
     return rows, labels_in_order(rows, y) if rows is not X else y
 
+# %% ../nbs/82b_inputs.ipynb #5a82d001
+def is_shown(model:BaseEstimator)->bool:
+    "Whether to show progress bars."
+    return is_watched() if model.verbose is None else model.verbose
+
 # %% ../nbs/82b_inputs.ipynb #a90c4471
 def forget_table(model:BaseEstimator)->None:
     "No preprocessor and no features, until a table brings some."
@@ -163,7 +168,7 @@ def training_data(model:BaseEstimator, X:Any, labels:np.ndarray, seed:int)->Semi
     sets = make_sets(labels, Split(val_share=model.validation_fraction, test_share=0., seed=seed), "y", ESTIMATOR_WORDS)
     train, how = np.sort(np.concatenate([sets["labelled"], sets["unlabelled"]])), reading_of(model)
     if kind == "picture files":
-        files, readable = readable_pictures(X, how, model.verbose)
+        files, readable = readable_pictures(X, how, is_shown(model))
         plain = fit_standardizer(files, np.intersect1d(train, readable))
         return file_data("X", files, labels, sets, model.views, plain, how)
     pixels = kind != "a table"
