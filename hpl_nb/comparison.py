@@ -76,8 +76,8 @@ def model_of(value:Any, estimator:SemiSupervisedRegressor, name:str)->BaseEstima
     "The estimator that a method stands for."
     if not isinstance(value, str|MethodSettings):
         if isinstance(value, BaseEstimator) and is_regressor(value): return clone(value)
-        raise HplError(f"methods has {value!r:.100} under {name!r}; give a short name such as 'hpl_paper', settings such as HPL.paper(), or "
-                       "{'my name': a regressor of scikit-learn}.")
+        raise HplError(f"methods has {value!r:.100} under {name!r}; give a short name such as 'hpl_paper', settings such as HPL.paper(), "
+                       "or {'my name': a regressor of scikit-learn}.")
     if isinstance(method_of(value), FullySupervised):
         raise HplError("method fully_supervised needs the labels of all rows, which y does not have; leave it out of methods.")
     return clone(estimator).set_params(method=value)
@@ -110,10 +110,10 @@ def prepared(candidate:Candidate, seed:int)->Candidate:
     return candidate
 
 # %% ../nbs/85_compare.ipynb #d3998482
-SIDE = 16 # of the pictures that Ridge and boosting see, pixels
+SIDE = 32 # of the pictures that Ridge and boosting see, pixels
 
 def grey_pixels(X:Any)->np.ndarray:
-    "Pictures (n, d) as small grey ones, d = 256 or fewer."
+    "Pictures (n, d) as small grey ones, d = 1,024 or fewer."
     if isinstance(X, ImageFiles):
         small = [X[row][0].convert("L").resize((SIDE, SIDE), Image.Resampling.BOX) for row in range(len(X))]
         return np.stack([np.asarray(picture, dtype=np.float64).ravel() for picture in small])
