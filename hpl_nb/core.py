@@ -346,7 +346,9 @@ class RunFolder:
     @property
     def predictions(self)->Path: return self.path/"predictions.parquet"
     @property
-    def stored(self)->Path: return self.path.with_name(f"{self.path.name}.json")
+    def stored(self)->Path:
+        path = self.path if self.path.name not in ("", "..") else self.path.resolve()
+        return path.with_name(f"{path.name}.json")
 
     def read_json(self, name:str)->dict|None:
         "Content of a JSON file of the folder, or None where there is none."

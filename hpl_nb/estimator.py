@@ -26,7 +26,7 @@ from .data.core import SemiSupervisedData, content_keys
 from .data.images import ImageFiles
 from .data.own import Reading, Views, are_own
 from .data.tables import unmasked
-from .defaults import NETWORKS, method_for, plain_shape, seed_of, train_twice, with_validation_rows
+from .defaults import NETWORKS, method_for, method_of, plain_shape, seed_of, train_twice, with_validation_rows
 from .estimator_file import NOT_IN_FILES, estimator_content, fitted_estimator, predictor_in, refuse_untrusted, renamed, the_same
 from .inputs import as_rows, kind_of, label_columns, picture_paths, reading_of, row_count, rows_and_labels, table, training_data
 from .methods.core import MethodSettings

@@ -78,17 +78,25 @@ def split_runs(frame:pd.DataFrame)->Iterator[tuple[dict, pd.DataFrame]]:
     return ((dict(zip(keys, values)), rows) for values, rows in frame.groupby(keys, sort=False, dropna=False, observed=True))
 
 # %% ../nbs/20_metrics.ipynb #c494757c
-def known_rows(predictions:pd.DataFrame, value:str="y_pred")->pd.DataFrame:
-    "Rows whose true label and `value` (y_pred, pseudo_label or strong_prediction) are known."
-    require_columns(predictions, ["y_true", value])
+def rows_with(predictions:pd.DataFrame, value:str)->pd.DataFrame:
+    "Rows that have `value` (y_pred, pseudo_label or strong_prediction); an infinite one, or a missing prediction, is refused."
+    require_columns(predictions, [value])
     bad = np.isinf(predictions[value]) | (predictions[value].isna() & (value == "y_pred"))
     if bad.any():
         first = predictions[bad].iloc[0]
         raise HplError(f"{value} is {first[value]} in {bad.sum()} rows (first: run {first.get('run')}, epoch "
                        f"{first.get('epoch')}, index {first.get('index')}): it diverged, leave it out or train again")
-    rows = predictions[predictions["y_true"].notna() & predictions[value].notna()]
-    if rows.empty: raise HplError(f"no row has both y_true and {value}: the true labels are unknown, or the method has no {value}")
-    return rows
+    return predictions[predictions[value].notna()]
+
+def known_rows(predictions:pd.DataFrame, value:str="y_pred")->pd.DataFrame:
+    "Rows whose true label and `value` are known."
+    require_columns(predictions, ["y_true", value])
+    there = rows_with(predictions, value)
+    rows = there[there["y_true"].notna()]
+    if len(rows): return rows
+    why = ("the true labels are unknown. Use the Explorer, which needs none, or pass true_targets=... to from_arrays" if len(there) else
+           f"the method has no {value}, or every row had a label. Give another table")
+    raise HplError(f"no row has both y_true and {value}: {why}.")
 
 # %% ../nbs/20_metrics.ipynb #261bf984
 def evaluate(

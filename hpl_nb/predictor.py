@@ -161,7 +161,8 @@ def checksum(text:str, tensors:Mapping[str, Tensor])->str:
     return digest.hexdigest()
 
 def write_content(path:str|Path, content:Mapping[str, Any])->Path:
-    "Write a predictor's content."
+    "Write a predictor's content; refuses a name that safetensors cannot open again."
+    if str(path).encode(errors="replace").decode() != str(path): raise HplError(f"{path} is not valid UTF-8. Save under another name.")
     text = json.dumps(pack(content, tensors := {}))
     whole = safetensors_bytes(tensors, {"predictor": f"{checksum(text, tensors)} {text}"}) # one entry: of several, the order varies
     return atomic_write(path, lambda file: file.write(whole))

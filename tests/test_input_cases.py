@@ -2,6 +2,7 @@
 import csv
 import datetime
 import io
+import os
 import struct
 import unicodedata
 import warnings
@@ -24,7 +25,18 @@ from hpl_nb.core import HplError
 from hpl_nb.data.columns import FrameEncoder, default_preprocessor
 from hpl_nb.data.images import ImageFiles, ImageSource, decode_image
 from hpl_nb.data.own import Reading, from_arrays, from_frame, from_images
+from hpl_nb.data.pixels import on_disk
+from hpl_nb.data.rotated_digits import RotatedDigits
 from hpl_nb.data.tables import label_problems, read_table
+from hpl_nb.experiment import Experiment
+from hpl_nb.methods.core import Supervised
+from hpl_nb.models import small_cnn
+from hpl_nb.predictor import Predictor
+from hpl_nb.report import finished_runs, report
+from hpl_nb.runner import train_experiment
+from hpl_nb.store import merge_runs
+from hpl_nb.training.loop import fit
+from hpl_nb.training.run import load_run
 from hpl_nb.training.state import Train
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -510,3 +522,21 @@ def test_boxplots_of_few_rows(rows, constant, scale):
     table[["y_true", "pseudo_label"]] *= scale
     if constant: table["y_true"] = scale
     assert sum(pseudo_label_boxplots(table).data[0].y) == rows
+
+
+def test_a_folder_whose_name_is_no_text(tmp_path):
+    "Bytes that are not UTF-8, as a Linux disk may have them: runs, stored runs, pictures. safetensors opens none, so `save` refuses."
+    folder, rng = tmp_path/os.fsdecode(b"r\xff"), np.random.default_rng(0)
+    experiment = Experiment(RotatedDigits(), Supervised(), train=Train(epochs=2, iterations_per_epoch=2, record_every=1))
+    for stop in (3, None): run = train_experiment(experiment, folder/"run", progress=False, stop_after=stop)
+    assert load_run(folder/"run").predictions.equals(run.predictions)
+    [stored] = merge_runs(folder/"run", folder/"store")
+    assert len(load_run(stored.with_suffix("")).predictions)
+    assert report(finished_runs([folder/"store"]), folder/"report.html", "Runs").exists()
+    for row in range(24): Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)).save(folder/f"{row}.png")
+    table = pd.DataFrame({"file": [f"{row}.png" for row in range(24)], "y": rng.normal(size=24)})
+    (folder/"t.parquet").write_bytes(table.to_parquet())
+    data = from_images(folder, folder/"t.parquet", "file", "y", size=8)
+    method = Supervised().build(small_cnn(3, 4))
+    fit(method, on_disk(data, folder/"cache"), Train(epochs=1, iterations_per_epoch=1), folder=folder/"pictures", progress=False)
+    refused("is not valid UTF-8. Save under another name", Predictor.from_method(method, data).save, folder/"m.safetensors")

@@ -23,6 +23,7 @@ from hpl_nb.protocols import Files, cpu_protocol, gpu_protocol, what_is_missing
 from hpl_nb.runner import is_finished, run_all, train_experiment
 from hpl_nb.settings import change
 from hpl_nb.store import merge_runs, run_summary, store_run
+from hpl_nb.training.loop import fit
 from hpl_nb.training.run import load_run
 
 TRAIN = change(DATASETS[0].train, epochs=3, iterations_per_epoch=4, record_every=1)
@@ -115,6 +116,22 @@ class TestStore:
         new[0].write_text(json.dumps(content | {"metrics": content["metrics"] | {"test_mae": 1.}}))
         with pytest.raises(HplError, match="two results of one run: metrics.test_mae"): merge_runs(out, store)
         assert json.loads(new[0].read_text())["metrics"]["test_mae"] == 1.
+
+    @pytest.mark.parametrize("above", range(4))
+    def test_one_run_goes_where_all_look_for_it(self, out, tmp_path, above, monkeypatch):
+        "A run folder, and the folders above it; also as `.`."
+        run, store = run_path(EXPERIMENTS[3], out), tmp_path/"store"
+        assert RunFolder(run_path(EXPERIMENTS[3], store)).stored in merge_runs([run, *run.parents][above], store)
+        assert not list(tmp_path.glob("*.json")) and what_is_missing([("digits", (EXPERIMENTS[3],))], store)["done"].tolist() == [1]
+        monkeypatch.chdir(run)
+        assert merge_runs(".", store) == []
+
+    def test_one_run_without_an_experiment(self, tmp_path):
+        data = EXPERIMENTS[0].load()
+        fit(EXPERIMENTS[0].build(data), data, TRAIN, folder=tmp_path/"mine"/"0", progress=False)
+        with pytest.raises(HplError, match=f"one run without an experiment. Give the folder that holds it, {tmp_path}/mine"):
+            merge_runs(tmp_path/"mine"/"0", tmp_path/"store")
+        assert merge_runs(tmp_path/"mine", tmp_path/"store") == [tmp_path/"store"/"0.json"]
 
     def test_conversion_reads_a_damaged_file_as_such(self, tmp_path):
         place = tmp_path/"rotated_digits"/"0.055"/"hpl-paper"/"0.json"

@@ -20,10 +20,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.model_selection import KFold, cross_val_score
 from small_runs import METHODS, SETTINGS, differences, digits, make, on_cpu, vectors  # noqa: F401
+from test_imdb_wiki import make_folder
 
 from hpl_nb.core import HplError, OwnGenerators, Turns, random_states, seed_everything
 from hpl_nb.data.core import StreamSettings, plain_view, synthetic
 from hpl_nb.data.images import published_views
+from hpl_nb.data.imdb_wiki import imdb_wiki
 from hpl_nb.data.own import Reading, from_arrays, from_frame, from_images
 from hpl_nb.data.pixels import on_device, on_disk
 from hpl_nb.data.rotated_digits import RotatedDigits, rotated_digits
@@ -327,6 +329,8 @@ def datasets(shared, folder):
     yield from (files, on_disk(files, folder/"cache"), on_device(files, folder/"cache"))
     yield utkface(shared/"data"/"utkface", size=32)
     yield stsb(shared/"data"/"stsb")
+    (folder/"faces").mkdir()
+    yield imdb_wiki(make_folder(folder/"faces"), label_ratio=.5, size=32)
 
 
 def as_made(data, few=12):

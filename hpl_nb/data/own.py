@@ -171,7 +171,8 @@ def check_shape(shape:tuple[int, ...], name:str)->None:
         raise HplError(f"{name}: inputs have shape {shape}; give (n, d) features - a single one as (n, 1) - or "
                        "pictures, (n, H, W) or (n, C, H, W).")
     if len(shape) == 4 and shape[3] in (1, 3, 4) and min(shape[1:3]) > 4:
-        raise HplError(f"{name}: inputs of shape {shape} have their channels last; give np.moveaxis(inputs, 3, 1).")
+        raise HplError(f"{name}: inputs of shape {shape} may have {shape[3]} channels last or {shape[1]} first; "
+                       f"give np.moveaxis(inputs, 3, 1) if they are last, or np.swapaxes(inputs, 2, 3) (pictures on their side) if first.")
 
 # %% ../../nbs/15_data.own.ipynb #202ddc4f
 def as_tensor(samples:Any)->Tensor:
@@ -509,7 +510,7 @@ def picture_table(table:str|Path|pd.DataFrame, file:str, name:str)->tuple[pd.Dat
 
 def refuse_twice(sources:Sequence[ImageSource], names:Sequence[str], name:str)->None:
     "Refuse two rows that name the same picture."
-    paths = pd.Series([str(source) for source in sources])
+    paths = pd.Series([str(source) for source in sources], dtype=object)
     if len(again := np.flatnonzero(paths.duplicated())):
         first = int(np.flatnonzero(paths == paths[again[0]])[0])
         raise row_error(name, again, f"its picture {names[first]} stands in row {first} already", "Keep one row.")

@@ -59,6 +59,9 @@ class MethodSettings(Settings):
     @property
     def share_of_run(self)->str: return "" # name of a setting that is a share of all epochs; empty: a longer run begins as this one does
 
+    @property
+    def corrections(self)->str: return "" # rows of the table of differences (61) by which the same settings now give other numbers
+
     def build(self, regressor:Regressor)->Method: raise NotImplementedError(f"{type(self).__name__} has no build(regressor)")
     def suited_to(self:_M, released:Released)->_M: return self
 
@@ -104,7 +107,10 @@ class Method(nn.Module):
 
     @property
     def title(self)->str: return self.settings.title if self.settings else type(self).__name__ # in tables
-    def config(self)->dict[str, Any]: return as_json(self.settings) if self.settings else {} # for config.json
+
+    def config(self)->dict[str, Any]: # for config.json
+        corrected = {"corrections": self.settings.corrections} if self.settings and self.settings.corrections else {}
+        return (as_json(self.settings) if self.settings else {}) | corrected
 
     def prepare(self, data:SemiSupervisedData)->SemiSupervisedData: return data
     def stream_settings(self, settings:StreamSettings)->StreamSettings: return settings
