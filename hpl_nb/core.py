@@ -5,12 +5,14 @@
 # %% ../nbs/00_core.ipynb #94e4012a
 from __future__ import annotations
 
+import builtins
 import errno
 import hashlib
 import json
 import os
 import pickletools
 import random
+import sys
 import tempfile
 import threading
 import zipfile
@@ -320,6 +322,11 @@ def check_archive(
         if wrong := archive.testzip(): raise zipfile.BadZipFile(f"{wrong} does not have its checksum")
         for name in archive.namelist():
             if name.endswith("data.pkl"): check_pickles(archive.open(name), 1)
+
+# %% ../nbs/00_core.ipynb #5a00c002
+def is_watched()->bool:
+    "Whether progress bars are seen: in a terminal or a notebook, unless tqdm is told not to draw any."
+    return not os.environ.get("TQDM_DISABLE") and (hasattr(builtins, "__IPYTHON__") or sys.stderr.isatty())
 
 # %% ../nbs/00_core.ipynb #3e7f0fcc
 PREDICTION_COLUMNS = ("run", "method", "dataset", "label_ratio", "seed", "epoch", "split", "index", "output", "y_true",

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.base import BaseEstimator
+from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.linear_model import RidgeCV
 from sklearn.utils import check_random_state
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .core import HplError, OwnGenerators, reason, seed_everything
 from .data.core import SemiSupervisedData
 from .data.own import batches_for
-from .inputs import warn_of_views
+from .inputs import is_shown, warn_of_views
 from .methods.core import Method, MethodSettings, Released, Supervised, require_dropout
 from .methods.known import method_named
 from .models import Regressor, as_regressor, mlp, resnet, small_cnn
@@ -31,6 +31,7 @@ from .predictor import Predictor
 from .training.loop import fit, make_accelerator
 from .training.predict import Evaluator
 from .training.run import Run, selected
+from .trust import Trained
 from .training.state import OptimizerSettings, Train
 
 # %% auto #0
@@ -191,7 +192,7 @@ def train_once(model:BaseEstimator, settings:MethodSettings, data:SemiSupervised
         if model.network is not None: try_network(model.network, method, smallest_batch(data, train, method), data.outputs)
     if epochs == 0: return method, untrained(method, data, seed)
     if again: train, folder = replace(train, epochs=epochs, patience=None), folder and Path(folder)/"all_labelled_rows"
-    return method, fit(method, data, train, folder=folder, seed=seed, progress=model.verbose, keep_interrupted=not again)
+    return method, fit(method, data, train, folder=folder, seed=seed, progress=is_shown(model), keep_interrupted=not again)
 
 def untrained(method:Method, data:SemiSupervisedData, seed:int)->Run:
     "What a method says of all rows before its first step."
@@ -199,14 +200,15 @@ def untrained(method:Method, data:SemiSupervisedData, seed:int)->Run:
     return Run({}, pd.DataFrame(), {"epoch": 0}, table, True)
 
 # %% ../nbs/82c_defaults.ipynb #5a20d008
-def train_twice(model:BaseEstimator, settings:MethodSettings, data:SemiSupervisedData, seed:int)->tuple[Predictor, Run, Run]:
-    "The predictor, and the runs of the first and the last training, which are one where the network does not start at ridge regression."
+def train_twice(model:BaseEstimator, settings:MethodSettings, data:SemiSupervisedData, seed:int,
+                target:TransformerMixin|None=None)->tuple[Predictor, Trained, Trained]:
+    "The predictor, the first training and the last, which are one where the network does not start at ridge regression."
     method, run = train_once(model, settings, data, seed)
-    predictor, ridge = Predictor.from_method(method, data), starting_point(model, settings, data)
+    first, predictor, ridge = Trained(method, data, run, target), Predictor.from_method(method, data), starting_point(model, settings, data)
     with OwnGenerators(): warn_of_views(data, predictor)
-    if not run.finished or not len(data.val) or ridge is None: return predictor, run, run
-    if (epochs := epochs_worth(run, data, ridge)) and method.share_of_run: return predictor, run, run
+    if not run.finished or not len(data.val) or ridge is None: return predictor, first, first
+    if (epochs := epochs_worth(run, data, ridge)) and method.share_of_run: return predictor, first, first
     everything = with_validation_rows(data)
-    method, last = train_once(model, settings, everything, seed, epochs)
+    method, run = train_once(model, settings, everything, seed, epochs)
     again = Predictor.from_method(method, everything)
-    return replace(again, errors=predictor.errors, deviations=predictor.deviations), run, last
+    return replace(again, errors=predictor.errors, deviations=predictor.deviations), first, Trained(method, everything, run, target)

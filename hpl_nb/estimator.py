@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -26,15 +26,19 @@ from .data.core import SemiSupervisedData, content_keys
 from .data.images import ImageFiles
 from .data.own import Reading, Views, are_own
 from .data.tables import unmasked
-from .defaults import NETWORKS, method_for, method_of, plain_shape, seed_of, train_twice, with_validation_rows
-from .estimator_file import NOT_IN_FILES, estimator_content, fitted_estimator, predictor_in, refuse_untrusted, renamed, the_same
+from .defaults import NETWORKS, method_for, method_of, plain_shape, seed_of, train_twice
+from .estimator_file import NOT_IN_FILES, TRANSFORMERS, estimator_content, fitted_estimator, predictor_in, refuse_untrusted, renamed
+from .estimator_file import the_same
 from .inputs import as_rows, kind_of, label_columns, picture_paths, reading_of, row_count, rows_and_labels, table, training_data
 from .methods.core import MethodSettings
+from .model_report import held_out_rows, least_pictures, ridge_solution, write_report
 from .models import Regressor
 from .predictor import Interval, Pictures, calibrated, check_outputs, interval_of, not_saved
 from .predictor import predictor_content, read_content, write_content
+from .target import fitted_target, in_label_units, in_target_units
 from .training.run import Run, selected
 from .training.state import Train
+from .trust import Trained, trust_ranking, verdicts
 
 # %% auto #0
 __all__ = ['SemiSupervisedRegressor', 'LabelledKFold']
@@ -46,23 +50,26 @@ class SemiSupervisedRegressor(RegressorMixin, BaseEstimator):
         method:MethodSettings|str="hpl_paper", # settings of a method, such as HPL.paper(), or a short name of `known_methods()`
         network:Callable[[tuple[int, ...], int], Regressor]|None=None, # (shape of a row, K) -> network; None: `default_network`
         *,
-        preprocessor:TransformerMixin|None=None, # for tables; None: `default_preprocessor` for a data frame, nothing for an array
+        preprocessor:TransformerMixin|None=None, # for tables; None: `default_preprocessor`, which fills what is missing
+        target:Literal["log", "log1p"]|TransformerMixin|None=None, # of the labels, undone in all that is predicted
         views:Views=None, # names such as ("shift", "noise"), strengths, two functions, or `image_views(...)` of files; None: mild ones
         reading:Reading|None=None, # size of pictures, broken files, repeated rows, a number that means no label; None: `Reading()`
-        epochs:int|None=None, # after each, the validation rows are predicted; None: those of `train`
-        train:Train|None=None, # schedule; None: 30 epochs of 50 iterations or more, batches of 32, Adam at 1e-3
+        epochs:int|None=None, # at most, of 50 steps each: after each, the validation rows are predicted; None: those of `train`
+        train:Train|None=None, # schedule; None: until ten epochs are no better, batches of 32, Adam at 1e-3
         validation_fraction:float=.2, # of the labelled rows: they select the epoch and make the intervals
         folder:str|Path|None=None, # run folder: the same call resumes a killed run; None: in memory
         random_state:int|np.random.RandomState|None=None, # of everything; None: NumPy's own
-        verbose:bool=False, # show a progress bar
+        verbose:bool|None=None, # True: a progress bar, and what trust is worth; None: a bar in a terminal or notebook
     ):
-        self.method, self.network, self.preprocessor, self.views, self.reading = method, network, preprocessor, views, reading
+        self.method, self.network, self.preprocessor, self.target = method, network, preprocessor, target
+        self.views, self.reading = views, reading
         self.epochs, self.train, self.validation_fraction = epochs, train, validation_fraction
         self.folder, self.random_state, self.verbose = folder, random_state, verbose
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
         tags.target_tags.multi_output = True
+        tags.input_tags.allow_nan = True
         return tags
 
 # %% ../nbs/83_estimator.ipynb #b7c41e03
@@ -77,29 +84,40 @@ def fit(self:SemiSupervisedRegressor,
     X:Any, # (n, d) numbers, a data frame, pictures (n, H, W) or (n, C, H, W), n paths of pictures, or a folder of them
     y:Any, # (n,) or (n, K), or by the names of a folder's pictures; NaN or `missing_label`: unlabelled
 )->SemiSupervisedRegressor: # itself
-    "Train. What is left: `predictor_`, `pseudo_labels_`, and `run_` with the curves. `Ctrl-C` leaves the best epoch so far."
+    "Train. What is left: `predictor_`, `pseudo_labels_`, `trust_`, `held_out_`, and `run_` with the curves. `Ctrl-C` leaves the best epoch."
     if self.folder is not None and not isinstance(self.random_state, Integral):
         raise HplError(f"random_state is {self.random_state!r}; a run folder goes on with the same numbers only if it is a whole number.")
     X, y = rows_and_labels(X, y)
     labels, seed = label_columns(y, row_count(X), reading_of(self).missing_label), seed_of(self.random_state)
-    with OwnGenerators(): data = training_data(self, X, labels, seed)
+    target = fitted_target(self.target, labels)
+    with OwnGenerators(): data = training_data(self, X, in_target_units(target, labels), seed)
     settings = method_for(self, data)
-    self.predictor_, self.run_, last = train_twice(self, settings, data, seed)
-    self.pseudo_labels_ = pseudo_labels(last, X.index if isinstance(X, (pd.Series, pd.DataFrame)) else None)
-    self._trained = training_content(data if last is self.run_ else with_validation_rows(data))
+    self.predictor_, first, last = train_twice(self, settings, data, seed, target)
+    self.run_, self._trained = first.run, training_content(last.data)
+    keep_for_report(self, first, last, seed, X.index if isinstance(X, (pd.Series, pd.DataFrame)) else None)
     self.method_, self.shape_, self.network_, self.is_column_ = settings, plain_shape(data), self.network, np.asarray(y).ndim == 1
-    self.defaults_ = len(NETWORKS) - 1
+    self.defaults_, self.target_ = len(NETWORKS) - 1, target
     return self
 
 # %% ../nbs/83_estimator.ipynb #4760324e
-def pseudo_labels(run:Run, index:pd.Index|None=None)->pd.DataFrame:
-    "Pseudo-labels of the unlabelled rows at the selected epoch (label units), their variance (label units squared) and their weight."
+def pseudo_labels(run:Run, target:TransformerMixin|None=None, index:pd.Index|None=None)->pd.DataFrame:
+    "Pseudo-labels of the unlabelled rows at the selected epoch (label units), their variance (label or target units squared) and their weight."
     table = selected(run)
     table = table[table["split"] == "unlabelled"].reset_index(drop=True)
-    rows = table["index"].astype(int)
+    rows, wide = table["index"].astype(int), table.pivot(index="index", columns="output", values="pseudo_label").astype(float)
+    values = in_label_units(target, wide.to_numpy())[wide.index.get_indexer(table["index"]), wide.columns.get_indexer(table["output"])]
     return pd.DataFrame({
-        "row": rows if index is None else index[rows], "output": table["output"], "pseudo_label": table["pseudo_label"],
+        "row": rows if index is None else index[rows], "output": table["output"], "pseudo_label": values,
         "variance": np.exp(table["log_variance"].astype(float)), "weight": table["weight"].astype(float).fillna(1.)})
+
+# %% ../nbs/83_estimator.ipynb #5b1e0a01
+def keep_for_report(model:SemiSupervisedRegressor, first:Trained, last:Trained, seed:int, index:pd.Index|None)->None:
+    "What `fit` knows of the validation rows (first training) and of the unlabelled rows (last training), for the user and the report."
+    model.trust_, held_out, trust = trust_ranking(first, last, seed)
+    model.pseudo_labels_ = pseudo_labels(last.run, last.target, index).assign(trust=trust.T.ravel())
+    model.held_out_ = held_out_rows(first.data, first.run, model.predictor_, held_out, first.target, index)
+    model._ridge, model._pictures = ridge_solution(last.data), least_pictures(last.data, model.pseudo_labels_)
+    if model.verbose and len(model.trust_): print(verdicts(model.trust_, len(first.data.val)))
 
 # %% ../nbs/83_estimator.ipynb #b7c41e02
 def fitted_kind(model:SemiSupervisedRegressor)->str:
@@ -114,8 +132,9 @@ def samples_of(model:SemiSupervisedRegressor, X:Any)->Any:
 
 # %% ../nbs/83_estimator.ipynb #36c56cb4
 def as_fitted(model:SemiSupervisedRegressor, values:np.ndarray)->np.ndarray:
-    "One column (n,) or a table (n, K), as y was."
-    return values.reshape(len(values)) if model.is_column_ else values.reshape(len(values), -1)
+    "Label units, and one column (n,) or a table (n, K), as y was."
+    values = in_label_units(model.target_, values.reshape(len(values), -1))
+    return values[:, 0] if model.is_column_ else values
 
 def known_labels(model:SemiSupervisedRegressor, X:Any, y:Any)->tuple[np.ndarray, np.ndarray]:
     "Labels (n, K) such as those of `fit`, and the rows that have one; none at all is an `HplError`."
@@ -158,17 +177,27 @@ def rows_that_trained(model:SemiSupervisedRegressor, samples:Any, rows:np.ndarra
     else: keys = content_keys(samples, rows)
     return pd.Series(keys).isin(trained).to_numpy()
 
+def unseen_rows(model:SemiSupervisedRegressor, X:Any, y:Any, what:str)->tuple[np.ndarray, np.ndarray, Any]:
+    "Labels (n, K), the rows that have one, and samples; warns where one of these rows trained."
+    (labels, known), samples = known_labels(model, X, y), model.predictor_.reader(samples_of(model, X))
+    if len(trained := known[rows_that_trained(model, samples, known)]):
+        warnings.warn(f"{len(trained)} of {len(known)} {what} rows are equal to a row that trained (the first is row {trained[0]} of "
+                      "X), and their errors are too small. Leave such rows out, unless features are so coarse that different samples are "
+                      "equal.", stacklevel=3)
+    return labels, known, samples
+
 # %% ../nbs/83_estimator.ipynb #79af9b29
 @patch
 def predict_interval(self:SemiSupervisedRegressor,
     X:Any, # rows such as those of `fit`
     coverage:float=.9, # share of new labels that are to lie within; for each output on its own
-    scaled:bool=False, # wide where the method's own sigma is large
+    scaled:bool|None=None, # wide where the method's own sigma is large; None: if that makes intervals of the calibration rows narrower
 )->Interval: # prediction, low, high
     "Predictions with split conformal intervals."
     check_is_fitted(self)
     interval = interval_of(self.predictor_, samples_of(self, X), coverage, scaled, "validation_fraction, or calibrate(X, y)")
-    return Interval(*(as_fitted(self, values) for values in interval))
+    prediction, *limits = (as_fitted(self, values) for values in interval)
+    return Interval(prediction, np.minimum(*limits), np.maximum(*limits)) # a target may turn the order round
 
 @patch
 def calibrate(self:SemiSupervisedRegressor,
@@ -177,19 +206,26 @@ def calibrate(self:SemiSupervisedRegressor,
 )->SemiSupervisedRegressor: # itself
     "Let other rows' errors make the intervals."
     check_is_fitted(self)
-    (labels, known), samples = known_labels(self, X, y), self.predictor_.reader(samples_of(self, X))
-    if len(trained := known[rows_that_trained(self, samples, known)]):
-        warnings.warn(f"{len(trained)} of {len(known)} calibration rows are equal to a row that trained (the first is row {trained[0]} of "
-                      "X), and their errors are too small. Leave such rows out, unless features are so coarse that different samples are "
-                      "equal.", stacklevel=2)
-    self.predictor_ = calibrated(self.predictor_, samples, known, labels[known])
+    labels, known, samples = unseen_rows(self, X, y, "calibration")
+    self.predictor_ = calibrated(self.predictor_, samples, known, in_target_units(self.target_, labels)[known])
     return self
+
+# %% ../nbs/83_estimator.ipynb #5b1e0a03
+@patch
+def report(self:SemiSupervisedRegressor,
+    path:str|Path, # of the HTML file
+    X:Any=None, # rows that were not in `fit`, for the error and the coverage; None: the validation rows
+    y:Any=None, # their labels, (n,) or (n, K); rows without a label are left out
+)->Path: # `path`
+    "Write one self-contained HTML file about the model."
+    check_is_fitted(self)
+    return write_report(self, path, X, y if X is None or y is None else unseen_rows(self, X, y, "test")[0])
 
 # %% ../nbs/83_estimator.ipynb #cb1e6ab5
 @patch
 def save(self:SemiSupervisedRegressor,
     path:str|Path, # such as model.safetensors
-    trusted:Sequence[str]=(), # types of a preprocessor of your own that `load` will be told to trust
+    trusted:Sequence[str]=(), # types of a preprocessor or target of your own that `load` will be told to trust
 )->Path: # `path`
     "Write one file that `load` reads; an existing one is replaced at once or not at all."
     check_is_fitted(self)
@@ -197,15 +233,15 @@ def save(self:SemiSupervisedRegressor,
         warnings.warn("views are functions of your own, which a file does not hold: what is loaded predicts as this one, and takes the "
                       "default views if it is fitted again. Give it the same with set_params(views=...).", stacklevel=2)
     content = estimator_content(self)
-    if (transformer := content["estimator"]["preprocessor"]) is not None:
-        refuse_untrusted(transformer.numpy().tobytes(), path, trusted, "save")
+    for part in TRANSFORMERS:
+        if (written := content["estimator"][part]) is not None: refuse_untrusted(written.numpy().tobytes(), part, path, trusted, "save")
     return write_content(path, content)
 
 @patch(cls_method=True)
 def load(cls:SemiSupervisedRegressor,
     path:str|Path, # written by `save`
     network:Callable[[tuple[int, ...], int], Regressor]|None=None, # where it was trained with one of your own
-    trusted:Sequence[str]=(), # types that the preprocessor may be made of beside scikit-learn's, such as "my_module.MyScaler"
+    trusted:Sequence[str]=(), # types that the preprocessor or target may be made of beside scikit-learn's, such as "my_module.MyScaler"
     method:MethodSettings|None=None, # where it was trained with a method or a learner of your own: the same settings
 )->SemiSupervisedRegressor: # fitted; `run_` stays in the run folder
     "Read an estimator; a damaged file, another network or a type that is not trusted is refused."
@@ -221,7 +257,6 @@ def load(cls:SemiSupervisedRegressor,
                            "not know. Save it again.")
         if method is not None: parameters["method"] = the_same(parameters["method"], method, path)
         return fitted_estimator(cls(**parameters, network=network), content, path, trusted)
-
 
 # %% ../nbs/83_estimator.ipynb #16cd0c6f
 @patch

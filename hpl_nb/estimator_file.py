@@ -15,8 +15,11 @@ import skops.io
 import torch
 from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.compose import ColumnTransformer
+from sklearn.pipeline import Pipeline, make_pipeline
+from torch import Tensor
 
 from .core import HplError, OwnGenerators, usual_settings
+from .data.columns import ColumnReader
 from .data.own import Reading, are_own
 from .defaults import NETWORKS, build_method, method_of
 from .methods.core import MethodSettings, Released
@@ -27,22 +30,33 @@ from .settings import as_json, differences
 __all__ = []
 
 # %% ../nbs/83b_estimator_file.ipynb #035b5fa7
+TRANSFORMERS = ("preprocessor", "target")
 NOT_IN_FILES = ("network", "preprocessor", "folder", "random_state") # parameters
-FITTED = ("method_", "shape_", "is_column_", "n_features_in_", "defaults_")
+FITTED = ("method_", "shape_", "is_column_", "n_features_in_", "defaults_", "_ridge")
+TABLES = ("pseudo_labels", "held_out", "trust")
+
+def as_columns(frame:pd.DataFrame)->dict[str, Tensor|list[str]]:
+    "A table as a file holds it: numbers as tensors, everything else as text."
+    return {name: torch.from_numpy(np.array(column)) if column.dtype.kind in "biuf" else list(map(str, column))
+            for name, column in frame.items()}
+
+def as_frame(columns:Mapping[str, Tensor|list[str]])->pd.DataFrame:
+    "The inverse of `as_columns`."
+    return pd.DataFrame({name: column.numpy() if isinstance(column, Tensor) else column for name, column in columns.items()})
 
 @usual_settings()
 def estimator_content(model:BaseEstimator)->dict[str, Any]:
     "What an estimator's file holds: that of its predictor, and what is the estimator's own."
-    frame, names = model.pseudo_labels_, getattr(model, "feature_names_in_", None)
-    columns = {name: torch.from_numpy(np.array(column)) if column.dtype.kind in "biuf" else list(map(str, column))
-               for name, column in frame.items()}
-    transformer = None if model.preprocessor_ is None else torch.tensor(bytearray(skops.io.dumps(model.preprocessor_)), dtype=torch.uint8)
+    names = getattr(model, "feature_names_in_", None)
+    written = {name: None if (part := getattr(model, f"{name}_")) is None else torch.tensor(bytearray(skops.io.dumps(part)), dtype=torch.uint8)
+               for name in TRANSFORMERS}
     return predictor_content(model.predictor_) | {"estimator": {
-        "parameters": {name: None if are_own(value) else value
+        "parameters": {name: None if are_own(value) or hasattr(value, "transform") else value
                        for name, value in model.get_params(deep=False).items() if name not in NOT_IN_FILES},
         "fitted": {name: getattr(model, name, None) for name in FITTED}, "own_network": model.network_ is not None,
-        "own_preprocessor": model.preprocessor is not None, "preprocessor": transformer, "pseudo_labels": columns,
-        "feature_names": None if names is None else list(map(str, names))}}
+        "own_preprocessor": model.preprocessor is not None, "own_target": hasattr(model.target, "transform"), **written,
+        "feature_names": None if names is None else list(map(str, names)),
+        **{name: as_columns(getattr(model, f"{name}_")) for name in TABLES}}}
 
 # %% ../nbs/83b_estimator_file.ipynb #5b451569
 def fitted_estimator(model:BaseEstimator, content:Mapping[str, Any], path:str|Path,
@@ -56,12 +70,14 @@ def fitted_estimator(model:BaseEstimator, content:Mapping[str, Any], path:str|Pa
     if model.n_features_in_ is None: del model.n_features_in_
     model.network_ = model.network
     if own["feature_names"] is not None: model.feature_names_in_ = np.array(own["feature_names"], dtype=object)
-    model.preprocessor_ = None if own["preprocessor"] is None else read_transformer(own["preprocessor"].numpy().tobytes(), path, trusted)
-    if own["own_preprocessor"]: model.preprocessor = clone(model.preprocessor_)
-    elif model.preprocessor_ is not None: categories_as_text(model.preprocessor_)
+    for name in TRANSFORMERS: # older files have no target
+        written = own.get(name)
+        setattr(model, f"{name}_", None if written is None else read_transformer(written.numpy().tobytes(), name, path, trusted))
+        if own.get(f"own_{name}"): setattr(model, name, clone(getattr(model, f"{name}_")))
+    if not own["own_preprocessor"] and hasattr(model, "n_features_in_"):
+        model.preprocessor_ = as_today(model.preprocessor_, model.n_features_in_)
     model.predictor_ = predictor_in(model, content, path)
-    model.pseudo_labels_ = pd.DataFrame({name: column.numpy() if isinstance(column, torch.Tensor) else column
-                                         for name, column in own["pseudo_labels"].items()})
+    for name in TABLES: setattr(model, f"{name}_", as_frame(own.get(name, {})))
     return model
 
 # %% ../nbs/83b_estimator_file.ipynb #2012a353
@@ -70,21 +86,28 @@ def predictor_in(model:BaseEstimator, content:Mapping[str, Any], path:str|Path)-
         method = build_method(model.method_, model.shape_, len(content["normalizer"].mean), model.network_, NETWORKS[model.defaults_ or 0])
     return predictor_of(content, method, path)
 
-def categories_as_text(preprocessor:ColumnTransformer)->None:
-    "Text in place of the categories that files of hpl_nb 0.1.0 hold, which may be numbers."
-    for encoder in [step for name, step, _ in preprocessor.transformers_ if name == "texts" and hasattr(step, "categories_")]:
+def as_today(preprocessor:Pipeline|ColumnTransformer|None, columns:int)->Pipeline:
+    "The default preprocessor of a file; those of hpl_nb 0.1.0 have no `ColumnReader`, their categories may be numbers, and arrays have none."
+    if isinstance(preprocessor, Pipeline): return preprocessor
+    steps = () if preprocessor is None else preprocessor.transformers_
+    texts = [place for name, _, places in steps if name == "texts" for place in places]
+    for encoder in [step for name, step, _ in steps if name == "texts" and hasattr(step, "categories_")]:
         encoder.categories_ = [np.array([*map(str, values)], dtype=object) for values in encoder.categories_]
+    numbers = {place: ("", -np.inf, np.inf) for place in range(columns) if place not in texts}
+    return make_pipeline(ColumnReader(numbers, texts), *([preprocessor] if steps else []))
 
-def refuse_untrusted(content:bytes, path:str|Path, trusted:Sequence[str], call:str)->None:
-    "Name the types of a preprocessor that are not trusted; nothing is built."
-    if others := [name for name in skops.io.get_untrusted_types(data=content) if name not in trusted]:
-        raise HplError(f"the preprocessor in {path} is made of {', '.join(others)}, which might do anything when it is read. If you know "
+HARMLESS = ("hpl_nb.data.columns.ColumnReader", "numpy.dtype", "sklearn.compose._column_transformer.make_column_selector")
+
+def refuse_untrusted(content:bytes, part:str, path:str|Path, trusted:Sequence[str], call:str)->None:
+    "Name the types of a preprocessor or a target that are not trusted; nothing is built."
+    if others := [name for name in skops.io.get_untrusted_types(data=content) if name not in (*HARMLESS, *trusted)]:
+        raise HplError(f"the {part} in {path} is made of {', '.join(others)}, which might do anything when it is read. If you know "
                        f"where it comes from: {call}(path, trusted={others}).")
 
-def read_transformer(content:bytes, path:str|Path, trusted:Sequence[str])->TransformerMixin:
-    "A preprocessor of trusted types."
-    refuse_untrusted(content, path, trusted, "load")
-    return skops.io.loads(content, trusted=list(trusted))
+def read_transformer(content:bytes, part:str, path:str|Path, trusted:Sequence[str])->TransformerMixin:
+    "A transformer of trusted types."
+    refuse_untrusted(content, part, path, trusted, "load")
+    return skops.io.loads(content, trusted=[*HARMLESS, *trusted])
 
 # %% ../nbs/83b_estimator_file.ipynb #efdcb9d6
 READING = ("size", "pixel_range", "skip_broken", "deduplicate", "missing_label")

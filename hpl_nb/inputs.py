@@ -19,14 +19,12 @@ import torch
 import torch.nn.functional as F
 from scipy.sparse import issparse
 from sklearn.base import BaseEstimator, clone
-from sklearn.compose import ColumnTransformer
+from .core import HplError, is_watched, derive_seed
+from .data.columns import ESTIMATOR_WORDS, default_preprocessor, dense
+from .data.core import SemiSupervisedData, View, row_error
 from sklearn.linear_model import RidgeCV
 from sklearn.utils import check_array
 from sklearn.utils.validation import validate_data
-
-from .core import HplError, derive_seed
-from .data.columns import ESTIMATOR_WORDS, default_preprocessor, dense, refuse_missing
-from .data.core import SemiSupervisedData, View, row_error
 from .data.images import SUFFIXES, ImageFiles, broken_images, unlisted_images
 from .data.own import (
     Reading, Split, array_data, file_data, fit_standardizer, in_reading, input_tensor, label_array, make_sets, single_views)
@@ -49,29 +47,30 @@ def label_columns(y:Any, rows:int, missing_label:float=np.nan)->np.ndarray:
     return label_array(array, rows, "y", missing_label)
 
 # %% ../nbs/82b_inputs.ipynb #eb1dbb93
-def as_text(X:pd.DataFrame, preprocessor:ColumnTransformer)->pd.DataFrame:
-    "The columns that a default preprocessor takes for text as text: a file holds no `Interval`, `Period` or other type of pandas."
-    X = X.copy(deep=False)
-    for place in [place for name, _, places in preprocessor.transformers if name == "texts" for place in places]:
-        X.isetitem(place, X.iloc[:, place].astype(object).map(str))
-    return X
+def with_names(model:BaseEstimator, X:Any, fitting:bool)->Any:
+    "A table whose columns are those of `fit`; a data frame of other columns is refused with the line that repairs it."
+    try: X = validate_data(model, X, skip_check_array=True, reset=fitting)
+    except ValueError as error:
+        if "feature names" not in str(error): raise
+        raise HplError(f"{str(error).strip()}\nType X = X.reindex(columns=model.feature_names_in_), which leaves new columns out and takes "
+                       "missing ones for missing values.") from error
+    names = getattr(model, "feature_names_in_", None)
+    if names is None: return X
+    return X.set_axis(names, axis=1) if isinstance(X, pd.DataFrame) else pd.DataFrame(X, columns=names)
 
 # %% ../nbs/82b_inputs.ipynb #9a35840f
 def table(model:BaseEstimator, X:Any, train:np.ndarray|None=None)->np.ndarray:
     "A table as numbers (n, d'); with rows that train the preprocessor is fitted, without them X is compared with what was fitted."
-    fitting, X = train is not None, dense(X)
-    if fitting and model.preprocessor is not None: model.preprocessor_ = clone(model.preprocessor)
-    if model.preprocessor_ is None and not (fitting and isinstance(X, pd.DataFrame)):
-        return validate_data(model, X, dtype=np.float64, reset=fitting, ensure_min_samples=1 + fitting)
-    X = validate_data(model, X, skip_check_array=True, reset=fitting)
-    names = getattr(model, "feature_names_in_", None)
-    if names is not None: X = X.set_axis(names, axis=1) if isinstance(X, pd.DataFrame) else pd.DataFrame(X, columns=names)
-    if not isinstance(X, pd.DataFrame): X = check_array(X, dtype=None, ensure_all_finite=False, input_name="X")
-    if model.preprocessor is None:
-        refuse_missing(X := pd.DataFrame(X), "X", ESTIMATOR_WORDS)
-        if fitting: model.preprocessor_ = default_preprocessor(X, train)
-        X = as_text(X, model.preprocessor_)
-    if fitting: model.preprocessor_.fit(X.iloc[train] if isinstance(X, pd.DataFrame) else X[train])
+    default, fitting, X = model.preprocessor is None, train is not None, dense(X)
+    if is_array := not isinstance(X, pd.DataFrame):
+        numbers = default and fitting
+        X = check_array(X, dtype=np.float64 if numbers else None, ensure_all_finite="allow-nan" if numbers else False,
+                        ensure_min_samples=1 + numbers, estimator=model, input_name="X")
+    X = with_names(model, X, fitting)
+    if default: X = pd.DataFrame(X)
+    if fitting:
+        model.preprocessor_ = default_preprocessor(X, train, standardise=not is_array, stacklevel=5) if default else clone(model.preprocessor)
+        model.preprocessor_.fit(X.iloc[train] if isinstance(X, pd.DataFrame) else X[train])
     encoded = check_array(model.preprocessor_.transform(X), accept_sparse=True, dtype=np.float64, input_name="X after the preprocessor")
     return encoded.toarray() if issparse(encoded) else encoded
 
@@ -143,6 +142,11 @@ def rows_and_labels(X:Any, y:Any)->tuple[Any, Any]:
     rows = as_rows(X)
     return rows, labels_in_order(rows, y) if rows is not X else y
 
+# %% ../nbs/82b_inputs.ipynb #5a82d001
+def is_shown(model:BaseEstimator)->bool:
+    "Whether to show progress bars."
+    return is_watched() if model.verbose is None else model.verbose
+
 # %% ../nbs/82b_inputs.ipynb #a90c4471
 def forget_table(model:BaseEstimator)->None:
     "No preprocessor and no features, until a table brings some."
@@ -164,7 +168,7 @@ def training_data(model:BaseEstimator, X:Any, labels:np.ndarray, seed:int)->Semi
     sets = make_sets(labels, Split(val_share=model.validation_fraction, test_share=0., seed=seed), "y", ESTIMATOR_WORDS)
     train, how = np.sort(np.concatenate([sets["labelled"], sets["unlabelled"]])), reading_of(model)
     if kind == "picture files":
-        files, readable = readable_pictures(X, how, model.verbose)
+        files, readable = readable_pictures(X, how, is_shown(model))
         plain = fit_standardizer(files, np.intersect1d(train, readable))
         return file_data("X", files, labels, sets, model.views, plain, how)
     pixels = kind != "a table"

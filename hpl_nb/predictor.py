@@ -286,7 +286,7 @@ class Predictor:
     def predict_interval(self,
         inputs:Any, # as in `predict`
         coverage:float=.9, # share of new rows whose label is to lie within; for each output on its own
-        scaled:bool=False, # wide where the method's own sigma is large, rather than the same everywhere
+        scaled:bool|None=None, # wide where the method's own sigma is large, or not; None: if it makes the calibration rows' intervals narrower
     )->Interval: # prediction, low, high
         "Predictions with split conformal intervals."
         return interval_of(self, inputs, coverage, scaled)
@@ -330,14 +330,16 @@ def calibrated(predictor:Predictor, samples:Any, rows:np.ndarray, labels:np.ndar
         raise row_error("calibration", bad, "its prediction is NaN or infinite", "Leave it out, or give inputs in the unit of training.")
     return replace(predictor, errors=errors, deviations=deviations(predictor, samples, rows))
 
-def interval_of(predictor:Predictor, inputs:Any, coverage:float, scaled:bool, arguments:str="val_share, or calibration=")->Interval:
+def interval_of(predictor:Predictor, inputs:Any, coverage:float, scaled:bool|None, arguments:str="val_share, or calibration=")->Interval:
     "See `Predictor.predict_interval`; `arguments` of the caller would give more calibration rows."
-    samples, errors = predictor.reader(inputs), predictor.errors
-    if scaled and predictor.deviations is None:
+    samples, errors, sigma = predictor.reader(inputs), predictor.errors, predictor.deviations
+    if scaled and sigma is None:
         raise HplError(f"{predictor.method.title} has no variance of its own that could scale intervals; use scaled=False.")
-    rows = np.arange(len(samples))
-    radius = conformal_radius(errors/predictor.deviations if scaled else errors, coverage, arguments)
-    if scaled: radius = radius*deviations(predictor, samples, rows)
+    rows, radius = np.arange(len(samples)), conformal_radius(errors, coverage, arguments)
+    if scaled is not False and sigma is not None:
+        times = conformal_radius(errors/sigma, coverage, arguments)
+        narrower = (times*sigma).mean(axis=0) < radius # for each output
+        if scaled or narrower.any(): radius = np.where(narrower | bool(scaled), times*deviations(predictor, samples, rows), radius)
     prediction = predictions(predictor, samples, rows)
     return Interval(*map(_squeezed, (prediction, prediction - radius, prediction + radius)))
 

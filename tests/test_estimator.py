@@ -221,18 +221,22 @@ class TestFrames:
 
     def test_missing_values(self):
         holes = self.frame.mask(np.random.default_rng(0).random(self.frame.shape) < .05)
-        with pytest.raises(HplError, match="features are missing"): SemiSupervisedRegressor(**QUICK).fit(holes, self.y)
-        model = SemiSupervisedRegressor(**QUICK).fit(self.frame, self.y)
-        with pytest.raises(HplError, match="features are missing"): model.predict(holes)
+        with pytest.warns(UserWarning, match="missing values are filled"): model = SemiSupervisedRegressor(**QUICK).fit(holes, self.y)
+        complete = SemiSupervisedRegressor(**QUICK).fit(self.frame, self.y)
+        assert np.isfinite(model.predict(self.frame)).all() and np.isfinite(complete.predict(holes)).all()
         numbers = make_column_transformer((make_pipeline(SimpleImputer(), StandardScaler()), list("abcd")))
         filled = SemiSupervisedRegressor(preprocessor=numbers, **QUICK).fit(holes, self.y)
         assert np.isfinite(filled.predict(holes)).all()
 
-    def test_dates_and_names_are_refused(self):
-        with pytest.raises(HplError, match="datetime64"):
-            SemiSupervisedRegressor(**QUICK).fit(self.frame.assign(day=pd.Timestamp("2026-01-01")), self.y)
-        with pytest.raises(HplError, match="different values"):
-            SemiSupervisedRegressor(**QUICK).fit(self.frame.assign(name=[f"n{i}" for i in range(120)]), self.y)
+    def test_dates_are_read_and_names_left_out(self):
+        days = pd.Timestamp("2026-01-01") + pd.to_timedelta(np.arange(120) % 50, "D")
+        with pytest.warns(UserWarning, match="'day' \\(dates, as days since"):
+            dated = SemiSupervisedRegressor(**QUICK).fit(self.frame.assign(day=days), self.y)
+        assert not np.array_equal(dated.predict(self.frame.assign(day=days)), dated.predict(self.frame.assign(day=days[0])))
+        named = self.frame.assign(name=[f"n{i}" for i in range(120)])
+        with pytest.warns(UserWarning, match="are left out, since they only name the rows: 'name'"):
+            model = SemiSupervisedRegressor(**QUICK).fit(named, self.y)
+        assert np.array_equal(model.predict(named), SemiSupervisedRegressor(**QUICK).fit(self.frame, self.y).predict(self.frame))
 
     def test_text_among_numbers_is_refused_by_its_row(self):
         mixed = self.frame.assign(kind=self.frame["kind"].astype(object).where(np.arange(120) != 77, 7))
@@ -329,7 +333,7 @@ class TestRefusals:
 
     def test_inputs(self):
         self.refuses("Sparse data was passed", x=sparse.csr_array(self.x), error=TypeError)
-        self.refuses("contains NaN", x=np.where(self.x > 2, np.nan, self.x), error=ValueError)
+        self.refuses("contains infinity", x=np.where(self.x > 2, np.inf, self.x), error=ValueError)
         self.refuses("Expected 2D array", x=self.x[:, 0], error=ValueError)
         self.refuses("channels last", x=np.zeros((120, 8, 8, 3), np.uint8))
         self.refuses("X, row 0 .*there is no such file", x=[f"picture{i}.png" for i in range(120)])

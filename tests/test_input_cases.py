@@ -19,6 +19,10 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as some
 from PIL import Image
 from scipy import sparse
+from sklearn.compose import make_column_selector, make_column_transformer
+from sklearn.impute import SimpleImputer
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 from hpl_nb import SemiSupervisedRegressor
 from hpl_nb.core import HplError
@@ -92,18 +96,43 @@ def advised(message, X):
         yield names["X"]["age"]
 
 
+AMBIGUOUS = {"thousands": pd.Series([f"{age},500" for age in AGES]), "either first": pd.Series([f"0{1 + day % 9}/0{1 + day % 7}/2024" for day in range(40)]),
+             "zeros": pd.Series([f"0{age}" for age in AGES]), "category": NUMBERS_AS_TEXT["category"],
+             "date category": DATES["date category"]}
+
+
 @pytest.mark.parametrize("kind", [*NUMBERS_AS_TEXT, *DATES])
-def test_numbers_as_text_and_dates_are_refused_with_a_line_that_makes_numbers(kind):
+def test_numbers_as_text_and_dates_are_refused_by_from_frame_with_a_line_that_makes_numbers(kind):
     column = (NUMBERS_AS_TEXT | DATES)[kind]
     X = pd.DataFrame({"age": column, "other": np.arange(40.)})
-    message = refused("column 'age': its values are ", default_preprocessor, X)
-    for numbers in advised(message, X):
+    message = refused("column 'age': its values are ", from_frame, X.assign(y=np.arange(40.)), "y", impute="median")
+    assert "Type frame['age'] = " in message and "'is ' + frame['age'].astype(str)" in message
+    for numbers in advised(message.replace("frame[", "X["), X):
         assert pd.api.types.is_numeric_dtype(numbers) and numbers.nunique() == column.nunique() - (kind == "missing"), (message, numbers)
         if kind in DATES and kind not in ("clock", "clock text", "periods", "timedelta", "durations", "period"):
             day = (TIMES - pd.Timestamp("2000-01-01")).days
             assert np.abs(np.asarray(numbers) - day).max() <= 1.5, (message, numbers)
-    words = refused("column 'age': its values are ", from_frame, X.assign(y=np.arange(40.)), "y", impute="median")
-    assert "Type frame['age'] = " in words and "'is ' + frame['age'].astype(str)" in words
+
+
+@pytest.mark.parametrize("kind", [*NUMBERS_AS_TEXT, *DATES])
+def test_the_estimator_reads_what_has_one_reading_as_the_line_does(kind):
+    "The oracle is pandas, by the line that from_frame advises."
+    column = (NUMBERS_AS_TEXT | DATES)[kind]
+    X = pd.DataFrame({"age": column, "other": np.arange(40.)**.5})
+    if kind in AMBIGUOUS: refused("Type X['age'] = ", default_preprocessor, X); return
+    with pytest.warns(UserWarning, match="X: columns are read as numbers: 'age'"): fitted = default_preprocessor(X).fit(X)
+    lines = refused("", from_frame, X.assign(y=np.arange(40.)), "y", impute="median").replace("frame[", "X[")
+    numbers = next(advised(lines, X))
+    expected = default_preprocessor(X.assign(age=np.asarray(numbers, dtype=float))).fit_transform(X.assign(age=np.asarray(numbers, dtype=float)))
+    np.testing.assert_allclose(fitted.transform(X), expected, atol=1e-9)
+    np.testing.assert_allclose(fitted.transform(X[::-1])[::-1], expected, atol=1e-9)
+    refused("row 0 (the first is 0): 'soon' cannot be read as the ", fitted.transform, X.astype({"age": object}).assign(age="soon"))
+
+
+@pytest.mark.parametrize("kind", AMBIGUOUS)
+def test_what_can_be_read_in_two_ways_is_refused(kind):
+    message = refused("column 'age': its values are ", regressor().fit, pd.DataFrame({"age": AMBIGUOUS[kind]}), np.arange(40.))
+    assert message.count("X['age'] = ") == (3 if kind in ("thousands", "either first") else 2), message
 
 
 @pytest.mark.parametrize("column", [
@@ -140,15 +169,13 @@ def test_a_column_of_numbers_that_comes_as_something_else_is_refused():
     refused("features are missing: 'a' in 20 row(s)", encoder.encode, frame.assign(a="nan"))
 
 
-def test_ages_stored_as_text_are_numbers_after_the_line_of_the_message():
+def test_ages_stored_as_text_are_numbers():
     ages = np.repeat(np.arange(20, 60), 3)
     X, y = pd.DataFrame({"age": ages.astype(str)}), ages.astype(float)
-    message = refused("column 'age': its values are numbers stored as text", regressor().fit, X, y)
-    assert "Type X['age'] = pd.to_numeric(X['age'], errors='coerce')" in message
-    X["age"] = next(advised(message, X))
     model = SemiSupervisedRegressor("supervised", epochs=10, random_state=0).fit(X, y)
     old, older, young = model.predict(pd.DataFrame({"age": ["65", "70", "15"]}))
     assert young < 25 < 50 < old < older
+    assert np.array_equal(model.predict(pd.DataFrame({"age": [65, 70, 15]})), [old, older, young])
 
 
 # case 13: sparse
@@ -172,7 +199,117 @@ def test_sparse_matrices_name_what_to_type():
     refused("Give them as .toarray()", from_arrays, np.ones((20, 2)), x)
     refused("not one array", from_arrays, torch.eye(20).to_sparse(), np.arange(20.))
     with pytest.raises(TypeError, match="toarray"): regressor().fit(x, np.arange(20.))
-    refused("X = X.apply(np.asarray)", default_preprocessor, pd.get_dummies(pd.Series(list("abc")), sparse=True))
+    dummies = pd.get_dummies(pd.Series(list("abc")*9))
+    np.testing.assert_array_equal(*(default_preprocessor(X).fit_transform(X) for X in (dummies, dummies.astype(pd.SparseDtype(bool)))))
+
+
+# issue 17: a CSV as people have it
+
+def patients(n=400, seed=0):
+    "Hospital stays: an identifier, a date, gaps, impossible values, a skewed label that a third of the rows have."
+    rng = np.random.default_rng(seed)
+    frame = pd.DataFrame({"patient_id": np.arange(n) + 1000, "admission": (TIMES[0] + pd.to_timedelta(rng.integers(0, 900, n), "D")).strftime("%Y-%m-%d"),
+                          "age": rng.normal(60, 12, n).round().clip(18, 95), "bmi": rng.gamma(30, .9, n).round(1), "ward": rng.choice(list("ABC"), n),
+                          "name": [f"patient {row}" for row in range(n)], "emergency": rng.random(n) < .3, "empty": np.nan})
+    stay = np.exp(1 + .03*(frame["age"] - 60) + .5*(frame["ward"] == "A") + .4*frame["emergency"] + rng.normal(0, .2, n))
+    frame.loc[rng.random(n) < .1, "bmi"], frame.loc[rng.random(n) < .1, "ward"], frame.loc[[5, 9], "bmi"], frame.loc[7, "age"] = np.nan, None, 999, -1
+    return frame, stay, stay.where(np.arange(n) % 3 == 0)
+
+
+def test_no_refusal_before_the_first_fit(tmp_path):
+    "One sentence for each thing that was done; new rows lack other values, and have a ward that is new."
+    X, stay, y = patients()
+    X.assign(length=y).to_csv(tmp_path/"patients.csv", index=False)
+    table = pd.read_csv(tmp_path/"patients.csv")
+    X, y = table.drop(columns="length"), table["length"]
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        model = regressor().fit(X, y)
+    said = [str(warning.message) for warning in told]
+    for part in ("are left out: 'empty'", "only name the rows: 'patient_id'; 'name'", f"'bmi' in {X['bmi'].isna().sum()} row(s); 'ward' in ",
+                 "'admission' (dates, as days since 2000-01-01)", "'age' in 1 row(s), such as -1 in row 7", "'bmi' in 2 row(s), such as 999 in row 5"):
+        assert sum(part in sentence for sentence in said) == 1, (part, said)
+    assert len(said) == 5 and all(warning.filename == __file__ for warning in told)
+    new = X.tail(30).astype({"emergency": object}).assign(ward="D")
+    new.loc[new.index[3], ["age", "admission", "emergency"]] = np.nan
+    assert np.isfinite(model.predict(new)).all() and np.isfinite(model.predict(new[:0].reindex([0]).astype(object))).all()
+    assert model.predict(X.assign(patient_id=0, name=None, empty=1.)).tolist() == model.predict(X).tolist()
+    loaded = SemiSupervisedRegressor.load(model.save(tmp_path/"m.safetensors")) # nothing to trust
+    np.testing.assert_array_equal(loaded.predict(new), model.predict(new))
+
+
+def test_filling_is_scikit_learns():
+    "Medians and most frequent values of the training rows, and an indicator for each column with a gap in them."
+    X, _, _ = patients()
+    X = X[["age", "bmi", "ward", "emergency"]].assign(age=X["age"].where(X["age"] > 0), bmi=X["bmi"].where(X["bmi"] < 999))
+    train = np.arange(300)
+    found = default_preprocessor(X, train).fit(X.iloc[train]).transform(X)
+    numbers = make_pipeline(SimpleImputer(strategy="median"), StandardScaler()).fit(X.iloc[train, [0, 1, 3]].astype(float)).transform(
+        X.iloc[:, [0, 1, 3]].astype(float))
+    np.testing.assert_allclose(found[:, :3], numbers)
+    ward = X["ward"].fillna(X["ward"][:300].mode()[0])
+    np.testing.assert_array_equal(found[:, 3:6], pd.get_dummies(ward))
+    np.testing.assert_array_equal(found[:, 6:], X[["age", "bmi", "ward"]].isna())
+
+
+def test_arrays_with_gaps_are_filled():
+    x = np.random.default_rng(0).normal(size=(60, 3))
+    y, holes = x[:, 0] + 3, np.where(np.random.default_rng(1).random((60, 3)) < .1, np.nan, x)
+    model, complete = regressor().fit(holes, np.where(np.arange(60) < 30, y, np.nan)), regressor().fit(x, y)
+    assert np.isfinite(model.predict(x)).all() and np.isfinite(complete.predict(np.full((2, 3), np.nan))).all()
+    assert model.__sklearn_tags__().input_tags.allow_nan
+    other = regressor().fit(holes[:, :2], np.where(np.arange(60) < 30, y, np.nan)).predict(np.array([[np.nan, 1.], [1., np.nan]]))
+    assert np.isfinite(other).all()
+
+
+@pytest.mark.parametrize("value", [999., 1e30])
+def test_one_impossible_value_leaves_the_others_different(value):
+    values = np.append(np.random.default_rng(0).normal(27, 4, 399), value)
+    features = default_preprocessor(pd.DataFrame({"bmi": values})).fit_transform(pd.DataFrame({"bmi": values}))
+    assert .9 < features[:-1].std() < 1.1 and features.max() < 10
+
+
+def test_identifiers():
+    "Left out by name only; a column that counts the rows is kept, a score with a value in each row as well."
+    n = np.arange(200)
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"CaseID": rng.permutation(200), "Unnamed: 0": n, "order": n, "score": rng.permutation(10_000)[:200],
+                          "group_id": n % 7, "weight_kg": rng.normal(size=200)})
+    with pytest.warns(UserWarning) as told: reader = default_preprocessor(frame)[0]
+    assert {*reader.numbers} == {2, 3, 4, 5} and not reader.texts
+    assert [str(warning.message) for warning in told] == [
+        "X: columns with a value of their own in nearly every row are left out, since they only name the rows: 'CaseID'; 'Unnamed: 0'.",
+        "X: columns that count the rows are kept: 'order'. Drop them if the order of the rows means nothing."]
+    refused("no column is left", default_preprocessor, frame[["CaseID"]])
+
+
+def test_text_of_many_values_keeps_the_frequent_ones():
+    codes = pd.DataFrame({"icd": [f"I{row % 60}" if row % 2 else "I0" for row in range(600)]})
+    with pytest.warns(UserWarning, match="only the most frequent values get a feature of their own: 'icd' has 31"):
+        few_features = default_preprocessor(codes, most=10)
+    features = few_features.fit(codes).transform(pd.concat([codes, pd.DataFrame({"icd": ["new"]})]))
+    assert features.shape == (601, 10) and (features.sum(axis=1) == 1).all() and (features[-1] == features[3]).all()
+
+
+def test_other_columns_at_predict_are_one_sentence():
+    X, _, y = patients()
+    X = X[["age", "bmi", "emergency"]]
+    model = regressor().fit(X, y)
+    for other, what in ((X[["bmi", "age", "emergency"]], "must be in the same order"), (X[["age", "bmi"]], "now missing:\n- emergency"),
+                        (X.assign(weight=1.), "unseen at fit time:\n- weight")):
+        message = refused(what, model.predict, other)
+        assert message.endswith("Type X = X.reindex(columns=model.feature_names_in_), which leaves new columns out and takes missing ones for missing values.")
+        assert np.isfinite(model.predict(other.reindex(columns=model.feature_names_in_))).all()
+
+
+def test_a_filling_preprocessor_of_ones_own_is_loaded_without_trusted(tmp_path):
+    X, _, y = patients()
+    X = X[["age", "bmi", "ward"]]
+    numbers = make_pipeline(SimpleImputer(strategy="median", add_indicator=True), StandardScaler()), make_column_selector(dtype_include="number")
+    texts = make_pipeline(SimpleImputer(strategy="most_frequent"), OneHotEncoder(handle_unknown="ignore")), make_column_selector(dtype_exclude="number")
+    model = regressor(preprocessor=make_column_transformer(numbers, texts)).fit(X, y)
+    loaded = SemiSupervisedRegressor.load(model.save(tmp_path/"m.safetensors"))
+    np.testing.assert_array_equal(loaded.predict(X), model.predict(X))
 
 
 # labels
@@ -219,7 +356,7 @@ def test_masked_labels_are_unlabelled_everywhere(kind):
 def test_masked_features_are_missing():
     x = np.ma.array(np.ones((20, 2)), mask=np.eye(20, 2))
     refused("row 0 (the first is 0): position [0] is nan", from_arrays, x, np.arange(20.))
-    with pytest.raises(ValueError, match="NaN"): regressor().fit(x, np.arange(20.))
+    with pytest.warns(UserWarning, match="missing values are filled.*: 0 in 1 row"): regressor().fit(x, np.arange(20.))
 
 
 @pytest.mark.parametrize("write", [str.upper, str.title, " {}\t".format, str])

@@ -228,18 +228,26 @@ def table_findings(path:Path)->tuple[list[Finding], list[str]]:
     return [Finding("warning", "other table", -1, path.name, "", detail)], []
 
 # %% ../../nbs/16_data.check.ipynb #f7bb0da7
-def check_pairs(path:Path)->Report:
-    "Check STS-B: what its reader refuses, and pairs (in either order) that stand in several rows."
+def check_pairs(root:Path, tables:Sequence[Path], split:str="release")->Report:
+    "Check STS-B: what its reader refuses, and pairs (in either order) that stand in several rows; `split` as that of `STSB`."
     from hpl_nb.data.stsb import read_pairs
-    findings, notes = table_findings(path)
-    try: pairs = read_pairs(path.parent)
+    found = [table_findings(path) for path in tables]
+    findings, notes = ([item for part in parts for item in part] for parts in zip(*found))
+    try: pairs = read_pairs(root, split=split)
     except HplError as error:
-        return make_report("STS-B", [], [*findings, Finding("error", "table", -1, path.name, "", str(error))], notes)
+        return make_report("STS-B", [], [*findings, Finding("error", "table", -1, tables[0].name, "", str(error))], notes)
     rows = Rows((pairs["sentence1"] + " | " + pairs["sentence2"]).tolist(), pairs["split"].tolist())
     keys = {row: " | ".join(sorted(pair)) for row, pair in enumerate(zip(pairs["sentence1"], pairs["sentence2"]))}
     repeated, crossing = repeated_findings(keys, pairs["score"].tolist(), rows, "pair")
     far, ranges = scale_findings(pairs["score"], rows)
     return make_report("STS-B", rows.splits, findings + far + repeated, notes + crossing + ranges)
+
+def pair_tables(root:Path)->tuple[list[Path], str]|None:
+    "Tables of STS-B below a folder, the release's or those of STS-B-DIR, and their split; None where there are none."
+    for names, split in ((("sts",), "release"), (("train_new", "dev_new", "test_new"), "dir")):
+        places = [folder/f"{name}.tsv" for folder in (root, root/"glue_data"/"STS-B") for name in names]
+        if tables := [place for place in places if place.exists()]: return tables, split
+    return None
 
 # %% ../../nbs/16_data.check.ipynb #3ea1f07e
 def make_report(layout:str, splits:Iterable[str], findings:Sequence[Finding], notes:Sequence[str])->Report:
@@ -267,22 +275,68 @@ def check_data(data:SemiSupervisedData, progress:bool=True)->Report:
     else: repeated, notes = repeated_findings(dict(zip(used.tolist(), keys)), labels, rows, "sample")
     return make_report(data.name, rows.splits, findings + repeated, [*core.describe(data).splitlines()[1:], *notes])
 
+# %% ../../nbs/16_data.check.ipynb #5b40c002
+def typed_table(path:Path)->pd.DataFrame:
+    "A table file with numbers as numbers, and missing cells missing."
+    from hpl_nb.data.tables import as_numbers, read_table
+    table = read_table(path, [])
+    for name in [name for name in table if path.suffix.lower() != ".parquet"]:
+        numbers, unknown = as_numbers(table[name])
+        table[name] = numbers if (numbers == numbers)[~unknown].all() else table[name].mask(unknown)
+    return table
+
+def column_findings(table:pd.DataFrame)->tuple[list[Finding], list[str], list[str]]:
+    "What the estimator would refuse, errors, and what it would say, warnings and notes; and the columns that it would use."
+    import numpy as np
+
+    from hpl_nb.data.columns import Remarks, look_at, sentences
+    findings, looks = [], {}
+    for place, name in enumerate(table.columns):
+        try: looks[name] = look_at(table.iloc[:, place], np.arange(len(table)))
+        except HplError as error: findings.append(Finding("error", "column that is refused", -1, str(name), "", str(error)))
+    kinds = Remarks(empty="empty column", named="identifier", counting="counts the rows", values="text of many values", far="impossible values")
+    findings += [Finding("warning", kind, -1, str(name), "", remark) for name, look in looks.items()
+                 for kind, remark in zip(kinds, look.remarks) if kind and remark]
+    said = sentences([Remarks(missing=look.remarks.missing, read=look.remarks.read) for look in looks.values()])
+    shown = {kind: [str(name) for name, look in looks.items() if look.kind == kind] for kind in ("numbers", "text", "left out")}
+    notes = [f"Columns of {kind}: {', '.join(names)}." for kind, names in shown.items() if names and kind != "left out"]
+    return findings, notes + [sentence[0].upper() + sentence[1:] for sentence in said], shown["numbers"] + shown["text"]
+
+# %% ../../nbs/16_data.check.ipynb #5b40c003
+def check_table(table:pd.DataFrame, target:str|None=None, name:str="a table")->Report:
+    "Check a table as the estimator would read it; `target` is its column of labels."
+    import pandas as pd
+
+    from hpl_nb.data.columns import require_columns
+    from hpl_nb.data.tables import label_problems
+    if target is not None: require_columns(table, [target], name)
+    labels, problems = label_problems(table[target] if target else [None]*len(table), unknown_ok=True)
+    splits = ["all"]*len(table) if target is None else ["unlabelled" if label != label else "labelled" for label in labels]
+    rows = Rows([f"row {row}" for row in range(len(table))], splits)
+    findings, notes, used = column_findings(table.drop(columns=target) if target else table)
+    findings = [rows.finding("error", row, kind, f"row {row}: {detail}") for row, kind, detail in problems] + findings
+    far, ranges = scale_findings(labels, Rows(rows.names, ["labels"]*len(table)))
+    keys = pd.util.hash_pandas_object(table[used].astype(str), index=False).tolist() if used else []
+    repeated, crossing = repeated_findings(dict(enumerate(keys)), [None if label != label else label for label in labels], rows, "row")
+    return make_report(name, splits, findings + far + repeated, notes + crossing + ranges)
+
 # %% ../../nbs/16_data.check.ipynb #672e055d
 def check(
-    root:str|Path|SemiSupervisedData, # folder of the dataset, or data that are loaded already
+    root:str|Path|pd.DataFrame|SemiSupervisedData, # folder of the dataset, a table or its path, or data that are loaded already
     table:str|None=None, # name of the table, for one's own pictures; None: found
     file_column:str|None=None, # its column of file names; None: found by its usual names
     label_column:str|None=None, # its column of labels
     split_column:str|None=None, # its column of splits, if there is one
+    target:str|None=None, # column of labels, for a table without pictures; None: not checked
     progress:bool=True, # show a progress bar
 )->Report: # print it
     "Read everything below `root` once, and report what is wrong with it; nothing is changed."
     from hpl_nb.data.tables import label_problems
     if hasattr(root, "targets"): return check_data(root, progress)
-    root = Path(root)
-    if not root.is_dir(): raise HplError(f"there is no folder {root}.")
-    for place in (root/"sts.tsv", root/"glue_data"/"STS-B"/"sts.tsv"):
-        if table is None and place.exists(): return check_pairs(place)
+    if not isinstance(root, (str, Path)): return check_table(root, target)
+    if (root := Path(root)).is_file(): return check_table(typed_table(root), target, root.name)
+    if not root.is_dir(): raise HplError(f"there is no folder {root}, and no file of that name.")
+    if table is None and (pairs := pair_tables(root)): return check_pairs(root, *pairs)
     layout = read_layout(root, table, file_column, label_column, split_column)
     rows, (broken, hashes) = layout.rows(), picture_findings(layout, progress)
     values = label_problems(layout.table[layout.columns[1]])[0]

@@ -7,39 +7,36 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
-from sklearn.base import TransformerMixin
+from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.compose import ColumnTransformer
-from sklearn.impute import SimpleImputer
+from sklearn.impute import MissingIndicator, SimpleImputer
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 from ..core import HplError
-from .core import row_error
-from .tables import UNKNOWN, as_numbers, is_real, unmasked
+from .core import far_from_others, row_error
+from .readings import is_number, number_column, read_numbers, readings_of, refuse_numbers
+from .tables import as_numbers, unmasked
 
 # %% auto #0
-__all__ = ['FrameEncoder', 'default_preprocessor']
+__all__ = ['FrameEncoder', 'ColumnReader', 'default_preprocessor']
 
 # %% ../../nbs/14b_data.columns.ipynb #f78d1a53
 class Words(NamedTuple):
     "Advice in errors, in the words of the function that was called."
     labels:str # where too few rows train
-    missing:str # where features are missing
-    categories:str # where a column of text has too many values
     table:str # the variable that holds the table
 
-FRAME_WORDS = Words("smaller val_share and test_share", "pass impute='median'",
-                    "leave it out with columns=[...], make it numeric, or raise max_categories", "frame")
-ESTIMATOR_WORDS = Words("a smaller validation_fraction; cross-validate with cv=LabelledKFold()",
-                        "use make_pipeline(SimpleImputer(), ...) or preprocessor=",
-                        "drop it, make it numeric, or pass preprocessor=", "X")
+FRAME_WORDS = Words("smaller val_share and test_share", "frame")
+ESTIMATOR_WORDS = Words("a smaller validation_fraction; cross-validate with cv=LabelledKFold()", "X")
 
-def refuse_missing(frame:pd.DataFrame, name:str, words:Words=FRAME_WORDS)->None:
+def refuse_missing(frame:pd.DataFrame, name:str)->None:
     "Refuse missing features, naming the columns and counting the rows."
     missing = frame.isna()
     counts = missing.sum()
@@ -47,7 +44,7 @@ def refuse_missing(frame:pd.DataFrame, name:str, words:Words=FRAME_WORDS)->None:
     listed = ", ".join(f"{column!r} in {count} row(s)" for column, count in counts.items())
     first = int(np.flatnonzero(missing[counts.index[0]])[0])
     raise HplError(f"{name}: features are missing: {listed}; the first is row {first}. Fill them, drop the rows or "
-                   f"columns, or {words.missing}.")
+                   f"columns, or pass impute='median'.")
 
 # %% ../../nbs/14b_data.columns.ipynb #3ddd2cd6
 @dataclass(frozen=True)
@@ -65,20 +62,16 @@ class FrameEncoder:
     def encode(self, frame:pd.DataFrame, name:str="frame")->np.ndarray:
         "Features (n, d) of `frame`, float64; missing and infinite ones are an `HplError`."
         require_columns(frame, [*self.medians, *self.categories], name)
-        numbers = {column: number_column(frame, column, name) for column in self.medians}
+        numbers = {column: number_column(frame[column], f"{name}, column {column!r}") for column in self.medians}
         texts = {column: frame[column].astype(object).map(str).where(frame[column].notna(), None).to_numpy() for column in self.categories}
         if self.impute is None: refuse_missing(pd.DataFrame(numbers | texts), name)
-        encoder = column_encoder(SimpleImputer(strategy="median"), [*numbers], [*texts], [*self.categories.values()])
+        one_hot = OneHotEncoder(categories=[*self.categories.values()], handle_unknown="ignore", sparse_output=False)
+        encoder = ColumnTransformer([("numbers", SimpleImputer(strategy="median"), [*numbers]), ("texts", one_hot, [*texts])])
         encoder.fit(pd.DataFrame({column: [median] for column, median in self.medians.items()} | {column: [""] for column in texts}))
         if not len(frame): return np.empty((0, len(self.features)))
         return np.asarray(encoder.transform(pd.DataFrame(numbers | texts)), dtype=np.float64)
 
 # %% ../../nbs/14b_data.columns.ipynb #05a98ea3
-def column_encoder(number:TransformerMixin, numbers:Sequence, texts:Sequence, categories:Sequence|str="auto")->ColumnTransformer:
-    "Not fitted yet: `number` for columns of numbers, and one feature for each value of a column of text; other values have none."
-    one_hot = OneHotEncoder(categories=categories, handle_unknown="ignore", sparse_output=False)
-    return ColumnTransformer([("numbers", number, list(numbers)), ("texts", one_hot, list(texts))])
-
 def require_columns(frame:pd.DataFrame, columns:Sequence[str], name:str)->None:
     "Refuse a table that lacks a column, or has two of one name."
     for column in columns:
@@ -86,94 +79,24 @@ def require_columns(frame:pd.DataFrame, columns:Sequence[str], name:str)->None:
             raise HplError(f"{name} has {count or 'no'} column{'s' if count else ''} {column!r} (it has "
                            f"{', '.join(map(repr, frame.columns))}); rename one.")
 
-def number_column(frame:pd.DataFrame, column:str, name:str)->np.ndarray:
-    "A numeric column, NaN where it is missing; text and infinite values are an `HplError`."
-    if is_number(frame[column]): values = frame[column].to_numpy(dtype=np.float64, na_value=np.nan)
-    else:
-        values, unknown = as_numbers(frame[column])
-        if len(bad := np.flatnonzero(np.isnan(values) & ~unknown)):
-            raise row_error(f"{name}, column {column!r}", bad, f"{str(frame[column].iloc[bad[0]])!r:.100} is not a number, so that "
-                            f"column {column!r} is not numeric any more", "Correct such rows.")
-    if len(bad := np.flatnonzero(np.isinf(values))):
-        raise row_error(f"{name}, column {column!r}", bad, "it is infinite", "Correct or drop such rows.")
-    return values
-
-# %% ../../nbs/14b_data.columns.ipynb #57c2b1f0
-def is_number(column:pd.Series)->bool:
-    "Whether a column holds real numbers; those of a column of categories are names."
-    if column.dtype != object: return pd.api.types.is_numeric_dtype(column) and column.dtype.kind != "c"
-    return column.notna().any() and all(map(is_real, column.dropna()))
-
-# %% ../../nbs/14b_data.columns.ipynb #78b5aa6d
-class Reading(NamedTuple):
-    "How a column becomes numbers."
-    code:str # what to type; {x} stands for the column
-    read:Callable[[pd.Series], Any] # what that does; it raises, warns, or gives NaN where it does not fit
-    pattern:str="" # that each text has
-
-START, DAY = pd.Timestamp("2000-01-01", tz="UTC"), pd.Timedelta(days=1)
-DATE, CLOCK = r".*(\d{4}|\d[-/.]\d+[-/.]\d).*", r".*\d:\d\d.*"
-
-def _dates(more, **how):
-    code = f"(pd.to_datetime({{x}}, utc=True{more}) - pd.Timestamp('2000-01-01', tz='UTC')) / pd.Timedelta(days=1)"
-    return Reading(code, lambda x: (pd.to_datetime(x, utc=True, **how) - START)/DAY, DATE)
-
-def _spelled(digits, marks, decimal):
-    pattern = rf"[%$€£\s]*[+-]?(\d{{1,3}}([{marks}\s'’]\d{{3}})+|\d+)({decimal}\d*)?[%$€£\s]*"
-    code = f"pd.to_numeric({{x}}.astype(str).str.replace(r'{digits}', '', regex=True).str.replace(',', '.'))"
-    return Reading(code, lambda x: pd.to_numeric(x.str.replace(digits, "", regex=True).str.replace(",", ".")), pattern)
-
-# %% ../../nbs/14b_data.columns.ipynb #d100a771
-TEXTS = ( # what a column of text may be, and how it is read: the first kind that fits, in each way that fits
-    ("numbers stored as text", Reading("pd.to_numeric({x}, errors='coerce')", lambda x: pd.to_numeric(x, errors="coerce"))),
-    ("numbers stored as text", _spelled(r"[^\d.+-]", ",", r"\."), _spelled(r"[^\d,+-]", ".", ",")),
-    ("dates", _dates("")), ("dates", _dates(", dayfirst=True", dayfirst=True)), ("dates", _dates(", format='ISO8601'", format="ISO8601")),
-    ("times", Reading("pd.to_timedelta({x}) / pd.Timedelta(days=1)", lambda x: pd.to_timedelta(x)/DAY, CLOCK)),
-    ("times", Reading("pd.to_timedelta({x}.astype(str) + ':00') / pd.Timedelta(days=1)", lambda x: pd.to_timedelta(x + ":00")/DAY, CLOCK)))
-
-OBJECTS = { # pandas' name of a type -> what such a column holds, and what to type
-    **dict.fromkeys(("date", "datetime", "datetime64"), ("dates", _dates("").code)),
-    **dict.fromkeys(("timedelta", "timedelta64"), ("durations", "pd.to_timedelta({x}) / pd.Timedelta(days=1)")),
-    "period": ("periods", "(pd.PeriodIndex({x}).to_timestamp() - pd.Timestamp('2000-01-01')) / pd.Timedelta(days=1)"),
-    "time": ("times", "pd.to_timedelta({x}.astype(str)) / pd.Timedelta(days=1)"),
-    "complex": ("complex numbers", "np.abs({x})")}
-
-def _fits(reading, texts):
-    if not texts.str.fullmatch(reading.pattern or ".*", flags=re.DOTALL).all(): return False
-    with warnings.catch_warnings(record=True) as doubts:
-        warnings.simplefilter("always") # pandas warns where it guesses
-        try: return bool(pd.notna(reading.read(texts)).all()) and not doubts
-        except (ValueError, TypeError, OverflowError): return False
-
-# %% ../../nbs/14b_data.columns.ipynb #db87c962
-def refuse_numbers(column:pd.Series, source:str, table:str)->None:
-    "Refuse a column whose values are numbers stored as text, dates or times, with the line that makes numbers of them."
-    values, x = column.dropna().astype(object), f"{table}[{column.name!r}]"
-    texts = pd.Series(sorted(set(values.map(str))), dtype=object)
-    texts = texts[~texts.str.strip().str.lower().isin(UNKNOWN)]
-    has_text = values.map(lambda value: isinstance(value, str))
-    (kind, *codes), example = OBJECTS.get(pd.api.types.infer_dtype(values), ("",)), values.iloc[0] if len(values) else None
-    if len(texts) and has_text.any() and values[~has_text].map(is_real).all():
-        fitting = ((kind, [reading.code for reading in readings if _fits(reading, texts)]) for kind, *readings in TEXTS)
-        (kind, codes), example = next((found for found in fitting if found[1]), ("", [])), texts.iloc[0]
-    if not codes: return
-    lines = " or ".join(f"{x} = {code.format(x=x)}" for code in codes)
-    raise HplError(f"{source}: its values are {kind} ({column.dtype}), such as {str(example)!r:.100}. Type {lines}, or, where they name "
-                   f"categories, {x} = 'is ' + {x}.astype(str).")
-
 # %% ../../nbs/14b_data.columns.ipynb #0b15dabc
-def column_categories(column:pd.Series, rows:np.ndarray, most:int, name:str, words:Words=FRAME_WORDS)->list[str]:
-    "Values of a column of text in the training rows."
-    source = f"{name}, column {column.name!r}"
+def refuse_mixed(column:pd.Series, source:str)->None:
+    "Refuse text among values most of which are numbers."
     numbers, unknown = as_numbers(column)
     texts, present = np.flatnonzero(np.isnan(numbers) & ~unknown), int((~unknown).sum())
     if 0 < 2*len(texts) < present:
         raise row_error(source, texts, f"{column.iloc[texts[0]]!r} is text, but {present - len(texts)} of {present} "
                         "values are numbers", "Correct such rows and make the column numeric, or leave it out.")
-    refuse_numbers(column, source, words.table)
+
+def column_categories(column:pd.Series, rows:np.ndarray, most:int, name:str)->list[str]:
+    "Values of a column of text in the training rows."
+    source = f"{name}, column {column.name!r}"
+    refuse_mixed(column, source)
+    refuse_numbers(column, source, FRAME_WORDS.table)
     values = sorted(set(column.iloc[rows].dropna().astype(object).map(str)))
     if len(values) > most:
-        raise HplError(f"{source}: it is text of {len(values)} different values; {words.categories}.")
+        raise HplError(f"{source}: it is text of {len(values)} different values; leave it out with columns=[...], make it numeric, or "
+                       "raise max_categories.")
     return values
 
 # %% ../../nbs/14b_data.columns.ipynb #a697ab06
@@ -189,36 +112,154 @@ def fit_encoder(frame:pd.DataFrame, columns:Sequence[str], rows:np.ndarray, impu
         if not is_number(frame[column]):
             categories[column] = column_categories(frame[column], rows, most, name)
             continue
-        present = pd.Series(number_column(frame, column, name)[rows]).dropna()
+        present = pd.Series(number_column(frame[column], f"{name}, column {column!r}")[rows]).dropna()
         if present.empty: raise HplError(f"{name}: column {column!r} is missing in all training rows; leave it out.")
         medians[column] = float(present.median())
     return FrameEncoder(medians, categories, impute)
 
 # %% ../../nbs/14b_data.columns.ipynb #7a1f5b8f
-def _check_texts(column:pd.Series, rows:np.ndarray, most:int)->None:
-    "Refuse dates, numbers stored as text, names of the rows, and texts among other things, which have no order."
-    column_categories(column, rows, most, "X", ESTIMATOR_WORDS)
-    is_text = column.map(lambda value: isinstance(value, str)).to_numpy(bool)
-    if is_text.any() and not is_text.all():
-        value = column.iloc[np.flatnonzero(~is_text)[0]]
-        raise row_error(f"X, column {column.name!r}", np.flatnonzero(~is_text), f"{value!r} is no text, as others are",
-                        f"Make all of them text: X[{column.name!r}] = X[{column.name!r}].astype(str).")
+class Remarks(NamedTuple):
+    "What there is to say of a column; empty: nothing."
+    empty:str=""
+    named:str=""
+    counting:str=""
+    missing:str=""
+    read:str=""
+    values:str=""
+    far:str=""
+
+SENTENCES = Remarks(
+    "columns without a value in the rows that train are left out: {}.",
+    "columns with a value of their own in nearly every row are left out, since they only name the rows: {}.",
+    "columns that count the rows are kept: {}. Drop them if the order of the rows means nothing.",
+    "missing values are filled, numbers with the median and text with the most frequent value, and a feature says where: {}.",
+    "columns are read as numbers: {}.",
+    "of text with many values, only the most frequent values get a feature of their own: {}.",
+    "numbers are far from all others: {}. Set them to NaN where they are errors or stand for 'missing'.")
+
+def sentences(remarks:Sequence[Remarks])->list[str]:
+    "A sentence for each kind of remark, which lists the columns."
+    return [sentence.format("; ".join(filter(None, said))) for sentence, said in zip(SENTENCES, zip(*remarks)) if any(said)]
 
 # %% ../../nbs/14b_data.columns.ipynb #d6b43084
+class Look(NamedTuple):
+    "What a column is taken for."
+    kind:Literal["numbers", "text", "left out"]
+    remarks:Remarks
+    code:str="" # of the reading that makes numbers of it; empty: they are numbers
+    low:float=-np.inf # limits at which numbers are cut
+    high:float=np.inf
+
+ID_NAME = re.compile(r"(.*[_\s.-])?(id|ids|key|uid|uuid|guid|index|nr|no)|unnamed: \d+|.*(?-i:[a-z]I[Dd])", re.IGNORECASE)
+
+def names_rows(column:pd.Series)->bool:
+    "Whether a column is an identifier: named like one, whole numbers or text, and another value in each of at least 20 rows."
+    if not ID_NAME.fullmatch(str(column.name)) or len(column) < 20 or column.isna().any() or not column.is_unique: return False
+    return not is_number(column) or bool((number_column(column, "X") % 1 == 0).all())
+
+# %% ../../nbs/14b_data.columns.ipynb #5b20c002
+def impossible(values:np.ndarray)->np.ndarray:
+    "Places of numbers far from all others, and of marks: a repeated end of the column beyond a gap, or -1, -9, -99 ... where nothing else is negative."
+    present = values[~np.isnan(values)]
+    if len(present) < 10: return np.array([], dtype=np.int64)
+    (different, counts), (first, last) = np.unique(present, return_counts=True), np.quantile(present, (.25, .75))
+    marks = []
+    for end, beside in ((0, 1), (-1, -2)):
+        if len(different) > 10 and counts[end] > 1 and abs(different[end] - different[beside]) >= last - first > 0: marks.append(different[end])
+    if len(different) > 5 and different[0] < 0 <= different[1] and re.fullmatch(r"-(1|9+)", f"{different[0]:g}"): marks.append(different[0])
+    return np.union1d(far_from_others(values, present), np.flatnonzero(np.isin(values, marks)))
+
+# %% ../../nbs/14b_data.columns.ipynb #5b20c004
+def look_at_numbers(column:pd.Series, values:np.ndarray, train:np.ndarray, remarks:Remarks, code:str)->Look:
+    "Limits of a column of numbers, and what is odd about it."
+    if np.isnan(values[train]).all(): return Look("left out", Remarks(empty=repr(column.name)))
+    first, last = np.nanquantile(values[train], (.25, .75))
+    far, steps, low, high = impossible(values), np.diff(values), first - 5*(last - first), last + 5*(last - first)
+    if first == last: low, high = -np.inf, np.inf
+    if len(far):
+        remarks = remarks._replace(far=f"{column.name!r} in {len(far):,} row(s), such as {values[far[0]]:g} in row {far[0]} (half of all are "
+                                       f"{first:g} to {last:g})")
+    if len(values) >= 20 and (steps == 1).all(): remarks = remarks._replace(counting=repr(column.name))
+    return Look("numbers", remarks, code, float(low), float(high))
+
+# %% ../../nbs/14b_data.columns.ipynb #5b20c005
+def look_at_text(column:pd.Series, train:np.ndarray, most:int, remarks:Remarks)->Look:
+    "Whether a column of text has few values, many, or one for each row; texts and other things are not mixed."
+    is_text = column.map(lambda value: isinstance(value, str)).astype(bool).to_numpy()
+    if is_text.any() and len(other := np.flatnonzero(~is_text & column.notna().to_numpy())):
+        raise row_error(f"X, column {column.name!r}", other, f"{column.iloc[other[0]]!r} is no text, as others are",
+                        f"Make all of them text: X[{column.name!r}] = X[{column.name!r}].astype(str).")
+    present = column.iloc[train].dropna()
+    if present.empty: return Look("left out", Remarks(empty=repr(column.name)))
+    count = present.astype(object).map(str).nunique()
+    if count > most and 2*count > len(present): return Look("left out", Remarks(named=repr(column.name)))
+    return Look("text", remarks._replace(values=f"{column.name!r} has {count:,}") if count > most else remarks)
+
+# %% ../../nbs/14b_data.columns.ipynb #5b20c006
+def look_at(column:pd.Series, train:np.ndarray, most:int=50)->Look:
+    "What a column is taken for; text among numbers, and what can be read in several ways, is an `HplError`."
+    source, count = f"X, column {column.name!r}", int(column.isna().sum())
+    remarks = Remarks(missing=f"{column.name!r} in {count:,} row(s)" if count else "")
+    if names_rows(column): return Look("left out", Remarks(named=repr(column.name)))
+    if is_number(column): return look_at_numbers(column, number_column(column, source), train, remarks, "")
+    refuse_mixed(column, source)
+    if not (readings := readings_of(column)): return look_at_text(column, train, most, remarks)
+    is_code = isinstance(column.dtype, pd.CategoricalDtype) or column.map(str).str.fullmatch(r"\s*0\d+\s*").any()
+    if len(readings) > 1 or is_code: refuse_numbers(column, source, ESTIMATOR_WORDS.table)
+    (reading,), values = readings, read_numbers(column, readings[0].code, source)
+    if count := int(np.isnan(values).sum()): remarks = Remarks(missing=f"{column.name!r} in {count:,} row(s)")
+    return look_at_numbers(column, values, train, remarks._replace(read=f"{column.name!r} ({reading.kind}, as {reading.unit})"), reading.code)
+
+# %% ../../nbs/14b_data.columns.ipynb #5b20c008
+class ColumnReader(TransformerMixin, BaseEstimator):
+    "Columns as numbers, NaN where they are missing, and text; other columns become zeros."
+    def __init__(self,
+        numbers:Mapping[int, tuple[str, float, float]], # place of a column -> code of its reading, and the limits at which it is cut
+        texts:Sequence[int]=(), # places of columns of text
+    ): self.numbers, self.texts = numbers, texts
+
+    def fit(self, X:Any, y:Any=None)->ColumnReader: return self
+
+    def __sklearn_is_fitted__(self)->bool: return True
+
+    def transform(self,
+        X:pd.DataFrame|np.ndarray, # (n, d)
+    )->pd.DataFrame: # (n, d)
+        "Columns in their places; what cannot be read as it was decided is an `HplError`."
+        X, columns = X if isinstance(X, pd.DataFrame) else pd.DataFrame(X), {}
+        for place in range(X.shape[1]):
+            column, (code, low, high) = X.iloc[:, place], self.numbers.get(place, ("", 0, 0))
+            if place in self.numbers: columns[place] = read_numbers(column, code, f"X, column {column.name!r}").clip(low, high)
+            elif place in self.texts: columns[place] = column.astype(object).map(str).astype(object).where(column.notna(), np.nan)
+            else: columns[place] = np.zeros(len(X))
+        return pd.DataFrame(columns, index=X.index)
+
+# %% ../../nbs/14b_data.columns.ipynb #5b20c009
+def preprocessor_of(looks:Sequence[Look], most:int, standardise:bool)->Pipeline:
+    "Not fitted yet: a transformer of columns that are what was decided."
+    numbers = {place: (look.code, look.low, look.high) for place, look in enumerate(looks) if look.kind == "numbers"}
+    texts = [place for place, look in enumerate(looks) if look.kind == "text"]
+    if not numbers and not texts: raise HplError("X: no column is left to learn from; give some that say something of the label.")
+    one_hot = OneHotEncoder(max_categories=most, handle_unknown="infrequent_if_exist", sparse_output=False)
+    features = ColumnTransformer([
+        ("numbers", make_pipeline(SimpleImputer(strategy="median"), StandardScaler() if standardise else "passthrough"), [*numbers]),
+        ("texts", make_pipeline(SimpleImputer(strategy="most_frequent"), one_hot), texts),
+        ("missing", MissingIndicator(error_on_new=False), [*numbers, *texts])])
+    return make_pipeline(ColumnReader(numbers, texts), features)
+
+# %% ../../nbs/14b_data.columns.ipynb #5b20c011
 def default_preprocessor(
     frame:pd.DataFrame, # features
     train:np.ndarray|None=None, # rows that train; None: all
-    most:int=50, # values of a column of text
-)->ColumnTransformer: # not fitted yet; columns are named by their positions
-    "Standardised numbers, and one feature for each value of a column of text."
-    columns, rows = [frame.iloc[:, place] for place in range(frame.shape[1])], np.arange(len(frame)) if train is None else train
-    texts = [place for place, column in enumerate(columns) if not is_number(column)]
-    for place in texts: _check_texts(columns[place], rows, most)
-    numbers = [place for place in range(len(columns)) if place not in texts]
-    if numbers and all(isinstance(columns[place].dtype, pd.SparseDtype) for place in numbers):
-        raise HplError("X: all columns of numbers are sparse, and zeros become other numbers when they are standardised. Type "
-                       "X = X.apply(np.asarray) to make them dense.")
-    return column_encoder(StandardScaler(), numbers, texts)
+    most:int=50, # features of a column of text
+    standardise:bool=True, # numbers
+    stacklevel:int=2, # of the warnings
+)->Pipeline: # not fitted yet; columns are named by their positions
+    "Numbers, one feature for each value of a text, and what is missing; a warning for each kind of thing that was done."
+    rows, columns = np.arange(len(frame)) if train is None else train, [frame.iloc[:, place] for place in range(frame.shape[1])]
+    looks = [look_at(column, rows, most) for column in columns]
+    for sentence in sentences([look.remarks for look in looks]): warnings.warn(f"X: {sentence}", stacklevel=stacklevel)
+    return preprocessor_of(looks, most, standardise)
 
 # %% ../../nbs/14b_data.columns.ipynb #906e512a
 def dense(table:Any)->Any:

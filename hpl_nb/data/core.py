@@ -207,8 +207,8 @@ def _middle(y:np.ndarray)->tuple[float, float, float]:
     "First quartile, median and third quartile."
     return tuple(np.quantile(y, (.25, .5, .75)).tolist())
 
-def _far(y:np.ndarray, reference:np.ndarray)->np.ndarray:
-    "Places of the labels that are far from at least 10 others."
+def far_from_others(y:np.ndarray, reference:np.ndarray)->np.ndarray:
+    "Places of the numbers that are far from at least 10 others."
     if len(reference) < 10: return np.array([], dtype=np.int64)
     low, first, median, last, high = np.quantile(reference, (.1, .25, .5, .75, .9))
     distance, tail = np.abs(y - median), np.where(y > median, high - median, median - low)
@@ -232,7 +232,7 @@ def label_warnings(labels:np.ndarray, sets:Mapping[str, np.ndarray])->list[Probl
             low, _, high = _middle(y)
             found.append(Problem(int(rows[0]), "labels on another scale", f"{name} labels lie on another scale: the middle half is "
                                  f"{low:.4g} to {high:.4g}, but {first:.4g} to {last:.4g} of the {[*sets][0]} ones. Give all in one unit."))
-        elif len(far := _far(y, base)):
+        elif len(far := far_from_others(y, base)):
             found.append(Problem(int(rows[far[0]]), "label far from the others", f"the label of {name} row {rows[far[0]]} is "
                                  f"{y[far[0]]:.6g}, but half of them lie within {first:.4g} to {last:.4g}; {len(far)} such row(s): "
                                  f"{_list_rows(rows[far])}. Correct it, or leave it out: is it another unit, or a code for 'missing'?"))
