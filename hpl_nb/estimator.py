@@ -24,8 +24,9 @@ from sklearn.utils.validation import check_is_fitted
 from .core import HplError, OwnGenerators, reading
 from .data.core import SemiSupervisedData, content_keys
 from .data.images import ImageFiles
-from .data.own import Reading, Views, are_own
+from .data.own import Reading
 from .data.tables import unmasked
+from .data.views import Views, are_own
 from .defaults import NETWORKS, method_for, method_of, plain_shape, seed_of, train_twice
 from .estimator_file import NOT_IN_FILES, TRANSFORMERS, estimator_content, fitted_estimator, predictor_in, refuse_untrusted, renamed
 from .estimator_file import the_same
