@@ -83,7 +83,8 @@ def fitted_estimator(model:BaseEstimator, content:Mapping[str, Any], path:str|Pa
 # %% ../nbs/83b_estimator_file.ipynb #2012a353
 def predictor_in(model:BaseEstimator, content:Mapping[str, Any], path:str|Path)->Predictor:
     with OwnGenerators():
-        method = build_method(model.method_, model.shape_, len(content["normalizer"].mean), model.network_, NETWORKS[model.defaults_ or 0])
+        method = build_method(model.method_, model.shape_, len(content["normalizer"].mean), model.network_,
+                              default=NETWORKS[model.defaults_ or 0])
     return predictor_of(content, method, path)
 
 def as_today(preprocessor:Pipeline|ColumnTransformer|None, columns:int)->Pipeline:
