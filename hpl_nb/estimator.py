@@ -175,7 +175,8 @@ def rows_that_trained(model:SemiSupervisedRegressor, samples:Any, rows:np.ndarra
         keys = ImageFiles([*trained, *(samples.sources[row] for row in rows)]).content_keys(np.arange(len(trained) + len(rows)))
         trained, keys = keys[:len(trained)], keys[len(trained):]
     else: keys = content_keys(samples, rows)
-    return pd.Series(keys).isin(trained).to_numpy()
+    known = {*trained} # pandas' isin takes two digests for different where one ends in a zero byte
+    return np.array([key in known for key in keys])
 
 def unseen_rows(model:SemiSupervisedRegressor, X:Any, y:Any, what:str)->tuple[np.ndarray, np.ndarray, Any]:
     "Labels (n, K), the rows that have one, and samples; warns where one of these rows trained."
