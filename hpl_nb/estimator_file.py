@@ -33,7 +33,7 @@ __all__ = []
 # %% ../nbs/83b_estimator_file.ipynb #035b5fa7
 TRANSFORMERS = ("preprocessor", "target")
 NOT_IN_FILES = ("network", "preprocessor", "folder", "random_state") # parameters
-FITTED = ("method_", "shape_", "is_column_", "n_features_in_", "defaults_", "_ridge")
+FITTED = ("method_", "shape_", "is_column_", "n_features_in_", "defaults_", "_ridge", "_again")
 TABLES = ("pseudo_labels", "held_out", "trust")
 
 def as_columns(frame:pd.DataFrame)->dict[str, Tensor|list[str]]:
