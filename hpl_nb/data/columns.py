@@ -179,7 +179,7 @@ def look_at_numbers(column:pd.Series, values:np.ndarray, train:np.ndarray, remar
     if len(far):
         remarks = remarks._replace(far=f"{column.name!r} in {len(far):,} row(s), such as {values[far[0]]:g} in row {far[0]} (half of all are "
                                        f"{first:g} to {last:g})")
-    if len(values) >= 20 and (steps == 1).all(): remarks = remarks._replace(counting=repr(column.name))
+    if not code and len(values) >= 20 and (steps == 1).all(): remarks = remarks._replace(counting=repr(column.name))
     return Look("numbers", remarks, code, float(low), float(high))
 
 # %% ../../nbs/14b_data.columns.ipynb #5b20c005
