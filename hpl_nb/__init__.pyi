@@ -1,5 +1,6 @@
 # The public face: what `import hpl_nb` offers. `__init__.py` loads each name when it is first used (lazy_loader).
 from . import figures as figures
+from .comparison import compare as compare
 from .core import HplError as HplError
 from .data import check as check
 from .data.imdb_wiki import IMDBWiki as IMDBWiki

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from hpl_nb.training.state import Train
 
 # %% ../nbs/90_cli.ipynb #5910435e
-_FLAT = tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff
+_FLAT = tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff, tyro.conf.SuppressFixed # fixed: what is no text, such as a class
 
 def _command(name:str, words:Sequence[str], made:Callable[[], Any], about:str="")->None: # about: of one with subcommands
     "Parse a command line and carry it out; an `HplError` is printed without a traceback, Ctrl-C says how to go on."

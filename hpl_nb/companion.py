@@ -69,6 +69,7 @@ def how_made(
 
 def _given(run):
     "What differs from the dataset's own settings and the method's preset; files by their names alone."
+    if "experiment" not in run.config: return "" # data of one's own
     experiment = read_experiment(run.config["experiment"])
     presets = (known for known in known_methods().values() if known.title == run.config["method"])
     usual = Experiment(type(experiment.data)(), next(presets, type(experiment.method)()), seed=experiment.seed)
@@ -110,7 +111,8 @@ def within_groups(
     width:float, # of a group of labels
 )->pd.Series: # by group, mean over the runs
     "Rank correlation of the log-variance with the true error among rows of about the same label."
-    rows = predictions.assign(group=metrics.group_labels(predictions["y_true"], width)[0])
+    rows = metrics.known_rows(predictions, "pseudo_label")
+    rows = rows.assign(group=metrics.group_labels(rows["y_true"], width)[0])
     rows = rows[rows.groupby(["run", "group"])["run"].transform("size") >= 10]
     parts = rows.assign(error=(rows["pseudo_label"] - rows["y_true"]).abs()).groupby(["group", "run"])[["log_variance", "error"]]
     return parts.apply(lambda part: metrics.spearman(part["log_variance"], part["error"])).groupby("group").mean()

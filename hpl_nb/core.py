@@ -5,12 +5,14 @@
 # %% ../nbs/00_core.ipynb #94e4012a
 from __future__ import annotations
 
+import builtins
 import errno
 import hashlib
 import json
 import os
 import pickletools
 import random
+import sys
 import tempfile
 import threading
 import zipfile
@@ -33,6 +35,10 @@ __all__ = ['PREDICTION_COLUMNS', 'HplError', 'not_negative', 'whole_number', 'on
 # %% ../nbs/00_core.ipynb #d3d92fe2
 class HplError(ValueError):
     "Bad input or a failed write; the message names the file, row or argument and the fix."
+
+# %% ../nbs/00_core.ipynb #00c00002
+class NotPassed(HplError):
+    "A class or function of the user's own that a file names must be passed again."
 
 # %% ../nbs/00_core.ipynb #bbafa746
 def not_negative(
@@ -279,7 +285,7 @@ def reading(
         require_file(path)
         yield
     except Exception as error: # a damaged file can raise anything
-        if isinstance(error, HplError) and str(path) in str(error): raise
+        if isinstance(error, NotPassed) or isinstance(error, HplError) and str(path) in str(error): raise
         raise refusal(reason(error)) from error
 
 # %% ../nbs/00_core.ipynb #3508efa0
@@ -317,6 +323,11 @@ def check_archive(
         for name in archive.namelist():
             if name.endswith("data.pkl"): check_pickles(archive.open(name), 1)
 
+# %% ../nbs/00_core.ipynb #5a00c002
+def is_watched()->bool:
+    "Whether progress bars are seen: in a terminal or a notebook, unless tqdm is told not to draw any."
+    return not os.environ.get("TQDM_DISABLE") and (hasattr(builtins, "__IPYTHON__") or sys.stderr.isatty())
+
 # %% ../nbs/00_core.ipynb #3e7f0fcc
 PREDICTION_COLUMNS = ("run", "method", "dataset", "label_ratio", "seed", "epoch", "split", "index", "output", "y_true",
                       "y_pred", "pseudo_label", "strong_prediction", "log_variance", "weight")
@@ -342,7 +353,9 @@ class RunFolder:
     @property
     def predictions(self)->Path: return self.path/"predictions.parquet"
     @property
-    def stored(self)->Path: return self.path.with_name(f"{self.path.name}.json")
+    def stored(self)->Path:
+        path = self.path if self.path.name not in ("", "..") else self.path.resolve()
+        return path.with_name(f"{path.name}.json")
 
     def read_json(self, name:str)->dict|None:
         "Content of a JSON file of the folder, or None where there is none."

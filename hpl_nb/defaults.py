@@ -5,24 +5,34 @@
 # %% ../nbs/82c_defaults.ipynb #5a20c004
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from numbers import Integral
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
-from sklearn.base import BaseEstimator
+from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.linear_model import RidgeCV
 from sklearn.utils import check_random_state
 from torch import Tensor, nn
 
-from .core import HplError, OwnGenerators, reason
+from .core import HplError, OwnGenerators, reason, seed_everything
 from .data.core import SemiSupervisedData
 from .data.own import batches_for
+from .inputs import is_shown, warn_of_views
 from .methods.core import Method, MethodSettings, Released, Supervised, require_dropout
 from .methods.known import method_named
-from .models import Regressor, mlp, resnet, small_cnn
-from .training.state import OptimizerSettings, Train, epoch_length
+from .models import Regressor, as_regressor, mlp, resnet, small_cnn
+from .predictor import Predictor
+from .training.loop import fit, make_accelerator
+from .training.predict import Evaluator
+from .training.run import Run, selected
+from .trust import Trained
+from .training.state import OptimizerSettings, Train
 
 # %% auto #0
 __all__ = []
@@ -36,12 +46,35 @@ def released_network(shape:tuple[int, ...], outputs:int, dropout:float=0.)->Regr
 
 def default_network(shape:tuple[int, ...], outputs:int, dropout:float=0.)->Regressor:
     "A network that suits the inputs."
-    if len(shape) == 1 or max(shape[1:]) > 64: return released_network(shape, outputs, dropout)
+    if len(shape) == 1: return mlp(shape[0], (64, 64), outputs, dropout, linear_path=True)
+    if max(shape[1:]) > 64: return released_network(shape, outputs, dropout)
     network = small_cnn(shape[0], 32, outputs, dropout, grid=4)
     if max(shape[1:]) > 32: network.body.network.insert(0, nn.AvgPool2d(2, ceil_mode=True))
     return network
 
 NETWORKS = (released_network, default_network) # of each version of the default: an estimator's file says which it holds
+
+# %% ../nbs/82c_defaults.ipynb #5a20d002
+PENALTIES = np.logspace(-2, 5, 29) # that ridge regression chooses from
+
+def starting_point(model:BaseEstimator, settings:MethodSettings, data:SemiSupervisedData)->RidgeCV|None:
+    "The ridge regression at which the estimator's network starts; None for other networks than the default for tables."
+    is_table = isinstance(data.inputs, Tensor) and data.inputs.ndim == 2
+    return ridge_of(data) if is_table and model.network is None and settings.predicts_by_head else None
+
+def ridge_of(data:SemiSupervisedData)->RidgeCV:
+    "Ridge regression of the normalised labels on the plain view of the labelled rows; leave-one-out errors choose the penalty."
+    x, y = data.plain(data.inputs[data.labelled], None).double().numpy(), data.normalizer.normalize(data.targets[data.labelled])
+    return RidgeCV(PENALTIES if len(x) > 2 else PENALTIES[-1:]).fit(x, y)
+
+@torch.no_grad()
+def start_at(network:Regressor, ridge:RidgeCV)->Regressor:
+    "Let a network with a linear path predict as ridge regression does."
+    head, coefficients = network.head, torch.from_numpy(np.atleast_2d(ridge.coef_))
+    head.weight.zero_()
+    head.weight[:, :coefficients.shape[1]] = coefficients
+    head.bias.copy_(torch.from_numpy(np.atleast_1d(ridge.intercept_)))
+    return network
 
 # %% ../nbs/82c_defaults.ipynb #d7730b15
 def method_of(method:MethodSettings|str)->MethodSettings:
@@ -59,28 +92,30 @@ def method_for(model:BaseEstimator, data:SemiSupervisedData)->MethodSettings:
     return Supervised()
 
 def build_method(settings:MethodSettings, shape:tuple[int, ...], outputs:int,
-                 network:Callable[[tuple[int, ...], int], Regressor]|None=None, default:Callable[..., Regressor]=default_network)->Method:
-    "A method that is not trained yet, for rows of a shape and K outputs."
+                 network:Callable[[tuple[int, ...], int], nn.Module]|None=None, ridge:RidgeCV|None=None,
+                 default:Callable[..., Regressor]=default_network)->Method:
+    "A method that is not trained yet, for rows of a shape and K outputs; its default networks start at a ridge regression."
     def make():
         if network is not None: return made_network(network, shape, outputs)
-        return default(shape, outputs, .05*settings.needs_dropout)
+        made = default(shape, outputs, .05*settings.needs_dropout)
+        return made if ridge is None else start_at(made, ridge)
     method = settings.build(*[make() for _ in range(settings.networks)])
     if settings.needs_dropout: require_dropout(method, method.regressor)
     return method
 
 # %% ../nbs/82c_defaults.ipynb #c777d4d6
-def made_network(network:Callable[[tuple[int, ...], int], Regressor], shape:tuple[int, ...], outputs:int)->Regressor:
-    "A new network of the user's own, in float32; what is no `Regressor` is an `HplError`."
+def made_network(network:Callable[[tuple[int, ...], int], nn.Module], shape:tuple[int, ...], outputs:int)->Regressor:
+    "A new network of the user's own as a regressor in float32; what is no network is an `HplError`."
     if isinstance(network, nn.Module) or not callable(network):
         raise HplError(f"network is of type {type(network).__name__}; give a function that builds a network, such as "
-                       "network=lambda shape, outputs: mlp(shape[0], (32,), outputs).")
-    try: regressor = network(shape, outputs)
+                       "network=lambda shape, outputs: torchvision.models.resnet18(num_classes=outputs).")
+    try: module = network(shape, outputs)
     except Exception as error: raise HplError(f"network{shape, outputs} fails ({reason(error)}); give a function of these two.") from error
-    if isinstance(regressor, Regressor): return regressor.float()
-    raise HplError(f"network{shape, outputs} returns a {type(regressor).__name__}; return a Regressor of hpl_nb.models, such as "
-                   f"Regressor(Body(module, d), nn.Linear(d, {outputs})) for a module that makes d features.")
+    if isinstance(module, nn.Module): return as_regressor(module.float(), shape, outputs)
+    raise HplError(f"network{shape, outputs} returns a {type(module).__name__}; return an nn.Module, such as "
+                   f"nn.Sequential(nn.Flatten(), nn.Linear({math.prod(shape)}, {outputs})).")
 
-def try_network(network:Callable[[tuple[int, ...], int], Regressor], method:Method, x:Tensor, outputs:int)->None:
+def try_network(network:Callable[[tuple[int, ...], int], nn.Module], method:Method, x:Tensor, outputs:int)->None:
     "Predict a batch in training mode by another copy of the user's network; what training could not use is an `HplError`."
     call = f"network{tuple(x.shape[1:]), outputs}"
     with OwnGenerators(), torch.no_grad():
@@ -98,10 +133,17 @@ def seed_of(random_state:int|np.random.RandomState|None)->int:
     "A whole number is the seed itself."
     return int(random_state) if isinstance(random_state, Integral) else int(check_random_state(random_state).randint(2**31 - 1))
 
-def schedule(model:BaseEstimator, data:SemiSupervisedData, method:Method)->Train:
+def default_train(method:Method, data:SemiSupervisedData, ridge:RidgeCV|None)->Train:
+    "Until validation gets no better, with Adam; the head's weights decay as ridge regression says."
+    decay = 0. if ridge is None else 2*float(ridge.alpha_)/len(data.labelled)
+    length = (30, None) if method.share_of_run or not len(data.val) else (100, 10)
+    return Train(length[0], patience=length[1], optimizer=OptimizerSettings(1e-3, 1e-3, 0., decay))
+
+# %% ../nbs/82c_defaults.ipynb #5a20d004
+def schedule(model:BaseEstimator, data:SemiSupervisedData, method:Method, ridge:RidgeCV|None=None)->Train:
     "The schedule as the parameters say; batches are no larger than the rows allow, and hold two labelled rows where they can."
     if not isinstance(model.train, Train|None): raise HplError(f"train is {model.train!r:.100}; give Train(...), or None for the default.")
-    train = model.train or Train(optimizer=OptimizerSettings(lr_body=1e-3, lr_head=1e-3))
+    train = model.train or default_train(method, data, ridge)
     fitting = batches_for(data, train.streams.labelled_batch, train.streams.unlabelled_batch)
     streams = replace(train.streams, labelled_batch=fitting.labelled_batch, unlabelled_batch=fitting.unlabelled_batch)
     if "outer" not in method.needs:
@@ -110,11 +152,63 @@ def schedule(model:BaseEstimator, data:SemiSupervisedData, method:Method)->Train
     elif len(data.labelled) < 2 and not method.stream_settings(streams).outer_overlap:
         raise HplError(f"{method.title} needs two labelled rows that train, and there is one; label more rows, or use "
                        "method='pseudo_label'.")
-    train = replace(train, streams=streams, epochs=train.epochs if model.epochs is None else model.epochs)
-    return replace(train, iterations_per_epoch=train.iterations_per_epoch or max(50, epoch_length(data, train, streams)))
+    return replace(train, streams=streams, epochs=train.epochs if model.epochs is None else model.epochs,
+                   iterations_per_epoch=train.iterations_per_epoch or 50)
 
 # %% ../nbs/82c_defaults.ipynb #027c7148
 def smallest_batch(data:SemiSupervisedData, train:Train, method:Method)->Tensor:
     "The smallest batch that the network will see, with labelled rows."
     sizes = {"labelled": train.streams.labelled_batch, "unlabelled": train.streams.unlabelled_batch, "outer": train.streams.outer}
     return data.plain(data.inputs[data.labelled[:max(1, min(sizes[stream] for stream in method.needs)//train.accumulate)]], None)
+
+# %% ../nbs/82c_defaults.ipynb #5a20d006
+def with_validation_rows(data:SemiSupervisedData)->SemiSupervisedData:
+    "All labelled rows train."
+    return replace(data, labelled=np.sort(np.concatenate([data.labelled, data.val])), val=data.val[:0], normalizer=None, label_ratio=None)
+
+def epochs_worth(run:Run, data:SemiSupervisedData, ridge:RidgeCV)->int:
+    "The selected epoch, or 0 where its squared errors on the validation rows are not clearly smaller than those of ridge regression."
+    table = selected(run)
+    found = table[table["split"] == "val"].pivot(index="index", columns="output", values="y_pred").loc[data.val].to_numpy()
+    x, y = data.plain(data.inputs[data.val], None).double().numpy(), data.targets[data.val]
+    linear = data.normalizer.denormalize(ridge.predict(x).reshape(len(x), -1))
+    better = (((linear - y)**2 - (found - y)**2)/np.square(data.normalizer.scale)).mean(axis=1)
+    error = better.std(ddof=1)/np.sqrt(len(better)) if len(better) > 1 else np.inf
+    return run.metrics["epoch"] if better.mean() > error else 0
+
+# %% ../nbs/82c_defaults.ipynb #5a20d007
+def plain_shape(data:SemiSupervisedData)->tuple[int, ...]:
+    "The shape of a row as a network sees it."
+    return tuple(data.plain(data.inputs[np.array([0])], None).shape[1:])
+
+def train_once(model:BaseEstimator, settings:MethodSettings, data:SemiSupervisedData, seed:int, epochs:int|None=None)->tuple[Method, Run]:
+    "A new method, trained on a dataset as long as validation says; or the second time, for a number of epochs."
+    again, folder = epochs is not None, model.folder
+    with OwnGenerators():
+        ridge = starting_point(model, settings, data)
+        seed_everything(seed)
+        method = build_method(settings, plain_shape(data), data.outputs, model.network, ridge)
+        train = schedule(model, data, method, ridge)
+        if model.network is not None: try_network(model.network, method, smallest_batch(data, train, method), data.outputs)
+    if epochs == 0: return method, untrained(method, data, seed)
+    if again: train, folder = replace(train, epochs=epochs, patience=None), folder and Path(folder)/"all_labelled_rows"
+    return method, fit(method, data, train, folder=folder, seed=seed, progress=is_shown(model), keep_interrupted=not again)
+
+def untrained(method:Method, data:SemiSupervisedData, seed:int)->Run:
+    "What a method says of all rows before its first step."
+    table = Evaluator(method, method.prepare(data), make_accelerator(), seed).table(0)
+    return Run({}, pd.DataFrame(), {"epoch": 0}, table, True)
+
+# %% ../nbs/82c_defaults.ipynb #5a20d008
+def train_twice(model:BaseEstimator, settings:MethodSettings, data:SemiSupervisedData, seed:int,
+                target:TransformerMixin|None=None)->tuple[Predictor, Trained, Trained]:
+    "The predictor, the first training and the last, which are one where the network does not start at ridge regression."
+    method, run = train_once(model, settings, data, seed)
+    first, predictor, ridge = Trained(method, data, run, target), Predictor.from_method(method, data), starting_point(model, settings, data)
+    with OwnGenerators(): warn_of_views(data, predictor)
+    if not run.finished or not len(data.val) or ridge is None: return predictor, first, first
+    if (epochs := epochs_worth(run, data, ridge)) and method.share_of_run: return predictor, first, first
+    everything = with_validation_rows(data)
+    method, run = train_once(model, settings, everything, seed, epochs)
+    again = Predictor.from_method(method, everything)
+    return replace(again, errors=predictor.errors, deviations=predictor.deviations), first, Trained(method, everything, run, target)

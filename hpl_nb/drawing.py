@@ -169,16 +169,19 @@ body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:auto;padding:1rem
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.9rem}
 th,td{padding:.3rem .8rem;text-align:right;border-bottom:1px solid #8886;white-space:nowrap}
 th{border-bottom-width:2px}
-th:first-child,td:first-child{text-align:left}
+th:first-child,td:first-child,.words *{text-align:left}
+.words td{white-space:normal}
 @media(prefers-color-scheme:dark){body{background:#161616;color:#ddd}}"""
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
 def _table(frame):
-    "A data frame as an HTML table that scrolls sideways on a narrow screen."
+    "A data frame as an HTML table that scrolls sideways on a narrow screen; one without numbers has its words wrapped."
     named = not isinstance(frame.index, pd.RangeIndex)
+    words = "words" if frame.select_dtypes("number").empty else None
     with pd.option_context("display.max_colwidth", None):
-        text = frame.to_html(index=named, border=0, na_rep="n/a", float_format="{:.4g}".format)
-    return f'<div class="scroll" tabindex="0">{text}</div>'
+        text = frame.to_html(index=named, border=0, na_rep="n/a", float_format="{:.4g}".format, classes=words)
+    parts = zip(text.partition("</thead>"), ("col", "", "row")) # what a header cell is of
+    return f'<div class="scroll" tabindex="0">{"".join(part.replace("<th>", f"<th scope={of}>") for part, of in parts)}</div>'
 
 # %% ../nbs/20b_drawing.ipynb #0133e2a7
 def _section(number, heading, text, content):

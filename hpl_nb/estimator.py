@@ -21,22 +21,24 @@ from sklearn.model_selection import KFold
 from sklearn.utils import check_consistent_length
 from sklearn.utils.validation import check_is_fitted
 
-from .core import HplError, OwnGenerators, reading, seed_everything
+from .core import HplError, OwnGenerators, reading
 from .data.core import SemiSupervisedData, content_keys
 from .data.images import ImageFiles
 from .data.own import Reading, Views, are_own
 from .data.tables import unmasked
-from .defaults import NETWORKS, build_method, method_for, schedule, seed_of, smallest_batch, try_network
+from .defaults import NETWORKS, method_for, method_of, plain_shape, seed_of, train_twice
 from .estimator_file import NOT_IN_FILES, TRANSFORMERS, estimator_content, fitted_estimator, predictor_in, refuse_untrusted, renamed
+from .estimator_file import the_same
 from .inputs import as_rows, kind_of, label_columns, picture_paths, reading_of, row_count, rows_and_labels, table, training_data
 from .methods.core import MethodSettings
+from .model_report import held_out_rows, least_pictures, ridge_solution, write_report
 from .models import Regressor
-from .predictor import Interval, Pictures, Predictor, calibrated, check_outputs, interval_of, not_saved
+from .predictor import Interval, Pictures, calibrated, check_outputs, interval_of, not_saved
 from .predictor import predictor_content, read_content, write_content
 from .target import fitted_target, in_label_units, in_target_units
-from .training.loop import fit as fit_method
 from .training.run import Run, selected
 from .training.state import Train
+from .trust import Trained, trust_ranking, verdicts
 
 # %% auto #0
 __all__ = ['SemiSupervisedRegressor', 'LabelledKFold']
@@ -52,14 +54,15 @@ class SemiSupervisedRegressor(RegressorMixin, BaseEstimator):
         target:Literal["log", "log1p"]|TransformerMixin|None=None, # of the labels, undone in all that is predicted
         views:Views=None, # names such as ("shift", "noise"), strengths, two functions, or `image_views(...)` of files; None: mild ones
         reading:Reading|None=None, # size of pictures, broken files, repeated rows, a number that means no label; None: `Reading()`
-        epochs:int|None=None, # after each, the validation rows are predicted; None: those of `train`
-        train:Train|None=None, # schedule; None: 30 epochs of 50 iterations or more, batches of 32, Adam at 1e-3
+        epochs:int|None=None, # at most, of 50 steps each: after each, the validation rows are predicted; None: those of `train`
+        train:Train|None=None, # schedule; None: until ten epochs are no better, batches of 32, Adam at 1e-3
         validation_fraction:float=.2, # of the labelled rows: they select the epoch and make the intervals
         folder:str|Path|None=None, # run folder: the same call resumes a killed run; None: in memory
         random_state:int|np.random.RandomState|None=None, # of everything; None: NumPy's own
-        verbose:bool=False, # show a progress bar
+        verbose:bool|None=None, # True: a progress bar, and what trust is worth; None: a bar in a terminal or notebook
     ):
-        self.method, self.network, self.preprocessor, self.target, self.views, self.reading = method, network, preprocessor, target, views, reading
+        self.method, self.network, self.preprocessor, self.target = method, network, preprocessor, target
+        self.views, self.reading = views, reading
         self.epochs, self.train, self.validation_fraction = epochs, train, validation_fraction
         self.folder, self.random_state, self.verbose = folder, random_state, verbose
 
@@ -75,29 +78,24 @@ def training_content(data:SemiSupervisedData)->list:
     rows = np.concatenate([data.labelled, data.unlabelled])
     return [data.inputs.sources[row] for row in rows] if isinstance(data.inputs, ImageFiles) else content_keys(data.inputs, rows)
 
-# %% ../nbs/83_estimator.ipynb #02c54998
+# %% ../nbs/83_estimator.ipynb #5a83d001
 @patch
 def fit(self:SemiSupervisedRegressor,
     X:Any, # (n, d) numbers, a data frame, pictures (n, H, W) or (n, C, H, W), n paths of pictures, or a folder of them
     y:Any, # (n,) or (n, K), or by the names of a folder's pictures; NaN or `missing_label`: unlabelled
 )->SemiSupervisedRegressor: # itself
-    "Train. What is left: `predictor_`, `pseudo_labels_`, and `run_` with the curves."
+    "Train. What is left: `predictor_`, `pseudo_labels_`, `trust_`, `held_out_`, and `run_` with the curves. `Ctrl-C` leaves the best epoch."
     if self.folder is not None and not isinstance(self.random_state, Integral):
         raise HplError(f"random_state is {self.random_state!r}; a run folder goes on with the same numbers only if it is a whole number.")
     X, y = rows_and_labels(X, y)
     labels, seed = label_columns(y, row_count(X), reading_of(self).missing_label), seed_of(self.random_state)
     target = fitted_target(self.target, labels)
-    with OwnGenerators():
-        data = training_data(self, X, in_target_units(target, labels), seed)
-        settings, shape = method_for(self, data), tuple(data.plain(data.inputs[np.array([0])], None).shape[1:])
-        seed_everything(seed)
-        method = build_method(settings, shape, data.outputs, self.network)
-        train = schedule(self, data, method)
-        if self.network is not None: try_network(self.network, method, smallest_batch(data, train, method), data.outputs)
-    self.run_ = fit_method(method, data, train, folder=self.folder, seed=seed, progress=self.verbose)
-    self.predictor_, self._trained = Predictor.from_method(method, data), training_content(data)
-    self.pseudo_labels_ = pseudo_labels(self.run_, target, X.index if isinstance(X, (pd.Series, pd.DataFrame)) else None)
-    self.method_, self.shape_, self.network_, self.is_column_ = settings, shape, self.network, np.asarray(y).ndim == 1
+    with OwnGenerators(): data = training_data(self, X, in_target_units(target, labels), seed)
+    settings = method_for(self, data)
+    self.predictor_, first, last = train_twice(self, settings, data, seed, target)
+    self.run_, self._trained = first.run, training_content(last.data)
+    keep_for_report(self, first, last, seed, X.index if isinstance(X, (pd.Series, pd.DataFrame)) else None)
+    self.method_, self.shape_, self.network_, self.is_column_ = settings, plain_shape(data), self.network, np.asarray(y).ndim == 1
     self.defaults_, self.target_ = len(NETWORKS) - 1, target
     return self
 
@@ -111,6 +109,15 @@ def pseudo_labels(run:Run, target:TransformerMixin|None=None, index:pd.Index|Non
     return pd.DataFrame({
         "row": rows if index is None else index[rows], "output": table["output"], "pseudo_label": values,
         "variance": np.exp(table["log_variance"].astype(float)), "weight": table["weight"].astype(float).fillna(1.)})
+
+# %% ../nbs/83_estimator.ipynb #5b1e0a01
+def keep_for_report(model:SemiSupervisedRegressor, first:Trained, last:Trained, seed:int, index:pd.Index|None)->None:
+    "What `fit` knows of the validation rows (first training) and of the unlabelled rows (last training), for the user and the report."
+    model.trust_, held_out, trust = trust_ranking(first, last, seed)
+    model.pseudo_labels_ = pseudo_labels(last.run, last.target, index).assign(trust=trust.T.ravel())
+    model.held_out_ = held_out_rows(first.data, first.run, model.predictor_, held_out, first.target, index)
+    model._ridge, model._pictures = ridge_solution(last.data), least_pictures(last.data, model.pseudo_labels_)
+    if model.verbose and len(model.trust_): print(verdicts(model.trust_, len(first.data.val)))
 
 # %% ../nbs/83_estimator.ipynb #b7c41e02
 def fitted_kind(model:SemiSupervisedRegressor)->str:
@@ -170,6 +177,15 @@ def rows_that_trained(model:SemiSupervisedRegressor, samples:Any, rows:np.ndarra
     else: keys = content_keys(samples, rows)
     return pd.Series(keys).isin(trained).to_numpy()
 
+def unseen_rows(model:SemiSupervisedRegressor, X:Any, y:Any, what:str)->tuple[np.ndarray, np.ndarray, Any]:
+    "Labels (n, K), the rows that have one, and samples; warns where one of these rows trained."
+    (labels, known), samples = known_labels(model, X, y), model.predictor_.reader(samples_of(model, X))
+    if len(trained := known[rows_that_trained(model, samples, known)]):
+        warnings.warn(f"{len(trained)} of {len(known)} {what} rows are equal to a row that trained (the first is row {trained[0]} of "
+                      "X), and their errors are too small. Leave such rows out, unless features are so coarse that different samples are "
+                      "equal.", stacklevel=3)
+    return labels, known, samples
+
 # %% ../nbs/83_estimator.ipynb #79af9b29
 @patch
 def predict_interval(self:SemiSupervisedRegressor,
@@ -190,13 +206,20 @@ def calibrate(self:SemiSupervisedRegressor,
 )->SemiSupervisedRegressor: # itself
     "Let other rows' errors make the intervals."
     check_is_fitted(self)
-    (labels, known), samples = known_labels(self, X, y), self.predictor_.reader(samples_of(self, X))
-    if len(trained := known[rows_that_trained(self, samples, known)]):
-        warnings.warn(f"{len(trained)} of {len(known)} calibration rows are equal to a row that trained (the first is row {trained[0]} of "
-                      "X), and their errors are too small. Leave such rows out, unless features are so coarse that different samples are "
-                      "equal.", stacklevel=2)
+    labels, known, samples = unseen_rows(self, X, y, "calibration")
     self.predictor_ = calibrated(self.predictor_, samples, known, in_target_units(self.target_, labels)[known])
     return self
+
+# %% ../nbs/83_estimator.ipynb #5b1e0a03
+@patch
+def report(self:SemiSupervisedRegressor,
+    path:str|Path, # of the HTML file
+    X:Any=None, # rows that were not in `fit`, for the error and the coverage; None: the validation rows
+    y:Any=None, # their labels, (n,) or (n, K); rows without a label are left out
+)->Path: # `path`
+    "Write one self-contained HTML file about the model."
+    check_is_fitted(self)
+    return write_report(self, path, X, y if X is None or y is None else unseen_rows(self, X, y, "test")[0])
 
 # %% ../nbs/83_estimator.ipynb #cb1e6ab5
 @patch
@@ -207,8 +230,8 @@ def save(self:SemiSupervisedRegressor,
     "Write one file that `load` reads; an existing one is replaced at once or not at all."
     check_is_fitted(self)
     if are_own(self.views):
-        warnings.warn("views are functions of your own, which a file does not hold: what is loaded predicts as this one, and takes the default "
-                      "views if it is fitted again. Give it the same with set_params(views=...).", stacklevel=2)
+        warnings.warn("views are functions of your own, which a file does not hold: what is loaded predicts as this one, and takes the "
+                      "default views if it is fitted again. Give it the same with set_params(views=...).", stacklevel=2)
     content = estimator_content(self)
     for part in TRANSFORMERS:
         if (written := content["estimator"][part]) is not None: refuse_untrusted(written.numpy().tobytes(), part, path, trusted, "save")
@@ -219,9 +242,10 @@ def load(cls:SemiSupervisedRegressor,
     path:str|Path, # written by `save`
     network:Callable[[tuple[int, ...], int], Regressor]|None=None, # where it was trained with one of your own
     trusted:Sequence[str]=(), # types that the preprocessor or target may be made of beside scikit-learn's, such as "my_module.MyScaler"
+    method:MethodSettings|None=None, # where it was trained with a method or a learner of your own: the same settings
 )->SemiSupervisedRegressor: # fitted; `run_` stays in the run folder
     "Read an estimator; a damaged file, another network or a type that is not trusted is refused."
-    content = read_content(path)
+    content = read_content(path, *([] if method is None else [type(method_of(method))]))
     if "estimator" not in content: raise HplError(f"{path} holds a predictor but no estimator; read it with Predictor.load(path, method).")
     with reading(path, partial(not_saved, path)):
         own = content["estimator"]
@@ -231,6 +255,7 @@ def load(cls:SemiSupervisedRegressor,
         if unknown := set(parameters) - {name for name in cls().get_params(deep=False) if name not in NOT_IN_FILES}:
             raise HplError(f"{path} is of another version of hpl_nb: it has the parameter {sorted(unknown)[0]!r:.50}, which this one does "
                            "not know. Save it again.")
+        if method is not None: parameters["method"] = the_same(parameters["method"], method, path)
         return fitted_estimator(cls(**parameters, network=network), content, path, trusted)
 
 # %% ../nbs/83_estimator.ipynb #16cd0c6f

@@ -16,13 +16,15 @@ import torch
 from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.compose import ColumnTransformer
 from sklearn.pipeline import Pipeline, make_pipeline
+from torch import Tensor
 
 from .core import HplError, OwnGenerators, usual_settings
 from .data.columns import ColumnReader
 from .data.own import Reading, are_own
-from .defaults import NETWORKS, build_method
-from .methods.core import MethodSettings
-from .predictor import Predictor, predictor_content, predictor_of
+from .defaults import NETWORKS, build_method, method_of
+from .methods.core import MethodSettings, Released
+from .predictor import Predictor, predictor_content, predictor_of, refuse_other
+from .settings import as_json, differences
 
 # %% auto #0
 __all__ = []
@@ -30,21 +32,31 @@ __all__ = []
 # %% ../nbs/83b_estimator_file.ipynb #035b5fa7
 TRANSFORMERS = ("preprocessor", "target")
 NOT_IN_FILES = ("network", "preprocessor", "folder", "random_state") # parameters
-FITTED = ("method_", "shape_", "is_column_", "n_features_in_", "defaults_")
+FITTED = ("method_", "shape_", "is_column_", "n_features_in_", "defaults_", "_ridge")
+TABLES = ("pseudo_labels", "held_out", "trust")
+
+def as_columns(frame:pd.DataFrame)->dict[str, Tensor|list[str]]:
+    "A table as a file holds it: numbers as tensors, everything else as text."
+    return {name: torch.from_numpy(np.array(column)) if column.dtype.kind in "biuf" else list(map(str, column))
+            for name, column in frame.items()}
+
+def as_frame(columns:Mapping[str, Tensor|list[str]])->pd.DataFrame:
+    "The inverse of `as_columns`."
+    return pd.DataFrame({name: column.numpy() if isinstance(column, Tensor) else column for name, column in columns.items()})
 
 @usual_settings()
 def estimator_content(model:BaseEstimator)->dict[str, Any]:
     "What an estimator's file holds: that of its predictor, and what is the estimator's own."
-    frame, names = model.pseudo_labels_, getattr(model, "feature_names_in_", None)
-    columns = {name: torch.from_numpy(np.array(column)) if column.dtype.kind in "biuf" else list(map(str, column))
-               for name, column in frame.items()}
+    names = getattr(model, "feature_names_in_", None)
     written = {name: None if (part := getattr(model, f"{name}_")) is None else torch.tensor(bytearray(skops.io.dumps(part)), dtype=torch.uint8)
                for name in TRANSFORMERS}
     return predictor_content(model.predictor_) | {"estimator": {
-        "parameters": {name: None if are_own(value) or hasattr(value, "transform") else value for name, value in model.get_params(deep=False).items() if name not in NOT_IN_FILES},
+        "parameters": {name: None if are_own(value) or hasattr(value, "transform") else value
+                       for name, value in model.get_params(deep=False).items() if name not in NOT_IN_FILES},
         "fitted": {name: getattr(model, name, None) for name in FITTED}, "own_network": model.network_ is not None,
-        "own_preprocessor": model.preprocessor is not None, "own_target": hasattr(model.target, "transform"), **written, "pseudo_labels": columns,
-        "feature_names": None if names is None else list(map(str, names))}}
+        "own_preprocessor": model.preprocessor is not None, "own_target": hasattr(model.target, "transform"), **written,
+        "feature_names": None if names is None else list(map(str, names)),
+        **{name: as_columns(getattr(model, f"{name}_")) for name in TABLES}}}
 
 # %% ../nbs/83b_estimator_file.ipynb #5b451569
 def fitted_estimator(model:BaseEstimator, content:Mapping[str, Any], path:str|Path,
@@ -53,6 +65,8 @@ def fitted_estimator(model:BaseEstimator, content:Mapping[str, Any], path:str|Pa
     own = content["estimator"]
     if not isinstance(own["fitted"]["method_"], MethodSettings): raise ValueError("method_ is no method")
     for name in FITTED: setattr(model, name, own["fitted"].get(name))
+    given = method_of(model.method).suited_to(Released())
+    if not differences(model.method_, given): model.method_ = given # with a learner of the user's own, of which the file has the name
     if model.n_features_in_ is None: del model.n_features_in_
     model.network_ = model.network
     if own["feature_names"] is not None: model.feature_names_in_ = np.array(own["feature_names"], dtype=object)
@@ -63,8 +77,7 @@ def fitted_estimator(model:BaseEstimator, content:Mapping[str, Any], path:str|Pa
     if not own["own_preprocessor"] and hasattr(model, "n_features_in_"):
         model.preprocessor_ = as_today(model.preprocessor_, model.n_features_in_)
     model.predictor_ = predictor_in(model, content, path)
-    model.pseudo_labels_ = pd.DataFrame({name: column.numpy() if isinstance(column, torch.Tensor) else column
-                                         for name, column in own["pseudo_labels"].items()})
+    for name in TABLES: setattr(model, f"{name}_", as_frame(own.get(name, {})))
     return model
 
 # %% ../nbs/83b_estimator_file.ipynb #2012a353
@@ -103,3 +116,9 @@ def renamed(parameters:Mapping[str, Any])->dict[str, Any]:
     "A file's parameters as they are called now."
     now = {{"strengths": "views"}.get(name, name): value for name, value in parameters.items() if name not in READING}
     return now | ({"reading": Reading(**old)} if (old := {name: parameters[name] for name in READING if name in parameters}) else {})
+
+# %% ../nbs/83b_estimator_file.ipynb #83b00002
+def the_same(there:MethodSettings|str, here:MethodSettings|str, path:str|Path)->MethodSettings:
+    "The method that is passed again; another one than the file's is refused."
+    refuse_other(*(as_json(method_of(method), compared=True) for method in (there, here)), path)
+    return method_of(here)

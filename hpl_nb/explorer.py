@@ -8,7 +8,10 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import anywidget
 import ipywidgets as widgets
@@ -21,39 +24,45 @@ from torch import Tensor
 
 from .core import HplError
 from .data.core import SemiSupervisedData
-from .drawing import palette
+from .data.images import SUFFIXES, ImageFiles
+from .drawing import finish, palette
 from .figures import pseudo_label_boxplots
-from .metrics import known_rows, require_columns, spearman
+from .metrics import require_columns, rows_with, spearman
+from .training.run import Run
 
 # %% auto #0
 __all__ = ['Explorer']
 
 # %% ../nbs/22_explorer.ipynb #9fc1cf2b
-MEASURES = ("y_true", "pseudo_label", "log_variance", "strong_prediction")
+MEASURES = ("y_true", "pseudo_label", "log_variance", "strong_prediction", "weight")
 
 def as_floats(column)->np.ndarray: return pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
 
 def explorable(predictions, output=0)->dict[str, dict[int, pd.DataFrame]]:
-    "The rows that have a pseudo-label and a true label, by run and epoch, in the order of `index`."
-    require_columns(predictions, ["run", "method", "epoch", "index", "y_true", "pseudo_label"])
+    "The rows that have a pseudo-label and, where any has one, a true label, by run and epoch, in the order of `index`."
+    require_columns(predictions, ["run", "method", "epoch", "index", "pseudo_label"])
     rows = predictions[predictions["output"] == output] if "output" in predictions else predictions
     if rows.empty:
         raise HplError(f"the predictions table has no output {output}. Give one of {sorted(predictions['output'].unique().tolist())}.")
     for column in ("run", "method", "epoch", "index"):
         if missing := rows[column].isna().sum():
             raise HplError(f"the predictions table has {missing} rows without {column}. Fill them, or leave these rows out.")
-    rows = rows.assign(**{name: as_floats(rows[name]) for name in MEASURES if name in rows})
-    rows = known_rows(rows, "pseudo_label").sort_values("index", kind="stable")
+    rows = rows_with(rows.assign(**{name: as_floats(_column(rows, name)) for name in MEASURES}), "pseudo_label")
+    if rows.empty: raise HplError("no row has a pseudo_label: the method makes none, or every row had a label. Give other runs.")
+    if rows["y_true"].notna().any(): rows = rows[rows["y_true"].notna()]
     runs = {}
-    for (run, epoch), part in rows.groupby(["run", "epoch"], sort=False, observed=True): runs.setdefault(run, {})[int(epoch)] = part
+    for (run, epoch), part in rows.sort_values("index", kind="stable").groupby(["run", "epoch"], sort=False, observed=True):
+        runs.setdefault(run, {})[int(epoch)] = part
     first = rows["run"].drop_duplicates() if len(runs) == 1 else predictions["run"].drop_duplicates()
     return {run: dict(sorted(runs[run].items())) for run in first if run in runs}
 
-# %% ../nbs/22_explorer.ipynb #0985a50b
 def _column(rows, name): return rows[name] if name in rows else pd.Series(np.nan, rows.index)
 
-HEIGHTS = {"variance σ²": lambda rows: np.exp(_column(rows, "log_variance")),
+# %% ../nbs/22_explorer.ipynb #0985a50b
+VARIANCE = "variance σ²"
+HEIGHTS = {VARIANCE: lambda rows: np.exp(_column(rows, "log_variance")),
            "disagreement |r − pseudo-label|": lambda rows: (_column(rows, "strong_prediction") - rows["pseudo_label"]).abs(),
+           "weight ω": lambda rows: _column(rows, "weight"),
            "pseudo-label": lambda rows: rows["pseudo_label"]}
 
 def height_of(rows, name)->np.ndarray:
@@ -88,12 +97,23 @@ def picture_html(picture, side=72)->str:
     return f'<img alt="" style="{style}" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
 
 # %% ../nbs/22_explorer.ipynb #21a73598
-def sample_views(data):
+def sample_of(data, row)->tuple[Any, str]:
+    "A raw sample and its name, from a dataset or the X of an estimator; a row of a data frame is its name."
+    if isinstance(data, SemiSupervisedData):
+        return data.inputs[np.array([row])][0], f"row {row}" if data.sample_names is None else data.sample_names[row]
+    sample = data.iloc[row] if isinstance(data, (pd.DataFrame, pd.Series)) else data[row]
+    if isinstance(sample, pd.Series): return None, ", ".join(f"{name} {value}" for name, value in sample.iloc[:6].items())
+    if isinstance(sample, os.PathLike) or isinstance(sample, str) and sample.lower().endswith(SUFFIXES):
+        return ImageFiles([sample])[0][0], Path(sample).name
+    values = np.asarray(sample)
+    if values.dtype.kind in "biuf": return torch.as_tensor(values.astype(np.float64)), f"row {row}"
+    return None, ", ".join(map(str, values.reshape(-1)[:6]))
+
+def sample_views(data)->Callable[[int], str]:
     "A function from a row number to the HTML of its sample."
     def show(row):
-        sample = data.inputs[np.array([row])][0]
-        picture = as_picture(sample)
-        name = html.escape(data.sample_names[row] if data.sample_names is not None else f"row {row}")
+        sample, name = sample_of(data, row)
+        picture, name = None if sample is None else as_picture(sample), html.escape(name)
         if picture is not None: return f"{picture_html(picture)}<div>{name}</div>"
         numbers = isinstance(sample, Tensor) and sample.ndim == 1 and sample.is_floating_point()
         return f"<div>{name}</div>" + (f"<div>{', '.join(f'{value:.3g}' for value in sample[:6].tolist())} …</div>" if numbers else "")
@@ -104,17 +124,19 @@ _CARD_STYLE = """<style>.hpl-cards{display:flex;flex-wrap:wrap;gap:.6rem}
 .hpl-card{margin:0;padding:.4rem;border:1px solid #8886;border-radius:4px;max-width:17rem;font-size:.85rem;line-height:1.3}</style>"""
 
 def _caption(row, unit):
-    parts = [f'true <b>{row["y_true"]:.3g}</b>', f'pseudo-label <b>{row["pseudo_label"]:.3g}</b> {html.escape(unit)}']
+    parts = [] if pd.isna(row["y_true"]) else [f'true <b>{row["y_true"]:.3g}</b>']
+    parts.append(f'pseudo-label <b>{row["pseudo_label"]:.3g}</b> {html.escape(unit)}')
     if not pd.isna(row.get("log_variance", np.nan)): parts.append(f'σ² <b>{np.exp(row["log_variance"]):.3g}</b>')
     return "<br>".join(parts)
 
 def sample_cards(rows, view, unit="", most=24)->str:
-    "A card for each row of an epoch: the sample as `view` shows it, its true label, its pseudo-label and variance."
+    "A card for each row of an epoch: the sample as `view` shows it, its true label if known, its pseudo-label and variance."
     if rows.empty: return "<p>Drag over points of the scatter plot, or click one, to see their samples here.</p>"
-    worst = rows.assign(error=point_errors(rows)).sort_values("error", ascending=False, kind="stable").head(most)
+    error = point_errors(rows)
+    worst = rows.assign(error=error).sort_values("error", ascending=False, kind="stable").head(most)
     cards = "".join(f'<figure class="hpl-card">{view(int(row["index"]))}<figcaption>{_caption(row, unit)}</figcaption></figure>'
                     for row in worst.to_dict("records"))
-    more = f", the {most} worst of them shown" if len(rows) > most else ""
+    more = f", the {most} {'highest' if np.isnan(error).all() else 'worst'} of them shown" if len(rows) > most else ""
     return f'<p>{len(rows)} chosen{more}.</p><div class="hpl-cards">{cards}</div>'
 
 # %% ../nbs/22_explorer.ipynb #b4463ec3
@@ -142,43 +164,39 @@ def side_by_side(figures, width="20rem")->list[widgets.Widget]:
     cells = [widgets.VBox([figure], layout=widgets.Layout(flex=f"1 1 {width}", min_width="0", overflow="hidden")) for figure in figures]
     return [WidthWatcher(), widgets.HBox(cells, layout=widgets.Layout(flex_flow="row wrap", width="100%"))]
 
-# %% ../nbs/22_explorer.ipynb #41b45f62
-class _Controls:
-    def _make_controls(self):
-        wide = dict(layout=widgets.Layout(width="min(34rem, 95%)"), style=dict(description_width="6rem"))
-        self.method = widgets.Dropdown(options=list(self.methods), description="Method", **wide)
-        self.run = widgets.Dropdown(options=self.methods[self.method.value], description="Run", **wide)
-        self.height = widgets.Dropdown(options=heights_of(self._epochs()), description="Vertical", **wide)
-        epochs = [*self._epochs()]
-        self.epoch = widgets.SelectionSlider(options=epochs, value=epochs[-1], description="Epoch", **wide)
-        self.play = widgets.Play(min=0, max=len(epochs) - 1, value=len(epochs) - 1, interval=600, description="Epochs")
-        self.labels = widgets.FloatRangeSlider(**self._label_range(), description="True label", readout_format=".3g", **wide)
-        self.labels.tooltip = f"range of true labels in {self.unit or 'label units'}"
-        self.reset = widgets.Button(description="All labels", icon="undo", tooltip="show the whole range of true labels, choose no sample")
-        self.words, self.cards = widgets.HTML(), widgets.HTML(layout=widgets.Layout(width="100%"))
-
+# %% ../nbs/22_explorer.ipynb #22a17c02
+class _State:
     def _epochs(self): return self.runs[self.run.value]
 
+    def _heights_of(self, run):
+        names = heights_of(run) # the pseudo-label stands across already where its error is unknown
+        return names if self.known or len(names) == 1 else names[:-1]
+
+    def _labels_of(self, rows): return rows["y_true" if self.known else "pseudo_label"]
+
     def _label_range(self):
-        labels = np.concatenate([rows["y_true"].to_numpy() for rows in self._epochs().values()])
+        labels = np.concatenate([self._labels_of(rows).to_numpy() for rows in self._epochs().values()])
         low, high = float(labels.min()), float(labels.max())
         return dict(min=low, max=high, step=(high - low or 1)/100, value=(low, high))
 
-# %% ../nbs/22_explorer.ipynb #3fcefe66
-class _Figures(_Controls):
-    def _make_figures(self):
-        self.boxes = as_widget(self._boxplots(self.rows()))
-        self.boxes.update_layout(dragmode="select", selectdirection="h", height=460, showlegend=False)
-        hover = ("row %{customdata[0]}<br>label %{customdata[1]:.4g}, pseudo-label %{customdata[2]:.4g}<br>"
-                 "error %{x:.3g}, %{y:.3g}<extra></extra>")
-        points, marked = (go.Scattergl(mode="markers", unselected_marker_opacity=opacity, hovertemplate=hover,
-                                       marker=dict(size=size, opacity=opacity, color=colour, symbol=symbol))
-                          for size, opacity, colour, symbol in ((6, .5, palette.blue, "circle"), (9, 1, palette.vermilion, "diamond")))
-        across = f"Absolute error of the pseudo-label{f' ({self.unit})' if self.unit else ''}"
-        same = {name: self.boxes.layout[name] for name in ("template", "title", "dragmode", "height", "showlegend")}
-        self.scatter = as_widget(go.Figure([points, marked], layout=dict(same, xaxis_title_text=across)))
-        self.scatter.layout.title.text = "Error of each pseudo-label"
+# %% ../nbs/22_explorer.ipynb #41b45f62
+class _Controls(_State):
+    def _make_controls(self):
+        wide = dict(layout=widgets.Layout(width="min(34rem, 95%)"), style=dict(description_width="6rem"))
+        learned = [name for name, runs in self.methods.items() if VARIANCE in self._heights_of(self.runs[runs[0]])]
+        self.method = widgets.Dropdown(options=list(self.methods), value=[*learned, *self.methods][0], description="Method", **wide)
+        self.run = widgets.Dropdown(options=self.methods[self.method.value], description="Run", **wide)
+        self.height = widgets.Dropdown(options=self._heights_of(self._epochs()), description="Vertical", **wide)
+        epochs, label = [*self._epochs()], "true label" if self.known else "pseudo-label"
+        self.epoch = widgets.SelectionSlider(options=epochs, value=epochs[-1], description="Epoch", **wide)
+        self.play = widgets.Play(min=0, max=len(epochs) - 1, value=len(epochs) - 1, interval=600, description="Epochs")
+        self.labels = widgets.FloatRangeSlider(**self._label_range(), description=label.capitalize(), readout_format=".3g", **wide)
+        self.labels.tooltip = f"range of {label}s in {self.unit or 'label units'}"
+        self.reset = widgets.Button(description="All labels", icon="undo", tooltip=f"show the whole range of {label}s, choose no sample")
+        self.words, self.cards = widgets.HTML(), widgets.HTML(layout=widgets.Layout(width="100%"))
 
+# %% ../nbs/22_explorer.ipynb #22a17c03
+class _Boxes(_Controls):
     def _boxplots(self, rows): return pseudo_label_boxplots(rows, unit=self.unit, methods=list(self.methods))
 
     def _draw_boxes(self, rows):
@@ -189,11 +207,29 @@ class _Figures(_Controls):
                 if new is not None: trace.update(new.data[i].to_plotly_json(), overwrite=True)
             if new is not None: self.boxes.layout.shapes, self.boxes.layout.selections = new.layout.shapes, ()
 
+# %% ../nbs/22_explorer.ipynb #3fcefe66
+class _Figures(_Boxes):
+    def _make_figures(self):
+        self.boxes = as_widget(self._boxplots(self.rows())) if self.known else None
+        if self.known: self.boxes.update_layout(dragmode="select", selectdirection="h", height=460, showlegend=False)
+        hover = ("row %{customdata[0]}<br>label %{customdata[1]:.4g}, pseudo-label %{customdata[2]:.4g}<br>error %{x:.3g}, %{y:.3g}"
+                 if self.known else "row %{customdata[0]}<br>pseudo-label %{x:.4g}, %{y:.3g}")
+        points, marked = (go.Scattergl(mode="markers", unselected_marker_opacity=opacity, hovertemplate=f"{hover}<extra></extra>",
+                                       marker=dict(size=size, opacity=opacity, color=colour, symbol=symbol))
+                          for size, opacity, colour, symbol in ((6, .5, palette.blue, "circle"), (9, 1, palette.vermilion, "diamond")))
+        title, across = "Each pseudo-label", "Pseudo-label"
+        if self.known: title, across = "Error of each pseudo-label", "Absolute error of the pseudo-label"
+        figure = finish(go.Figure([points, marked]), title, 460, f"{across}{f' ({html.escape(self.unit)})' if self.unit else ''}")
+        self.scatter = as_widget(figure.update_layout(dragmode="select", showlegend=False))
+
+    def _across(self, rows): return point_errors(rows) if self.known else rows["pseudo_label"].to_numpy()
+
 # %% ../nbs/22_explorer.ipynb #73fc58b1
 def in_words(epoch, error, height, name, unit="")->str:
     "Errors and heights of an epoch's rows, as a paragraph."
     if not len(error): return "<p>No sample has a label in this range.</p>"
     drawn = np.isfinite(height)
+    if np.isnan(error).all(): return f"<p>Epoch {epoch}: {len(error)} samples. Their true labels are unknown, so no error is shown.</p>"
     return (f"<p>Epoch {epoch}: {len(error)} samples, mean absolute error of their pseudo-labels <b>{error.mean():.3g}</b> "
             f"{html.escape(unit)}, rank correlation of error and {name}: <b>{spearman(error[drawn], height[drawn]):.2f}</b>"
             f"{'' if drawn.all() else f' ({drawn.sum()} samples have a {name})'}</p>")
@@ -204,19 +240,21 @@ class _Views(_Figures):
         "The rows that the controls mean."
         rows, (low, high) = self._epochs()[self.epoch.value], self.labels.value
         slack = 1e-9*(abs(low) + abs(high))
-        return rows[rows["y_true"].between(low - slack, high + slack)]
+        return rows[self._labels_of(rows).between(low - slack, high + slack)]
 
     def draw(self)->None:
         "Bring all views to the state of the controls."
         rows = self.rows()
-        error, height = point_errors(rows), height_of(rows, self.height.value)
-        chosen, known = np.flatnonzero(rows["index"].isin(self.chosen)), rows[["index", "y_true", "pseudo_label"]].to_numpy()
+        across, height = self._across(rows), height_of(rows, self.height.value)
+        chosen, columns = np.flatnonzero(rows["index"].isin(self.chosen)), ["index", *["y_true"]*self.known, "pseudo_label"]
+        numbers = rows[columns].to_numpy()
         with self.scatter.batch_update():
             for trace, some in zip(self.scatter.data, (slice(None), chosen)):
-                trace.update(x=error[some], y=height[some], customdata=known[some], selectedpoints=None)
-        self._draw_boxes(rows)
-        self.cards.value = _CARD_STYLE + sample_cards(rows.iloc[chosen], self.view, self.unit, self.most)
-        self.words.value = in_words(self.epoch.value, error, height, self.height.value, self.unit)
+                trace.update(x=across[some], y=height[some], customdata=numbers[some], selectedpoints=None)
+        if self.known: self._draw_boxes(rows)
+        highest = chosen if self.known else chosen[np.argsort(-height[chosen], kind="stable")]
+        self.cards.value = _CARD_STYLE + sample_cards(rows.iloc[highest], self.view, self.unit, self.most)
+        self.words.value = in_words(self.epoch.value, point_errors(rows), height, self.height.value, self.unit)
 
     def _moved(self, _=None):
         if not self.drawing: return
@@ -225,18 +263,23 @@ class _Views(_Figures):
         self.draw()
 
 # %% ../nbs/22_explorer.ipynb #27020f65
+def padded(values)->list[float]:
+    "Ends of an axis that holds all values."
+    low, high = values.min(), values.max()
+    return [low - .05*(high - low or 1), high + .05*(high - low or 1)]
+
 class _Events(_Views):
     def _fit_axes(self):
         "Axes of the scatter plot that hold all epochs; logarithmic where the heights spread over a factor of thirty."
-        right = max(point_errors(rows).max() for rows in self._epochs().values())
+        across = np.concatenate([self._across(rows) for rows in self._epochs().values()])
         heights = np.concatenate([height_of(rows, self.height.value) for rows in self._epochs().values()])
         heights = heights[np.isfinite(heights)]
-        positive, low, high = heights[heights > 0], heights.min(), heights.max()
-        logarithmic = "variance" in self.height.value and positive.size and positive.max() > 30*positive.min()
-        if self.height.value == "pseudo-label": ends = [low - .05*(high - low or 1), high + .05*(high - low or 1)]
+        positive, high = heights[heights > 0], heights.max()
+        logarithmic = self.height.value == VARIANCE and positive.size and positive.max() > 30*positive.min()
+        if self.height.value == "pseudo-label": ends = padded(heights)
         else: ends = np.log10([positive.min()*.8, positive.max()*1.25]) if logarithmic else [0, (high or 1)*1.05]
         with self.scatter.batch_update():
-            self.scatter.layout.xaxis.range = [0, (right or 1)*1.05]
+            self.scatter.layout.xaxis.range = [0, (across.max() or 1)*1.05] if self.known else padded(across)
             kind, title = "log" if logarithmic else "linear", self.height.value.capitalize()
             self.scatter.layout.yaxis.update(type=kind, range=list(ends), title_text=title)
 
@@ -246,9 +289,9 @@ class _Events(_Views):
         for control, changed in ((self.height, self._rescaled), (self.run, self._switched), (self.method, self._other_method)):
             control.observe(changed, "value")
         self.reset.on_click(self._cleared)
-        points, bars = self.scatter.data[0], self.boxes.data[0]
+        points = self.scatter.data[0]
         for listen in (points.on_selection, points.on_click): listen(self._picked)
-        bars.on_selection(lambda _, picked, __: self._brushed(picked.xs))
+        if self.known: self.boxes.data[0].on_selection(lambda _, picked, __: self._brushed(picked.xs))
 
     def _rescaled(self, _=None):
         if self.drawing: self._fit_axes(), self._moved()
@@ -258,7 +301,7 @@ class _Choices(_Events):
     def _switched(self, _=None):
         "Another run: what it does not have is replaced by its nearest, the samples stay chosen."
         epoch, labels, height = self.epoch.value, self.labels.value, self.height.value
-        self.drawing, epochs, heights = False, [*self._epochs()], heights_of(self._epochs())
+        self.drawing, epochs, heights = False, [*self._epochs()], self._heights_of(self._epochs())
         self.epoch.options, self.epoch.value = epochs, min(epochs, key=lambda other: abs(other - epoch))
         self.play.max, self.play.value = len(epochs) - 1, self.epoch.index
         self.height.options, self.height.value = heights, height if height in heights else heights[0]
@@ -283,6 +326,31 @@ class _Choices(_Events):
         self.labels.value, self.drawing = (self.labels.min, self.labels.max), True
         self._moved()
 
+# %% ../nbs/22_explorer.ipynb #22a17c01
+def runs_of(predictions:pd.DataFrame|Run|Sequence[Run])->list[Run]:
+    "The runs that somebody hands in; none for a predictions table."
+    if isinstance(predictions, pd.DataFrame): return []
+    runs = list(predictions) if isinstance(predictions, (list, tuple)) else [predictions]
+    if runs and all(isinstance(run, Run) for run in runs): return runs
+    raise HplError(f"predictions is a {type(predictions).__name__}: give a predictions table, or runs such as the run_ of an estimator.")
+
+def tables_of(runs:Sequence[Run])->pd.DataFrame:
+    "The predictions of several runs; those of one name, such as two estimators' that differ in their epochs, are numbered."
+    names = [run.config["run"] for run in runs]
+    new = [name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names, start=1)]
+    tables = [run.predictions.assign(run=name) for run, name in zip(runs, new) if len(run.predictions)]
+    if not tables: raise HplError("no run has predictions: it was stopped before its first epoch ended, or stored without them.")
+    return pd.concat(tables, ignore_index=True)
+
+# %% ../nbs/22_explorer.ipynb #22a17c04
+def check_samples(data:Any, runs:dict[str, dict[int, pd.DataFrame]])->None:
+    "Refuse samples that cannot be shown, or are fewer than the rows of the predictions."
+    if not isinstance(data, (SemiSupervisedData, np.ndarray, Tensor, pd.DataFrame, pd.Series, list, tuple)):
+        raise HplError(f"data is a {type(data).__name__}: give the dataset, or the X that the estimator was fitted to.")
+    rows = len(data.targets if isinstance(data, SemiSupervisedData) else data)
+    last = max(int(part["index"].max()) for epochs in runs.values() for part in epochs.values())
+    if last >= rows: raise HplError(f"data has {rows} rows, and the predictions have one of row {last}: give the data of this run.")
+
 # %% ../nbs/22_explorer.ipynb #1491c594
 def parts_of(widget):
     "A widget and what it is made of (children, layouts and styles, and theirs), some of them more than once."
@@ -297,7 +365,7 @@ class _Panel(_Choices):
         if self.whole is None:
             row = widgets.Layout(flex_flow="row wrap", align_items="center")
             rows = [widgets.HBox(pair, layout=row) for pair in ([self.epoch, self.play], [self.labels, self.reset])]
-            views = [self.words, *side_by_side([self.scatter, self.boxes]), self.cards]
+            views = [self.words, *side_by_side([self.scatter, *[self.boxes]*self.known]), self.cards]
             self.whole = widgets.VBox([self.method, self.run, self.height, *rows, *views])
         return self.whole
 
@@ -309,14 +377,18 @@ class _Panel(_Choices):
 class Explorer(_Panel):
     "Linked views of a predictions table: choose method, run, epoch and labels, drag over points, and see the samples."
     def __init__(self,
-        predictions:pd.DataFrame, # predictions table, with several epochs if trained with `record_every`
-        data:SemiSupervisedData|None=None, # the dataset, to show its samples
+        predictions:pd.DataFrame|Run|Sequence[Run], # table or runs, with several epochs if trained with `record_every`
+        data:SemiSupervisedData|Any=None, # the dataset, or the X of an estimator, to show its samples
         unit:str="", # of the labels; default: the dataset's
         output:int=0, # which of several outputs
         most:int=24, # samples shown at the same time
     ):
-        self.runs, self.most, self.methods = explorable(predictions, output), most, {}
-        self.unit = unit or (data.unit if data is not None else "")
+        runs = runs_of(predictions)
+        self.runs, self.most, self.methods = explorable(tables_of(runs) if runs else predictions, output), most, {}
+        self.known = bool(next(iter(next(iter(self.runs.values())).values()))["y_true"].notna().any())
+        if data is not None: check_samples(data, self.runs)
+        units = [data.unit] if isinstance(data, SemiSupervisedData) else [run.config["unit"] for run in runs]
+        self.unit = next(filter(None, [unit, *units]), "")
         self.view = sample_views(data) if data is not None else "sample {}".format
         for run, epochs in self.runs.items(): self.methods.setdefault(str(next(iter(epochs.values()))["method"].iloc[0]), []).append(run)
         self.chosen, self.drawing, self.whole = np.array([], dtype=int), True, None

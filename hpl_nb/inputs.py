@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -14,17 +16,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from scipy.sparse import issparse
 from sklearn.base import BaseEstimator, clone
+from .core import HplError, is_watched, derive_seed
+from .data.columns import ESTIMATOR_WORDS, default_preprocessor, dense
+from .data.core import SemiSupervisedData, View, row_error
+from sklearn.linear_model import RidgeCV
 from sklearn.utils import check_array
 from sklearn.utils.validation import validate_data
-
-from .core import HplError
-from .data.columns import ESTIMATOR_WORDS, default_preprocessor, dense
-from .data.core import SemiSupervisedData, row_error
 from .data.images import SUFFIXES, ImageFiles, broken_images, unlisted_images
-from .data.own import Reading, Split, array_data, file_data, fit_standardizer, in_reading, input_tensor, label_array, make_sets
+from .data.own import (
+    Reading, Split, array_data, file_data, fit_standardizer, in_reading, input_tensor, label_array, make_sets, single_views)
 from .data.tables import unmasked
+from .predictor import Predictor, predictions
 
 # %% auto #0
 __all__ = []
@@ -126,8 +131,8 @@ def labels_in_order(X:Any, y:Any)->Any:
     if not isinstance(y, (pd.Series, pd.DataFrame)) or y.index.inferred_type != "string" or not isinstance(X, pd.Series): return y
     if not y.index.is_unique: raise HplError(f"y names {y.index[y.index.duplicated()][0]!r} twice; keep one label.")
     if len(unknown := y.index.difference(X.index)):
-        raise HplError(f"y has a label of {unknown[0]!r}, and the folder holds no such picture; {len(unknown)} such name(s). Name pictures as "
-                       f"{X.index[0]!r}, from the folder on.")
+        raise HplError(f"y has a label of {unknown[0]!r}, and the folder holds no such picture; {len(unknown)} such name(s). Name pictures "
+                       f"as {X.index[0]!r}, from the folder on.")
     return y.reindex(X.index)
 
 def rows_and_labels(X:Any, y:Any)->tuple[Any, Any]:
@@ -136,6 +141,11 @@ def rows_and_labels(X:Any, y:Any)->tuple[Any, Any]:
         raise HplError("y is a dictionary, which is for a folder of pictures as X; give one label per row.")
     rows = as_rows(X)
     return rows, labels_in_order(rows, y) if rows is not X else y
+
+# %% ../nbs/82b_inputs.ipynb #5a82d001
+def is_shown(model:BaseEstimator)->bool:
+    "Whether to show progress bars."
+    return is_watched() if model.verbose is None else model.verbose
 
 # %% ../nbs/82b_inputs.ipynb #a90c4471
 def forget_table(model:BaseEstimator)->None:
@@ -158,9 +168,58 @@ def training_data(model:BaseEstimator, X:Any, labels:np.ndarray, seed:int)->Semi
     sets = make_sets(labels, Split(val_share=model.validation_fraction, test_share=0., seed=seed), "y", ESTIMATOR_WORDS)
     train, how = np.sort(np.concatenate([sets["labelled"], sets["unlabelled"]])), reading_of(model)
     if kind == "picture files":
-        files, readable = readable_pictures(X, how, model.verbose)
+        files, readable = readable_pictures(X, how, is_shown(model))
         plain = fit_standardizer(files, np.intersect1d(train, readable))
         return file_data("X", files, labels, sets, model.views, plain, how)
     pixels = kind != "a table"
     samples = input_tensor(X, "X", "make them numbers", "no method takes them") if pixels else torch.as_tensor(table(model, X, train))
     return array_data(samples, labels, sets, model.views, "X", None, how.deduplicate)
+
+# %% ../nbs/82b_inputs.ipynb #35317767
+def seeded(view:View)->View:
+    "A view that always draws the same."
+    return lambda samples, _=None: view(samples, np.array([derive_seed("validation view", row) for row in range(len(samples))]))
+
+def coarse(data:SemiSupervisedData, rows:np.ndarray, view:View)->np.ndarray:
+    "Rows in a view as a linear model takes them: pictures of at most 16 x 16 pixels."
+    parts = [view(data.inputs[part], None) for part in np.array_split(rows, 1 + len(rows)//256)]
+    small = [F.adaptive_avg_pool2d(x, [min(16, side) for side in x.shape[2:]]) if x.ndim == 4 else x for x in parts]
+    return torch.cat(small).flatten(1).double().numpy()
+
+def ridge_errors(data:SemiSupervisedData)->Callable[[View], np.ndarray]:
+    "A function that gives the errors of a ridge regression on the validation rows in a view, (n,); it was fitted to plain labelled rows."
+    rows = data.labelled[:1000]
+    ridge = RidgeCV(np.logspace(-1, 5, 13)).fit(coarse(data, rows, data.plain), data.normalizer.normalize(data.targets[rows]))
+    y = data.normalizer.normalize(data.targets[data.val])
+    return lambda view: np.abs(ridge.predict(coarse(data, data.val, view)).reshape(y.shape) - y).mean(axis=1)
+
+def network_errors(data:SemiSupervisedData, predictor:Predictor)->Callable[[View], np.ndarray]:
+    "The same for a trained network."
+    y, scale = data.targets[data.val], np.asarray(data.normalizer.scale)
+    return lambda view: np.abs((predictions(replace(predictor, view=view), data.inputs, data.val) - y)/scale).mean(axis=1)
+
+# %% ../nbs/82b_inputs.ipynb #3c565737
+def clearly_larger(a:np.ndarray, b:np.ndarray, times:float)->bool:
+    "Whether paired errors are on average `times` as large, by more than three standard errors."
+    return a.mean() >= times*b.mean() and (a - b).mean() > 3*(a - b).std(ddof=1)/np.sqrt(len(a))
+
+def changed_labels(data:SemiSupervisedData, errors:Callable[[View], np.ndarray])->dict[str, float]:
+    "Views after which errors are at least twice as large, and half as large as without any model: the mean error of each."
+    plain, y = errors(data.plain), data.normalizer.normalize(data.targets[data.val])
+    spread = np.abs(y - np.median(y, axis=0)).mean()
+    found = {name: errors(seeded(view)) for name, view in single_views(data).items()}
+    return {name: e.mean() for name, e in found.items() if clearly_larger(e, plain, 2) and e.mean() > spread/2}
+
+def warn_of_views(data:SemiSupervisedData, predictor:Predictor)->None:
+    "Name views that change what the label says, by the errors on the validation rows."
+    if min(len(data.val), len(data.labelled)) < 10: return
+    network, ridge = network_errors(data, predictor), ridge_errors(data)
+    beaten = clearly_larger(network(data.plain), ridge(data.plain), 1)
+    who, errors = ("a ridge regression that was fitted without views", ridge) if beaten else ("this fit", network)
+    if not (found := changed_labels(data, errors)): return
+    unit = data.normalizer.scale[0] if data.outputs == 1 else 1
+    said = ", ".join(f"{unit*e:.3g} after {name}" for name, e in found.items())
+    more = f", and this fit by {unit*network(data.plain).mean():.3g}" if beaten else ""
+    others = tuple(name.strip("'") for name in single_views(data) if name not in found and "strengths" in data.notes)
+    warnings.warn(f"views seem to change the label: on {len(data.val)} validation rows {who} errs by "
+                  f"{unit*errors(data.plain).mean():.3g}, by {said}{more}. Leave them out, views={others!r}.", stacklevel=3)

@@ -9,6 +9,7 @@ import asyncio
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -62,7 +63,7 @@ class LiveView:
     ):
         self.every, self.stopping, self.curves, self.looked, self.began = every, False, Curves(), -np.inf, time.monotonic()
         self.words = widgets.HTML("<p>Waiting for the first step.</p>")
-        self.button = widgets.Button(description="Stop", icon="stop", tooltip="stop after this step; the same call goes on from there")
+        self.button = widgets.Button(description="Stop", icon="stop", tooltip="stop after this step; what was learned so far is kept")
         self.button.on_click(lambda _: self.stop())
         self.whole:widgets.Widget|None = None
         titles = {"Loss": "", "Mean log-variance": "", "Validation error": f"MAE ({unit})" if unit else "MAE"}
@@ -80,8 +81,7 @@ class LiveView:
 # %% ../nbs/52_live.ipynb #5b8c77fc
 def empty_figure(title:str, upright:str="")->go.FigureWidget:
     "A small figure for curves over steps."
-    figure = figures.finish(go.Figure(), title, 280)
-    return as_widget(figure.update_layout(xaxis_title_text="Step", yaxis_title_text=upright, legend=dict(y=-.4, yanchor="top")))
+    return as_widget(figures.finish(go.Figure(), title, 280, "Step", upright))
 
 # %% ../nbs/52_live.ipynb #cf99520c
 @patch
@@ -150,28 +150,38 @@ def interrupt_stops(view:LiveView)->Iterator[None]:
 
 # %% ../nbs/52_live.ipynb #f5124222
 async def fit_live(
-    method:Trainable, # what to train
+    method:Trainable, # what to train; without a folder a stopped one ends with the weights of the best epoch so far
     data:SemiSupervisedData, # on what
     settings:Train|None=None, # how; default: the paper's schedule
     view:LiveView|None=None, # to be shown, and closed by you; None: a new one, which stays
     **arguments:Any, # of `fit`: folder, seed, workers ...
 )->Run:
     "`await fit_live(...)` is `fit` under a live view, whose button (or Jupyter's interrupt) stops it; with a folder the same call goes on."
-    view, threads = view or LiveView(data.unit), torch.get_num_threads()
+    view, threads, folder = view or LiveView(data.unit), torch.get_num_threads(), arguments.get("folder")
     display(view)
+    def watch(progress):
+        stop = view(progress)
+        if stop and not folder and progress.best_epoch: raise KeyboardInterrupt # `fit` keeps the best epoch
+        return stop
     def train():
         torch.set_num_threads(threads) # a new thread would take all
-        return fit(method, data, settings, progress=False, watch=view, **arguments)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "training was interrupted") # the view says so
+            return fit(method, data, settings, progress=False, watch=watch, keep_interrupted=not folder, **arguments)
     with interrupt_stops(view): run = await asyncio.to_thread(train)
-    kept = "the same call goes on from there" if arguments.get("folder") else "it had no folder, so a new call begins anew"
-    ends = {True: f"Finished: {describe(run, data.unit)}.", False: f"Stopped; {kept}."}
-    view.words.value, view.button.disabled = f"<p>{ends[run.finished]}</p>", True
+    view.words.value, view.button.disabled = f"<p>{how_it_ended(run, bool(folder), data.unit)}</p>", True
     view.button.description = "Finished" if run.finished else "Stopped"
     return run
 
 # %% ../nbs/52_live.ipynb #df462806
+def how_it_ended(run:Run, has_folder:bool, unit:str="")->str:
+    if run.finished: return f"Finished: {describe(run, unit)}."
+    if has_folder: return "Stopped; the same call goes on from there."
+    return f"Stopped: {describe(run, unit)}. It had no folder, so a new call begins anew."
+
 def describe(run:Run, unit:str="")->str:
-    "The selected epoch and its test error."
-    if not run.finished: return "not finished"
-    test = f", test MAE {run.metrics['test_mae']:.4g} {unit}" if "test_mae" in run.metrics else ""
-    return f"epoch {run.metrics['epoch']} of {run.metrics['epochs']} selected{test}"
+    "The selected epoch and its error on the test rows or, without any, on the validation rows."
+    if not run.metrics: return "no epoch has ended"
+    errors = [f", {name} MAE {run.metrics[f'{key}_mae']:.4g} {unit}".rstrip() for key, name in (("test", "test"), ("val", "validation"))
+              if f"{key}_mae" in run.metrics]
+    return f"epoch {run.metrics['epoch']} of {run.metrics['epochs']} selected{''.join(errors[:1])}"

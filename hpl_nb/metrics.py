@@ -78,17 +78,25 @@ def split_runs(frame:pd.DataFrame)->Iterator[tuple[dict, pd.DataFrame]]:
     return ((dict(zip(keys, values)), rows) for values, rows in frame.groupby(keys, sort=False, dropna=False, observed=True))
 
 # %% ../nbs/20_metrics.ipynb #c494757c
-def known_rows(predictions:pd.DataFrame, value:str="y_pred")->pd.DataFrame:
-    "Rows whose true label and `value` (y_pred, pseudo_label or strong_prediction) are known."
-    require_columns(predictions, ["y_true", value])
+def rows_with(predictions:pd.DataFrame, value:str)->pd.DataFrame:
+    "Rows that have `value` (y_pred, pseudo_label or strong_prediction); an infinite one, or a missing prediction, is refused."
+    require_columns(predictions, [value])
     bad = np.isinf(predictions[value]) | (predictions[value].isna() & (value == "y_pred"))
     if bad.any():
         first = predictions[bad].iloc[0]
         raise HplError(f"{value} is {first[value]} in {bad.sum()} rows (first: run {first.get('run')}, epoch "
                        f"{first.get('epoch')}, index {first.get('index')}): it diverged, leave it out or train again")
-    rows = predictions[predictions["y_true"].notna() & predictions[value].notna()]
-    if rows.empty: raise HplError(f"no row has both y_true and {value}: the true labels are unknown, or the method has no {value}")
-    return rows
+    return predictions[predictions[value].notna()]
+
+def known_rows(predictions:pd.DataFrame, value:str="y_pred")->pd.DataFrame:
+    "Rows whose true label and `value` are known."
+    require_columns(predictions, ["y_true", value])
+    there = rows_with(predictions, value)
+    rows = there[there["y_true"].notna()]
+    if len(rows): return rows
+    why = ("the true labels are unknown. Use the Explorer, which needs none, or pass true_targets=... to from_arrays" if len(there) else
+           f"the method has no {value}, or every row had a label. Give another table")
+    raise HplError(f"no row has both y_true and {value}: {why}.")
 
 # %% ../nbs/20_metrics.ipynb #261bf984
 def evaluate(
@@ -291,6 +299,7 @@ def paired_test(
     reference:str, # method that the others are compared with
     column:str="mae", # the smaller the better
     by:Sequence[str]=("dataset", "label_ratio"), # compare within
+    overlap:float=0., # where the seeds are folds: test rows divided by training rows, 1/(folds - 1)
 )->pd.DataFrame: # `by`, method, n (seeds of both), difference_mean, difference_sd, wins (seeds below the reference), p_value, p_holm
     "Paired t-test over seeds of each method's difference to the reference; `HplError` where the reference has no runs."
     require_columns(metrics, ["method", "seed", column, *by], "metrics")
@@ -302,17 +311,18 @@ def paired_test(
         wide = rows.pivot(index="seed", columns="method", values=column)
         if reference not in wide: raise HplError(f"no run of {reference!r} in {dict(zip(by, values))}; there are {', '.join(wide)}.")
         compared = [method for method in dict.fromkeys(rows["method"]) if method != reference]
-        lines = [_difference((wide[method] - wide[reference]).dropna()) | {"method": method} for method in compared]
+        lines = [_difference((wide[method] - wide[reference]).dropna(), overlap) | {"method": method} for method in compared]
         table = pd.DataFrame(lines, columns=["method", "n", "difference_mean", "difference_sd", "wins", "p_value"])
         tables.append(table.assign(**dict(zip(by, values)), p_holm=_holm(table["p_value"].to_numpy())))
     table = pd.concat(tables, ignore_index=True)
     return table[[*by, *[name for name in table if name not in by]]]
 
 # %% ../nbs/20_metrics.ipynb #3bf80554
-def _difference(d):
+def _difference(d, overlap):
     "What the differences of one method say; no p-value below two seeds."
-    from scipy.stats import ttest_1samp # here: see `_score`
-    p_value = ttest_1samp(d, 0.).pvalue if len(d) > 1 and d.std() > 0 else np.nan
+    from scipy.stats import t # here: see `_score`
+    error = d.std()*np.sqrt(1/len(d) + overlap) if len(d) > 1 else np.nan
+    p_value = 2*t.sf(abs(d.mean())/error, len(d) - 1) if error > 0 else np.nan
     return {"n": len(d), "difference_mean": d.mean(), "difference_sd": d.std(), "wins": int((d < 0).sum()), "p_value": float(p_value)}
 
 def _holm(p):

@@ -132,7 +132,7 @@ def pack(value:Any, tensors:dict[str, Tensor], name:str="")->Any:
     if value is plain_view: return {"plain_view": None}
     if isinstance(value, Settings): return {"settings": as_json(value)}
     if isinstance(value, Tensor):
-        tensors[name] = value.detach().cpu().contiguous().clone()
+        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
         return {"tensor": name}
     if isinstance(value, (list, tuple)): return {type(value).__name__: [pack(v, tensors, f"{name}/{i}") for i, v in enumerate(value)]}
     if isinstance(value, Mapping): return {"dict": {key: pack(v, tensors, f"{name}/{key}") for key, v in value.items()}}
@@ -140,16 +140,16 @@ def pack(value:Any, tensors:dict[str, Tensor], name:str="")->Any:
         return {type(value).__name__: pack({f.name: getattr(value, f.name) for f in fields(value)}, tensors, name)}
     raise HplError(f"{name.strip('/')} is {type(value).__name__}, which a predictor's file cannot hold.")
 
-def unpack(tree:Any, tensors:Mapping[str, Tensor])->Any:
-    "The inverse of `pack`."
+def unpack(tree:Any, tensors:Mapping[str, Tensor], *own:type[Settings])->Any:
+    "The inverse of `pack`; `own` settings may be in it as well."
     if not isinstance(tree, dict): return tree
     (kind, content), = tree.items()
     if kind == "plain_view": return plain_view
-    if kind == "settings": return from_json(content, *METHODS, Train, RowStrengths, PixelStrengths, Reading)
+    if kind == "settings": return from_json(content, *METHODS, Train, RowStrengths, PixelStrengths, Reading, *own)
     if kind == "tensor": return tensors[content]
-    if kind == "dict": return {key: unpack(value, tensors) for key, value in content.items()}
-    if kind in ("list", "tuple"): return {"list": list, "tuple": tuple}[kind](unpack(value, tensors) for value in content)
-    return KINDS[kind](**unpack(content, tensors))
+    if kind == "dict": return {key: unpack(value, tensors, *own) for key, value in content.items()}
+    if kind in ("list", "tuple"): return {"list": list, "tuple": tuple}[kind](unpack(value, tensors, *own) for value in content)
+    return KINDS[kind](**unpack(content, tensors, *own))
 
 # %% ../nbs/75_predictor.ipynb #2366ee04
 def checksum(text:str, tensors:Mapping[str, Tensor])->str:
@@ -161,7 +161,8 @@ def checksum(text:str, tensors:Mapping[str, Tensor])->str:
     return digest.hexdigest()
 
 def write_content(path:str|Path, content:Mapping[str, Any])->Path:
-    "Write a predictor's content."
+    "Write a predictor's content; refuses a name that safetensors cannot open again."
+    if str(path).encode(errors="replace").decode() != str(path): raise HplError(f"{path} is not valid UTF-8. Save under another name.")
     text = json.dumps(pack(content, tensors := {}))
     whole = safetensors_bytes(tensors, {"predictor": f"{checksum(text, tensors)} {text}"}) # one entry: of several, the order varies
     return atomic_write(path, lambda file: file.write(whole))
@@ -177,7 +178,7 @@ def not_saved(path:str|Path, why:str)->HplError:
     return HplError(f"{path} does not hold what predictor.save(...) writes ({why}); use a file from somebody you trust, or save again.")
 
 @usual_settings()
-def read_content(path:str|Path)->dict[str, Any]:
+def read_content(path:str|Path, *own:type[Settings])->dict[str, Any]:
     "What `write_content` wrote, on the CPU; a missing, damaged or foreign file is an `HplError`."
     if not Path(path).is_file(): raise HplError(f"there is no file {path}; predictor.save(...) writes one.")
     advice = "it is damaged or no safetensors file; restore a copy, or save again."
@@ -188,15 +189,15 @@ def read_content(path:str|Path)->dict[str, Any]:
     digest, _, text = metadata["predictor"].partition(" ")
     if checksum(text, tensors) != digest:
         raise HplError(f"{path} does not have its checksum: it is damaged; restore a copy, or save it again.")
-    with reading(path, partial(not_saved, path)): return _checked(path, json.loads(text)["dict"], tensors)
+    with reading(path, partial(not_saved, path)): return _checked(path, json.loads(text)["dict"], tensors, *own)
 
 # %% ../nbs/75_predictor.ipynb #de7121d5
-def _checked(path:str|Path, tree:dict[str, Any], tensors:dict[str, Tensor])->dict[str, Any]:
+def _checked(path:str|Path, tree:dict[str, Any], tensors:dict[str, Tensor], *own:type[Settings])->dict[str, Any]:
     "The content of a file of this format; a part that is missing or of another type is an error."
     if (number := tree["format"]) != FORMAT:
         advice = "save it again" if isinstance(number, int) and number < FORMAT else "update hpl_nb"
         raise HplError(f"{path} is of format {number!r:.50}, which hpl_nb {__version__} does not know; {advice}.")
-    content = unpack({"dict": tree}, tensors)
+    content = unpack({"dict": tree}, tensors, *own)
     wrong = [name for name, kind in PARTS.items() if name not in content or not isinstance(content[name], kind)]
     if wrong: raise ValueError(f"{wrong[0]} is missing or of another type")
     return content

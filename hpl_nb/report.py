@@ -13,8 +13,9 @@ import numpy as np
 import pandas as pd
 
 from . import figures, metrics
-from .core import PREDICTION_COLUMNS, atomic_write
+from .core import PREDICTION_COLUMNS, HplError, atomic_write
 from .experiment import DATASETS
+from .settings import flat
 from .store import run_folders
 from .training.run import Run, load_run, selected
 
@@ -25,14 +26,14 @@ __all__ = ['results_frame', 'results_table', 'errors_of', 'beside_paper', 'finis
 # %% ../nbs/78_report.ipynb #1ea39678
 def results_frame(
     runs:Sequence[Run], # finished
-)->pd.DataFrame: # one row per run: what it is, test metrics, error of the pseudo-labels, log-variance and weight in training, seconds
+)->pd.DataFrame: # one row per run: what it is, test and validation error, pseudo-labels' error, log-variance, weight, seconds; NaN: none
     "Results of the selected epochs."
     rows = []
     for run in runs:
         log = run.log[run.log["epoch"] == run.metrics["epoch"]].iloc[0]
         rows.append({key: run.config[key] for key in ("dataset", "label_ratio", "method", "seed")}
-                    | {name: run.metrics[f"test_{name}"] for name in ("mae", "mse", "r2")}
-                    | {"val_mae": run.metrics["val_mae"], "pseudo_label_mae": run.metrics.get("pseudo_label_mae", np.nan),
+                    | {name: run.metrics.get(f"test_{name}", np.nan) for name in ("mae", "mse", "r2")}
+                    | {"val_mae": run.metrics.get("val_mae", np.nan), "pseudo_label_mae": run.metrics.get("pseudo_label_mae", np.nan),
                        "log_variance": log.get("log_variance_mean", np.nan), "weight": log.get("weight_mean", np.nan),
                        "seconds": run.metrics["seconds"], "benchmark": _benchmark(run), "in_paper": _row_in_paper(run)})
     return pd.DataFrame(rows)
@@ -40,7 +41,7 @@ def results_frame(
 # %% ../nbs/78_report.ipynb #6ab642df
 def _benchmark(run:Run)->str:
     "Short name of the run's dataset; empty where it is none of the known ones."
-    kind = run.config.get("experiment", {}).get("data", {}).get("kind")
+    kind = flat(run.config.get("experiment")).get("data.kind")
     return next((known.data.short for known in DATASETS if type(known.data).__name__ == kind), "")
 
 def _row_in_paper(run:Run)->str:
@@ -59,7 +60,8 @@ def results_table(
 )->pd.DataFrame: # text: mean and standard deviation over seeds, the number of seeds, and the paper's numbers where it has some
     "Ours beside the paper's."
     keys = ["dataset", "label_ratio", "method"]
-    columns = ["mae", "mse", "r2", "pseudo_label_mae", "log_variance", "seconds"]
+    tested = ("mae", "mse", "r2") if results["mae"].notna().any() else ("val_mae",)
+    columns = [name for name in (*tested, "pseudo_label_mae", "log_variance", "seconds") if results[name].notna().any()]
     table = metrics.format_table(metrics.summarise(results, by=keys, columns=columns), digits=2).rename(columns={"n": "seeds"})
     paper = paper_errors()
     paper["paper"] = [f"{m:.3f} ± {s:.3f} {e.upper()}" if s == s else f"{m:.3f} {e.upper()}"
@@ -124,10 +126,10 @@ def pseudo_labels(
     runs:Sequence[Run], # finished
     every_epoch:bool=False, # of all epochs that were kept, not only of the selected one
 )->pd.DataFrame: # predictions table
-    "The unlabelled rows whose true label is known after all."
+    "The unlabelled rows; their true label is NaN where nobody knows it."
     tables = [run.predictions if every_epoch else selected(run) for run in runs if len(run.predictions)]
     table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=PREDICTION_COLUMNS)
-    return table[(table["split"] == "unlabelled") & table["y_true"].notna()].reset_index(drop=True)
+    return table[table["split"] == "unlabelled"].reset_index(drop=True)
 
 # %% ../nbs/78_report.ipynb #562b5a25
 def one_of_each(
@@ -146,23 +148,42 @@ def joined_logs(
 
 # %% ../nbs/78_report.ipynb #36ef41e6
 def report(
-    runs:Sequence[Run], # finished, of one dataset
+    runs:Sequence[Run], # finished, of one dataset, such as the `run_` of an estimator
     path:str|Path, # of the HTML file
     title:str, # its heading
 )->Path: # `path`
     "Tables and figures of many runs."
+    if not runs: raise HplError("there is no run to report; give finished runs, such as finished_runs([folder]).")
     results, unit = results_frame(runs), runs[0].config["unit"]
     first, names = one_of_each(runs), list(dict.fromkeys(results["method"]))
     main = [run.config["method"] for run in first if run.config["settings"].get("kind") == "HPL"]
-    unlabelled = dict(iter(pseudo_labels(first).groupby("method", sort=False)))
-    chart = figures.results_chart(metrics.summarise(results), results, "mae", unit, names)
-    sections = [("Results", "Test metrics of the epoch that validation selected, mean ± standard deviation over seeds; "
-                 "pseudo_label_mae is the error of the pseudo-labels on the unlabelled rows, log_variance the mean z in training.",
-                 compact(results_table(results))),
-                ("Test error", "Each seed, and mean ± standard deviation.", chart),
-                *_pseudo_label_sections(unlabelled, unit, names, main), *_variance_sections(unlabelled, unit, names),
+    rows = pseudo_labels(first)
+    unlabelled, known = (dict(iter(some.groupby("method", sort=False))) for some in (rows, rows[rows["y_true"].notna()]))
+    sections = [*_result_sections(results, unit, names), *_pseudo_label_sections(known, unit, names, main),
+                *_unknown_section(unlabelled, known), *_variance_sections(unlabelled, known, unit, names),
                 *_curve_sections(first, unit, names)]
     return figures.save_report(Path(path), title, sections)
+
+# %% ../nbs/78_report.ipynb #78a17c01
+def _result_sections(results, unit, names):
+    "The table, and each seed's error on the test rows or, without any, on the validation rows."
+    error = next((name for name in ("mae", "val_mae") if results[name].notna().any()), "")
+    words = {"mae": "Test metrics of the epoch that validation selected", "": "No rows were held out, so no error is known",
+             "val_mae": "No test rows were held out: val_mae is the error on the validation rows. They also selected the epoch, so "
+                        "the error on new rows may be larger"}[error]
+    about = (f"{words}. Mean ± standard deviation over seeds; pseudo_label_mae is the error of the pseudo-labels on the unlabelled rows, "
+             "log_variance the mean z in training.")
+    sections = [("Results", about, compact(results_table(results)))]
+    if not error: return sections
+    chart = figures.results_chart(metrics.summarise(results, columns=[error]), results, error, unit, names)
+    heading = {"mae": "Test error", "val_mae": "Error on the validation rows"}[error]
+    return [*sections, (heading, "Each seed, and mean ± standard deviation.", chart)]
+
+def _unknown_section(unlabelled, known):
+    "One sentence in the place of the figures that need true labels."
+    if known or not unlabelled: return []
+    return [("Errors of the pseudo-labels", "The true labels of the unlabelled rows are unknown, so the figures that need them are left "
+             "out: pseudo-labels and their error by true label (Fig. 1 and 3), variance against error (Fig. 4), and calibration.", None)]
 
 # %% ../nbs/78_report.ipynb #3b839a38
 def _width(rows):
@@ -170,11 +191,11 @@ def _width(rows):
     aim = (rows["y_true"].max() - rows["y_true"].min())/12
     return min((m*10**e for e in range(-3, 6) for m in (1, 2, 5)), key=lambda w: abs(np.log(w/aim)))
 
-def _pseudo_label_sections(unlabelled, unit, names, main):
+def _pseudo_label_sections(known, unit, names, main):
     "Fig. 1 of HPL, or of the first method with pseudo-labels, and Fig. 3 of all."
-    if not unlabelled: return []
-    name = next((name for name in main if name in unlabelled), next(iter(unlabelled)))
-    rows, everything = unlabelled[name], pd.concat(unlabelled.values(), ignore_index=True)
+    if not known: return []
+    name = next((name for name in main if name in known), next(iter(known)))
+    rows, everything = known[name], pd.concat(known.values(), ignore_index=True)
     width = _width(rows)
     boxes = figures.pseudo_label_boxplots(rows, width=width, unit=unit, methods=names)
     lines = figures.group_error_lines(metrics.group_errors(everything, "pseudo_label", width=width), "mse", unit, names)
@@ -182,22 +203,27 @@ def _pseudo_label_sections(unlabelled, unit, names, main):
             ("Error of the pseudo-labels by true label (Fig. 3)", "One seed of each method.", lines)]
 
 # %% ../nbs/78_report.ipynb #2a7d19da
-def _variance_sections(unlabelled, unit, names):
-    "Fig. 4/5 and calibration of the methods that learn a variance."
-    learned = {name: rows for name, rows in unlabelled.items() if rows["log_variance"].notna().any()}
+def _variance_sections(unlabelled, known, unit, names):
+    "Fig. 4/5 and calibration of the methods that learn a variance; without true labels only its order."
+    learned = [name for name, rows in unlabelled.items() if rows["log_variance"].notna().any()]
     if not learned: return []
-    everything = pd.concat(learned.values(), ignore_index=True)
+    table = compact(metrics.variance_summary(pd.concat([unlabelled[name] for name in learned]))).drop(columns=["run", "weight_mean"])
+    about = f"Spearman's, of z with |r - pseudo-label|{' and with the true error of the pseudo-label'*bool(known)}."
+    ranks = ("Rank correlations", about, table.dropna(axis="columns", how="all").round(3))
+    shown = [known[name] for name in learned if name in known]
+    if not shown: return [ranks]
+    everything = pd.concat(shown, ignore_index=True)
     scatter = figures.variance_scatter(everything, unit=unit, methods=names)
     diagram = figures.reliability_diagram(metrics.reliability(everything), unit, names)
-    table = compact(metrics.variance_summary(everything)).drop(columns=["run", "weight_mean"]).round(3)
     return [("Learned variance against the true error (Fig. 4)", "One seed of each method; only this figure uses true labels.", scatter),
-            ("Is the variance right?", "Rows in ten bins of sigma²: on the diagonal it is the mean squared error.", diagram),
-            ("Rank correlations", "Spearman's, of z with |r - pseudo-label| and with the true error of the pseudo-label.", table)]
+            ("Is the variance right?", "Rows in ten bins of sigma²: on the diagonal it is the mean squared error.", diagram), ranks]
 
+# %% ../nbs/78_report.ipynb #78a17c02
 def _curve_sections(runs, unit, names):
-    "Log-variance and validation error over the epochs."
-    logs = joined_logs(runs)
-    sections = [("Validation error", "One seed of each method.", figures.learning_curves(logs, "val_mae", unit, names))]
+    "Log-variance and validation error over the epochs, as far as the log has them."
+    logs, sections = joined_logs(runs), []
+    if "val_mae" in logs:
+        sections = [("Validation error", "One seed of each method.", figures.learning_curves(logs, "val_mae", unit, names))]
     if "log_variance_mean" not in logs: return sections
     curves = figures.log_variance_curves(logs, names)
     return [*sections, ("Log-variance over training", "Mean and spread of z in the training batches, normalised units.", curves)]

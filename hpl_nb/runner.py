@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 import threading
 import time
@@ -14,7 +15,10 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path
+from unittest.mock import patch
+
 import torch
+from joblib import wrap_non_picklable_objects
 from tqdm.auto import tqdm
 
 from .core import HplError, RunFolder, atomic_write
@@ -85,7 +89,8 @@ def local_processes(jobs:Sequence[Job], parallel:int, until:float|None=None)->It
         return
     threads = max(1, (os.cpu_count() or 1)//parallel)
     with ProcessPoolExecutor(parallel, get_context("spawn"), initializer=begin_worker, initargs=(threads,)) as pool:
-        futures = {pool.submit(train_quietly, job, until): job for job in jobs}
+        with patch.multiple(sys.modules["__main__"], create=True, __file__=None, __spec__=None): # which new processes would import
+            futures = {pool.submit(train_quietly, wrap_non_picklable_objects(job, keep_wrapper=False), until): job for job in jobs}
         for future in as_completed(futures):
             if future.exception(): pool.shutdown(cancel_futures=True)
             if future.result(): yield futures[future]

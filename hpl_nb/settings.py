@@ -16,11 +16,11 @@ from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin,
 
 import numpy as np
 
-from .core import HplError, derive_seed
+from .core import HplError, NotPassed, derive_seed
 
 # %% auto #0
-__all__ = ['FILE', 'nearest_name', 'unknown_name', 'Settings', 'change', 'setting_names', 'as_json', 'from_json', 'digest',
-           'differences']
+__all__ = ['FILE', 'nearest_name', 'unknown_name', 'Settings', 'change', 'setting_names', 'as_json', 'from_json', 'unknown_kind',
+           'digest', 'differences']
 
 # %% ../nbs/01_settings.ipynb #ad25af51
 def _fits(value:Any, hint:Any)->bool:
@@ -92,6 +92,9 @@ class Settings(metaclass=_Named):
             if not _fits(value, hint):
                 verb = "choose" if get_origin(hint) is Literal else "give"
                 raise HplError(f"{name} is {value!r:.200}; {verb} {_wanted(hint)}.")
+            if callable(value) and "<lambda>" in getattr(value, "__qualname__", "<lambda>"):
+                raise HplError(f"{name} is {repr(value).splitlines()[0]:.100}; give a class or function that has a name, by which its runs "
+                               "are told from others.")
         self.check()
 
     def check(self)->None: "Raise `HplError` where a value is out of range or two contradict each other."
@@ -100,9 +103,11 @@ class Settings(metaclass=_Named):
 def field_types(
     kind:type[Settings], # a settings class
 )->dict[str, Any]: # name to type, in the order of the fields
-    "The resolved annotations of a settings class."
-    hints = get_type_hints(kind)
-    return {field.name: hints[field.name] for field in fields(kind)}
+    "The resolved annotations; they stay with the class, since a process that has it from a notebook lacks the notebook's imports."
+    if "_field_types" not in vars(kind):
+        hints = get_type_hints(kind)
+        kind._field_types = {field.name: hints[field.name] for field in fields(kind)}
+    return kind._field_types
 
 # %% ../nbs/01_settings.ipynb #051ead5d
 _S = TypeVar("_S", bound=Settings)
@@ -114,8 +119,10 @@ def change(
 )->_S: # of the same kind
     "A copy with other values; a setting of a part is named as if it were the whole's own. A name that two parts share is refused."
     own, theirs = [field.name for field in fields(settings)], {}
-    for name in [name for name in changes if name not in own]:
+    for name, value in [*changes.items()]:
         homes = [part for part in own if isinstance(getattr(settings, part), Settings) and name in setting_names(getattr(settings, part))]
+        if name in homes and not isinstance(value, Settings): homes = [name] # what is no part is meant for the setting of its name
+        elif name in own: continue
         if not homes: raise unknown_name(name, setting_names(settings), type(settings).__name__)
         if len(homes) > 1: raise HplError(f"{name} is a setting of {' and of '.join(homes)}; change the part that you mean.")
         theirs.setdefault(homes[0], {})[name] = changes.pop(name)
@@ -138,6 +145,7 @@ def as_json(
     "A value as JSON has it."
     if isinstance(settings, (tuple, list)): return [as_json(item, compared, told) for item in settings]
     if isinstance(settings, Path): return str(settings)
+    if callable(settings): return f"{settings.__module__}.{settings.__qualname__}"
     if not isinstance(settings, Settings): return settings
     out:dict[str, Any] = {"kind": type(settings).__name__}
     for part in fields(settings):
@@ -155,9 +163,13 @@ def from_json(
     if isinstance(content, list): return tuple(from_json(item, *kinds) for item in content)
     if not isinstance(content, dict): return content
     known, name = {kind.__name__: kind for kind in kinds}, content.get("kind")
-    if name not in known: raise HplError(f"kind is {name!r:.60}; this version knows {', '.join(known)}.")
+    if name not in known: raise unknown_kind(name, known)
     hints = field_types(known[name])
     return known[name](**{key: from_json(value, *kinds, *_kinds_in(hints.get(key))) for key, value in content.items() if key != "kind"})
+
+def unknown_kind(name:Any, known:Iterable[str])->HplError:
+    return NotPassed(f"kind is {name!r:.60}; this version knows {', '.join(known)}. Pass a class of your own as well, such as "
+                     "read_experiment(content, Mine) or load(path, method=Mine()).")
 
 def _kinds_in(hint:Any)->list[type[Settings]]:
     if isinstance(hint, type) and issubclass(hint, Settings): return [hint]

@@ -88,26 +88,30 @@ def run_folders(
 
 # %% ../nbs/76b_store.ipynb #d8ab7fcd
 def merge_runs(
-    source:str|Path, # folder with run folders or stored runs made elsewhere
+    source:str|Path, # folder with run folders or stored runs made elsewhere, or one run folder
     store:str|Path, # folder of stored runs
     seeds:Sequence[int]=(0,), # whose predictions are kept
 )->list[Path]: # files that are new
-    "Add finished runs to those that are stored, each at the same place below `store`."
+    "Add finished runs to those that are stored, each at the same place below `store`, or where `run_path` says."
     new = []
     for folder in run_folders([source]):
         run = load_run(folder)
         with _storing(folder): summary = run_summary(run)
-        place = Path(store)/_own_place(folder.relative_to(source), summary["config"])
+        place = Path(store)/_own_place(folder, folder.relative_to(source), summary["config"])
         if not RunFolder(place).stored.exists(): new.append(store_run(folder, place, summary["config"].get("seed") in seeds))
         elif different := _different(summary, load_run(place)):
             raise HplError(f"{folder} and {RunFolder(place).stored} are two results of one run: {different}. "
                            "Delete the one that you do not want.")
     return new
 
-def _own_place(place:Path, config:Mapping[str, Any])->Path:
-    "The place of `run_path`, also where a run has become longer since its folder was named."
-    if "experiment" not in config or not re.search("-[0-9a-f]{8}$", place.parent.name): return place
-    return place.parent.with_name(run_path(read_experiment(config["experiment"])).parent.name)/place.name
+def _own_place(folder:Path, place:Path, config:Mapping[str, Any])->Path:
+    "`place`, unless the name of the folder, or one run alone, asks for that of `run_path`: a run may be longer than its name says."
+    alone, named = place == Path(), re.search("-[0-9a-f]{8}$", folder.resolve().parent.name)
+    if "experiment" in config and (alone or named):
+        own = run_path(read_experiment(config["experiment"]), "")
+        return own if len(place.parts) < len(own.parts) else place.parent.with_name(own.parent.name)/place.name
+    if alone: raise HplError(f"{folder} is one run without an experiment. Give the folder that holds it, {folder.resolve().parent}.")
+    return place
 
 def _different(ours, other):
     theirs, ours = ({"config": run["config"], "metrics": run["metrics"] | {"seconds": None}} for run in (vars(other), ours))

@@ -46,10 +46,12 @@ class UncertaintyLearner(nn.Module):
         bound:float|None=None, # largest |z|; None: no bound
         initial_scale:float=1., # factor on the Xavier-normal weights
         further:int=0, # e, numbers that it reads beyond the pair
+        layers:nn.Module|None=None, # of your own in place of the MLP: (m, 2K + e) -> (m, K)
     ):
         super().__init__()
         if bound is not None and not bound > 0: raise HplError(f"bound is {bound}; give a positive number, or None for no bound.")
-        self.bound = bound
+        self.bound, self.layers = bound, layers
+        if layers is not None: return
         self.layers = nn.Sequential(nn.Linear(2*outputs + further, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
         nn.init.zeros_(self.layers[0].weight) # of what is beyond the pair
         for weight in (self.layers[0].weight.data[:, :2*outputs], self.layers[2].weight): nn.init.xavier_normal_(weight, gain=initial_scale)
@@ -57,5 +59,5 @@ class UncertaintyLearner(nn.Module):
 
     def forward(self, pair:Tensor)->Tensor:
         "Log-variance z of shape (m, K) for inputs of shape (m, 2K + e), in float32 also under autocast."
-        with torch.autocast(pair.device.type, enabled=False): z = self.layers(pair.to(self.layers[0].weight.dtype))
+        with torch.autocast(pair.device.type, enabled=False): z = self.layers(pair.to(next(self.parameters()).dtype))
         return z if self.bound is None else self.bound*torch.tanh(z/self.bound)

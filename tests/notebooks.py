@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+os.environ["TQDM_DISABLE"] = "1" # a bar shows times, which no run repeats
 NUMBER = re.compile(r"(?<![A-Za-z0-9_.])-?\d[\d,]*\.?\d*(?:e[-+]?\d+)?", re.I)
 ADDRESS = re.compile(r"(?: at)? 0x[0-9a-f]+\b") # of memory, which nbdev_clean removes
 MEASURED = re.compile(r"\d+(?:[.,]\d+)* ?(?:ms|s|seconds|GB|MB)\b") # times and sizes, which no run repeats

@@ -10,7 +10,7 @@ from PIL import Image
 from hpl_nb import data
 from hpl_nb.core import HplError, LabelNormalizer
 from hpl_nb.data.core import SemiSupervisedData, describe, synthetic
-from hpl_nb.data.own import Split, from_arrays, from_frame, from_images
+from hpl_nb.data.own import Reading, Split, from_arrays, from_frame, from_images
 
 
 def draw(path, seed):
@@ -196,7 +196,7 @@ def test_equal_files_and_forgotten_files_are_named(tmp_path, recwarn):
     (tmp_path/"faces"/"25.png").write_bytes((tmp_path/"faces"/"4.png").read_bytes())
     for name in ("left.jpg", "over.png"): draw(tmp_path/"faces"/name, 99)
     split = {"val": range(5, 10), "test": range(10, 15)}
-    loaded = from_images(tmp_path/"faces", tmp_path/"labels.csv", "file", "label", split=split, size=16)
+    loaded = from_images(tmp_path/"faces", tmp_path/"labels.csv", "file", "label", split=split, reading=Reading(16))
     assert "2 pictures in" in told(recwarn)[0] and "left.jpg" in told(recwarn)[0]
     assert "(row 4 (4.png) is 25 (25.png))" in told(recwarn)[1] and len(recwarn) == 2
     assert kinds(check(loaded)) == {"same sample in several splits": 1}

@@ -21,6 +21,7 @@ from small_runs import on_cpu  # noqa: F401
 
 from hpl_nb.core import HplError
 from hpl_nb.data.core import StreamSettings
+from hpl_nb.data.own import Reading
 from hpl_nb.defaults import build_method, default_network
 from hpl_nb.estimator import SemiSupervisedRegressor
 from hpl_nb.inputs import table
@@ -274,7 +275,7 @@ def test_repeated_rows_are_left_out_on_request():
     with pytest.warns(UserWarning, match="Pass deduplicate=True"): SemiSupervisedRegressor(**QUICK).fit(x, y)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        kept = SemiSupervisedRegressor(deduplicate=True, **QUICK).fit(x, y).pseudo_labels_["row"]
+        kept = SemiSupervisedRegressor(reading=Reading(deduplicate=True), **QUICK).fit(x, y).pseudo_labels_["row"]
     assert set(range(40, 120)) - set(kept) == {60, 100}
 
 
@@ -349,7 +350,8 @@ class TestRefusals:
         self.refuses("validation_fraction is 1", validation_fraction=1)
         self.refuses("epochs is 0", epochs=0)
         with pytest.raises(TypeError, match="nonsense"): SemiSupervisedRegressor(nonsense=1)
-        self.refuses("RowStrengths", strengths=SemiSupervisedRegressor())
+        self.refuses("RowStrengths", views=SemiSupervisedRegressor())
+        self.refuses("give Reading", reading=16)
 
     def test_intervals(self):
         few = SemiSupervisedRegressor(**QUICK).fit(*rows(labelled=10)[:2])

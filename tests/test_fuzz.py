@@ -67,7 +67,7 @@ from hpl_nb.data import check
 from hpl_nb.data.core import StreamSettings
 from hpl_nb.data.images import ImageFiles, ImageSource, decode_image, exact_count, tar_index
 from hpl_nb.data.imdb_wiki import imdb_wiki
-from hpl_nb.data.own import from_arrays, from_images
+from hpl_nb.data.own import Reading, from_arrays, from_images
 from hpl_nb.data.pixels import disk_cache
 from hpl_nb.data.stsb import STSB, load_vectors, read_wordnet, stsb
 from hpl_nb.data.tables import fetch, read_table
@@ -372,7 +372,7 @@ def read_actors(path):
 
 def read_own(path, skip_broken=False):
     table = path if path.suffix in (".csv", ".parquet") else path.parent/"mine.csv"
-    data = from_images(path.parent, table, "file", "y", split="split", size=32, deduplicate=True, skip_broken=skip_broken)
+    data = from_images(path.parent, table, "file", "y", split="split", reading=Reading(32, deduplicate=True, skip_broken=skip_broken))
     return data.plain(data.inputs[data.labelled], None)
 
 

@@ -2,6 +2,7 @@
 import csv
 import datetime
 import io
+import os
 import struct
 import unicodedata
 import warnings
@@ -27,8 +28,19 @@ from hpl_nb import SemiSupervisedRegressor
 from hpl_nb.core import HplError
 from hpl_nb.data.columns import FrameEncoder, default_preprocessor
 from hpl_nb.data.images import ImageFiles, ImageSource, decode_image
-from hpl_nb.data.own import from_arrays, from_frame, from_images
+from hpl_nb.data.own import Reading, from_arrays, from_frame, from_images
+from hpl_nb.data.pixels import on_disk
+from hpl_nb.data.rotated_digits import RotatedDigits
 from hpl_nb.data.tables import label_problems, read_table
+from hpl_nb.experiment import Experiment
+from hpl_nb.methods.core import Supervised
+from hpl_nb.models import small_cnn
+from hpl_nb.predictor import Predictor
+from hpl_nb.report import finished_runs, report
+from hpl_nb.runner import train_experiment
+from hpl_nb.store import merge_runs
+from hpl_nb.training.loop import fit
+from hpl_nb.training.run import load_run
 from hpl_nb.training.state import Train
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -443,11 +455,11 @@ def test_a_range_is_asked_for_and_keeps_pictures_distinct(tmp_path, mode, suffix
 def test_forty_pictures_of_twelve_bits_stay_forty(tmp_path):
     for row in range(40): Image.fromarray(np.full((8, 8), 105*row, np.uint16)).save(tmp_path/f"{row}.png")
     table = pd.DataFrame({"file": [f"{row}.png" for row in range(40)], "y": np.arange(40.)})
-    data = from_images(tmp_path, table, "file", "y", size=8, pixel_range=(0, 4095))
+    data = from_images(tmp_path, table, "file", "y", reading=Reading(8, (0, 4095)))
     assert len({np.asarray(picture).tobytes() for picture in data.inputs[np.arange(40)]}) == 40
     paths, labels = [str(tmp_path/name) for name in table["file"]], table["y"].where(table.index % 2 == 0)
-    refused("Pass pixel_range=(black, white)", regressor(size=16).fit, paths, labels)
-    model = regressor(size=16, pixel_range=(0, 4095)).fit(paths, labels)
+    refused("Pass reading=Reading(pixel_range=(black, white))", regressor(reading=Reading(16)).fit, paths, labels)
+    model = regressor(reading=Reading(16, (0, 4095))).fit(paths, labels)
     again = SemiSupervisedRegressor.load(model.save(tmp_path/"model.safetensors"))
     np.testing.assert_array_equal(again.predict(paths), model.predict(paths))
     assert len(set(model.predict(paths))) > 30
@@ -525,7 +537,7 @@ def test_any_file_name(tmp_path_factory, names):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*are in no row of the table")
         for source in (table, folder/"t.csv"):
-            data = from_images(folder, source, "file", "y", size=4, split={"train": range(len(names))})
+            data = from_images(folder, source, "file", "y", reading=Reading(4), split={"train": range(len(names))})
             assert [picture.getpixel((0, 0))[0] for picture in data.inputs[np.arange(len(names))]] == [40*row for row in range(len(names))]
 
 
@@ -536,7 +548,7 @@ def test_names_of_other_systems(tmp_path, there, named):
     (tmp_path/there).parent.mkdir(exist_ok=True)
     for name in (there, "other.png"): Image.new("RGB", (4, 4)).save(tmp_path/name)
     table = pd.DataFrame({"file": [named, "other.png"], "y": [1., 2.]})
-    assert len(from_images(tmp_path, table, "file", "y", size=4, split={"train": [0, 1]}).inputs[np.array([0])]) == 1
+    assert len(from_images(tmp_path, table, "file", "y", reading=Reading(4), split={"train": [0, 1]}).inputs[np.array([0])]) == 1
     refused("stands in row 0 already", from_images, tmp_path, pd.concat([table, pd.DataFrame({"file": [there], "y": [3.]})]), "file", "y")
 
 
@@ -647,3 +659,21 @@ def test_boxplots_of_few_rows(rows, constant, scale):
     table[["y_true", "pseudo_label"]] *= scale
     if constant: table["y_true"] = scale
     assert sum(pseudo_label_boxplots(table).data[0].y) == rows
+
+
+def test_a_folder_whose_name_is_no_text(tmp_path):
+    "Bytes that are not UTF-8, as a Linux disk may have them: runs, stored runs, pictures. safetensors opens none, so `save` refuses."
+    folder, rng = tmp_path/os.fsdecode(b"r\xff"), np.random.default_rng(0)
+    experiment = Experiment(RotatedDigits(), Supervised(), train=Train(epochs=2, iterations_per_epoch=2, record_every=1))
+    for stop in (3, None): run = train_experiment(experiment, folder/"run", progress=False, stop_after=stop)
+    assert load_run(folder/"run").predictions.equals(run.predictions)
+    [stored] = merge_runs(folder/"run", folder/"store")
+    assert len(load_run(stored.with_suffix("")).predictions)
+    assert report(finished_runs([folder/"store"]), folder/"report.html", "Runs").exists()
+    for row in range(24): Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)).save(folder/f"{row}.png")
+    table = pd.DataFrame({"file": [f"{row}.png" for row in range(24)], "y": rng.normal(size=24)})
+    (folder/"t.parquet").write_bytes(table.to_parquet())
+    data = from_images(folder, folder/"t.parquet", "file", "y", size=8)
+    method = Supervised().build(small_cnn(3, 4))
+    fit(method, on_disk(data, folder/"cache"), Train(epochs=1, iterations_per_epoch=1), folder=folder/"pictures", progress=False)
+    refused("is not valid UTF-8. Save under another name", Predictor.from_method(method, data).save, folder/"m.safetensors")

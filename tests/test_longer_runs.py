@@ -29,6 +29,7 @@ from hpl_nb.data.stsb import STSB
 from hpl_nb.data.utkface import UTKFace
 from hpl_nb.estimator import SemiSupervisedRegressor
 from hpl_nb.experiment import DATASETS, Experiment, run_path
+from hpl_nb.methods.cadr import CADR
 from hpl_nb.methods.core import PseudoLabel, Released, Supervised
 from hpl_nb.methods.hpl import HPL
 from hpl_nb.methods.mean_teacher import MeanTeacher
@@ -157,6 +158,26 @@ class TestMoreEpochs:
         for epochs in (2, 3):
             with pytest.raises(HplError) as error: train(tmp_path, settings=replace(SETTINGS, epochs=epochs, **change))
             assert says in str(error.value) and "{" not in str(error.value) and str(error.value).count(" there and ") == 1
+
+
+@pytest.mark.parametrize(("settings", "rows"), [
+    (MeanTeacher(), "F1"), (RankUp(), "F1, F5"), (RankUp.arc(), "F1"), (RankUp.arc(decay=None), ""), (CADR(prior="predicted"), "F6"),
+    (CADR(), "")])
+def test_a_run_of_earlier_arithmetic_is_not_resumed(settings, rows, tmp_path):
+    "Its config.json names no correction; a method that has none goes on as before."
+    def go(**arguments):
+        seed_everything(0)
+        method = settings.build(dense())
+        return fit(method, vectors(), SHORT, folder=tmp_path/"run", progress=False, **arguments)
+    go(stop_after=3)
+    config = json.loads((tmp_path/"run"/"config.json").read_text())
+    assert config["settings"].get("corrections", "") == rows
+    config["settings"].pop("corrections", None)
+    (tmp_path/"run"/"config.json").write_text(json.dumps(config))
+    if rows:
+        says = rf"holds another run \(config.json\): hpl_nb has changed the method's arithmetic since \({rows}\)\. "
+        with pytest.raises(HplError, match=says): go()
+    else: assert go().finished
 
 
 class TestWhereFoldersAreNamed:

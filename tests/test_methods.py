@@ -1,4 +1,5 @@
 "Every setting does what it says, and phi's and theta's gradients are those of the formulas, by autograd."
+import json
 from dataclasses import replace
 from functools import partial
 from typing import get_args
@@ -16,7 +17,8 @@ from hpl_nb.loss import labelled_loss, pseudo_label_weight, unlabelled_loss
 from hpl_nb.methods.core import FullySupervised, PseudoLabel, Released, Supervised, forward_batches
 from hpl_nb.methods.hpl import HPL, JointUncertainty, LearnerInputs, outer_features, step_passes, teach
 from hpl_nb.models import Body, Regressor, mlp, small_cnn
-from hpl_nb.settings import as_json, change, from_json, setting_names
+from hpl_nb.settings import as_json, change, digest, from_json, setting_names
+from hpl_nb.settings import differences as setting_differences
 from hpl_nb.training.loop import fit
 from hpl_nb.training.state import OptimizerSettings, Train
 from hpl_nb.uncertainty import disagreement, learner_input, scaled_features
@@ -55,10 +57,25 @@ def in_float64(batch):
 def grads(module): return [None if p.grad is None else p.grad.clone() for p in module.parameters()]
 
 
+class Own(nn.Module):
+    "g of one's own; K is half of what it reads."
+    def __init__(self, inputs):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(inputs, 6), nn.Tanh(), nn.Linear(6, inputs//2))
+        self.spare = nn.Linear(2, 2) # gets no gradient
+    def forward(self, pair): return self.layers(pair)
+
+def normed(inputs): return nn.Sequential(nn.Linear(inputs, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, inputs//2))
+def flat(inputs): return nn.Sequential(nn.Linear(inputs, 1), nn.Flatten(0))
+def still(inputs): return nn.AvgPool1d(inputs)
+def changed(changes): return ", ".join(f"{name}={getattr(value, '__name__', value)}" for name, value in changes.items())
+
+
 CHANGES = {"unlabelled_weight": .3, "learner_lr": 3e-2, "learner_weight_decay": .3, "log_variance_bound": .1, "outer": "previous",
            "outer_overlap": True, "outer_every": 2, "outer_regularizer": .5, "virtual_step": "optimizer", "virtual_lr": .3,
            "learner_first": True, "separate_forward": True, "half_weight": True, "reduction": "sum", "residual_input": True,
-           "detach_input": False, "normalize_weights": True, "learner_inputs": "pair+features", "outer_batch": 12, "teacher_decay": .9}
+           "detach_input": False, "normalize_weights": True, "learner_inputs": "pair+features", "outer_batch": 12, "teacher_decay": .9,
+           "learner": Own}
 
 
 class TestEverySetting:
@@ -98,7 +115,8 @@ class TestEverySetting:
         ("outer", "newest"), ("virtual_step", "adam"), ("virtual_eps", "before"), ("reduction", "none"), ("unlabelled_weight", -1.),
         ("unlabelled_weight", float("nan")), ("outer_every", 0), ("log_variance_bound", 0.), ("log_variance_bound", -1.),
         ("normalize_weights", "mean"), ("learner_inputs", "features"), ("outer_batch", 0), ("outer_batch", 2.5), ("passes", 0),
-        ("passes", 2), ("teacher_decay", -.1), ("teacher_decay", 1.1), ("teacher_decay", float("nan")), ("evaluate", "teacher")])
+        ("passes", 2), ("teacher_decay", -.1), ("teacher_decay", 1.1), ("teacher_decay", float("nan")), ("evaluate", "teacher"),
+        ("learner", lambda inputs: nn.Linear(inputs, 1)), ("learner", partial(Own)), ("learner", Own(2)), ("learner", 3)])
     def test_out_of_range(self, name, value):
         with pytest.raises(HplError, match=f"^{name} is"): change(PAPER, **{name: value})
 
@@ -109,8 +127,8 @@ class TestPhi:
     @pytest.mark.parametrize("outputs", [1, 2])
     @pytest.mark.parametrize("changes", [
         {}, {"half_weight": True}, {"residual_input": True}, {"reduction": "sum"}, {"unlabelled_weight": .3},
-        {"log_variance_bound": None}, {"log_variance_bound": .5}, {"normalize_weights": True},
-        {"normalize_weights": True, "half_weight": True, "reduction": "sum"}], ids=str)
+        {"log_variance_bound": None}, {"log_variance_bound": .5}, {"normalize_weights": True}, {"learner": normed},
+        {"normalize_weights": True, "half_weight": True, "reduction": "sum"}], ids=changed)
     def test_detached_input(self, changes, outputs):
         "The weights' hypergradient, carried on to phi."
         method, batch = prepared(change(FAST, virtual_lr=.05, **changes), outputs)
@@ -130,7 +148,8 @@ class TestPhi:
     @pytest.mark.parametrize("detach", [True, False])
     @pytest.mark.parametrize("changes", [{}, {"log_term": False, "half_weight": True, "residual_input": True, "reduction": "sum"},
                                         {"outer_regularizer": .1}, {"normalize_weights": True},
-                                        {"outer_regularizer": .1, "learner_inputs": "pair+features+disagreement"}], ids=str)
+                                        {"learner": normed, "outer_regularizer": .1},
+                                        {"outer_regularizer": .1, "learner_inputs": "pair+features+disagreement"}], ids=changed)
     def test_whole_step_written_down_once_more(self, changes, detach, outputs):
         "Eq. 5, 7, 6 and D1 with one graph from phi to the outer loss, also where the gradient goes through g's input."
         method, batch = prepared(change(FAST, virtual_lr=.05, detach_input=detach, **changes), outputs)
@@ -303,6 +322,54 @@ class TestSuited:
 
     def test_json(self):
         for value in (RELEASE, FAST, JointUncertainty(2.)): assert from_json(as_json(value), HPL, JointUncertainty) == value
+
+
+class TestOwnLearner:
+    "learner= takes a class or function; its name stands in label, JSON and hash."
+    NAME = f"{__name__}.Own"
+
+    def test_name(self):
+        mine = HPL.paper(learner=Own)
+        assert mine.title == f"HPL (paper, learner={self.NAME})" and as_json(mine)["learner"]["learner"] == self.NAME
+        assert len({digest(each) for each in (mine, PAPER, HPL.paper(learner=normed), change(JointUncertainty(), learner=Own))}) == 4
+        assert change(RELEASE, learner=Own).learner == change(RELEASE.learner, learner=Own) # the preset's other choices stay
+
+    def test_hashes_of_stored_runs(self):
+        "As they were before there was such a setting."
+        assert [digest(each) for each in (PAPER, RELEASE, JointUncertainty())] == ["f3b02123", "bcdc13c5", "413be4d8"]
+
+    def test_json(self):
+        "A file has the name; the class must be given again."
+        for mine in (HPL.paper(learner=Own), JointUncertainty(learner=Own)):
+            read = from_json(json.loads(json.dumps(as_json(mine))), HPL, JointUncertainty)
+            assert not setting_differences(read, mine) and digest(read) == digest(mine) and change(read, learner=Own) == mine
+            with pytest.raises(HplError, match=f"learner is '{self.NAME}', the name of a class .* load"): read.build(mlp(3))
+
+    def test_bound_and_start(self):
+        method = HPL.paper(learner=Own, log_variance_bound=.1).build(mlp(3))
+        assert isinstance(method.learner.layers, Own) and (method.learner(100*torch.randn(50, 2)).abs() <= .1).all()
+        assert method.learner.training and method.learner(torch.zeros(2, 2, dtype=torch.bfloat16)).dtype == torch.float32
+
+    @pytest.mark.parametrize("chosen", [HPL.paper(learner=normed), HPL.release(learner=Own), JointUncertainty(learner=Own),
+                                        HPL.paper(learner=Own, outer="previous", normalize_weights=True)], ids=lambda each: each.title)
+    def test_learns_and_resumes(self, chosen, tmp_path):
+        def run(folder, stop=None):
+            seed_everything(0)
+            method = change(chosen, learner_lr=1e-2).build(mlp(3, (16,)))
+            start = method.state_dict()[first].clone()
+            fit(method, vectors(), SETTINGS, folder=tmp_path/folder, stop_after=stop, progress=False)
+            return start, dict(method.state_dict())
+        first = "learner.layers.0.weight" if "normed" in chosen.title else "learner.layers.layers.0.weight"
+        start, whole = run("whole")
+        assert not whole[first].equal(start)
+        assert differences(run("parts", 13)[1], whole) and not differences(run("parts")[1], whole)
+
+    @pytest.mark.parametrize("make, message", [
+        (flat, r"flat called with 2 gives shape \(2,\) for two rows of 2 inputs; it must be \(2, 1\)"),
+        (still, "has no parameters that could"),
+        (int, r"learner=builtins.int called with 2 fails \(.*\); give a class or function that builds an nn.Module")])
+    def test_refused_before_training(self, make, message):
+        with pytest.raises(HplError, match=message): HPL.paper(learner=make).build(mlp(3))
 
 
 @pytest.mark.parametrize("detach", [True, False])
@@ -491,7 +558,7 @@ def own(head, *layers):
                          ids=["network alone", "none", "not linear", "no bias"])
 def test_head_of_ones_own(chosen, network, what):
     "Refused when the method is built, with what to write instead."
-    with pytest.raises(HplError, match=f"the network has {what}, and this method needs an nn.Linear with a bias. Build it as Regressor"):
+    with pytest.raises(HplError, match=f"the network has {what}, and this method needs an nn.Linear with a bias. Build it with as_reg"):
         chosen.build(network())
 
 

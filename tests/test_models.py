@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from hpl_nb import models
 from hpl_nb.core import HplError
+from hpl_nb.data.core import synthetic
 
 SHARED = Path(__file__).resolve().parents[2]/"shared"
 WEIGHTS = SHARED/"weights/resnet50_imagenet_v1.safetensors"
@@ -111,6 +112,86 @@ def test_own_backbone_and_plain_linear_head():
 @pytest.mark.parametrize("head", [nn.Linear(6, 1, bias=False), nn.ReLU()])
 def test_unusable_head(head):
     with pytest.raises(HplError, match="nn.Linear with a bias"): models.Regressor(nn.Identity(), head)
+
+
+class Residual(nn.Module):
+    "A layer that runs twice is no head."
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+    def forward(self, x): return self.layer(torch.tanh(self.layer(x)))
+
+
+class TestOthersNetworks:
+    "As torchvision, timm and nn.Sequential make them."
+    @pytest.mark.parametrize("name, layer", [("resnet18", "fc"), ("mobilenet_v3_small", "classifier.3"),
+                                             ("efficientnet_b0", "classifier.1")])
+    @pytest.mark.parametrize("outputs", [1, 2])
+    def test_last_layer_is_the_head(self, name, layer, outputs):
+        module, x = getattr(torchvision.models, name)(num_classes=outputs), torch.randn(2, 3, 40, 40)
+        before = {key: value.clone() for key, value in module.state_dict().items()}
+        model = models.as_regressor(module, (3, 40, 40), outputs)
+        assert module.training and all(value.equal(module.state_dict()[key]) for key, value in before.items()) # as it was
+        linear = module.get_submodule(layer)
+        assert isinstance(linear, nn.Linear) and model.head.weight is linear.weight and model.head.bias is linear.bias
+        assert model.features(x).shape == (2, linear.in_features)
+        assert_close(model.eval()(x), module.eval()(x), rtol=0, atol=0)
+        assert_close(model(x), linear(model.features(x)), rtol=0, atol=0)
+        assert {*map(id, model.parameters())} == {*map(id, module.parameters())}
+        other = models.as_regressor(getattr(torchvision.models, name)(num_classes=outputs), (3, 40, 40), outputs)
+        other.load_state_dict(model.state_dict())
+        assert_close(other.eval()(x), model(x), rtol=0, atol=0)
+
+    @pytest.mark.parametrize("module, features", [
+        (torchvision.models.resnet18(), 1000), (nn.Sequential(nn.Linear(3, 8), nn.ReLU()), 8), (Residual(), 3),
+        (nn.Sequential(nn.Linear(3, 1), nn.ReLU(inplace=True)), 1), (nn.Sequential(nn.Linear(3, 1), nn.Softplus()), 1),
+        (nn.Sequential(nn.Linear(3, 6), nn.Unflatten(1, (2, 3))), 6), (nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3)), 3)],
+        ids=["1000 classes", "hidden", "twice", "in place", "activation", "not flat", "spectral norm"])
+    def test_otherwise_the_output_is_the_features(self, module, features):
+        pictures = features == 1000
+        x, outputs = (torch.randn(2, 3, 40, 40), 1) if pictures else (torch.randn(2, 3), 3 if features == 3 else 1)
+        model = models.as_regressor(module, x.shape[1:], outputs).eval()
+        assert model.head.in_features == features and model(x).shape == (2, outputs)
+        assert_close(model.features(x), module.eval()(x).flatten(1), rtol=0, atol=0)
+
+    def test_small_cases(self):
+        "A layer alone, one without a bias, one column that is squeezed away, float64, and a regressor."
+        x, linear, bare = torch.randn(5, 3), nn.Linear(3, 2), nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1, bias=False))
+        squeezed = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1), nn.Flatten(0))
+        assert models.as_regressor(linear, (3,), 2)(x).equal(linear(x))
+        assert models.as_regressor(bare, (3,))(x).equal(bare(x)) and bare[1].bias is None
+        assert models.as_regressor(squeezed, (3,))(x)[:, 0].equal(squeezed(x))
+        assert models.as_regressor(nn.Linear(3, 1).double(), (3,))(x.double()).dtype == torch.float64
+        assert models.as_regressor(own := models.mlp(3), (3,)) is own
+
+    def test_the_seed_decides_a_new_head(self):
+        def made():
+            torch.manual_seed(3)
+            return models.as_regressor(nn.Sequential(nn.Linear(3, 8), nn.Dropout(.5)), (3,))
+        assert made().head.weight.equal(made().head.weight)
+
+    @pytest.mark.parametrize("module, shape, message", [
+        (torchvision.models.resnet18(), (1, 28, 30), r"of 3 channels, and these have 1; give X.reshape\(-1, 1, 28, 30\).repeat\(3, "),
+        (torchvision.models.resnet18(), (4, 28, 28), "of 3 channels, and these have 4; give a network for 4"),
+        (nn.Linear(3, 1), (5,), r"fails on two inputs of shape \(5,\) \(.*\); give a network for this shape"),
+        (nn.LSTM(3, 4), (3,), "the network gives a tuple for two inputs"),
+        (nn.Sequential(nn.Linear(3, 1), nn.ReLU(), nn.Flatten(0)), (3,), r"the network gives shape \(2,\) for two inputs of shape \(3,\)")])
+    def test_refused(self, module, shape, message):
+        with pytest.raises(HplError, match=message): models.as_regressor(module, shape)
+
+    def test_timm(self):
+        timm = pytest.importorskip("timm")
+        for name in ("resnet10t", "mobilenetv3_small_050", "vit_tiny_patch16_224", "convnext_atto"):
+            size = 224 if "224" in name else 64
+            module, x = timm.create_model(name, num_classes=1), torch.randn(2, 3, size, size)
+            model = models.as_regressor(module, (3, size, size)).eval()
+            assert model.head.weight is module.get_classifier().weight
+            assert_close(model(x), module.eval()(x), rtol=0, atol=0)
+
+    def test_settings_may_build_them(self):
+        class Others(models.ModelSettings):
+            def network(self, data): return nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, data.outputs))
+        assert Others().build(synthetic(40)).body.num_features == 5
 
 
 @pytest.mark.parametrize("depth", [18, 50])

@@ -14,7 +14,7 @@ from PIL import Image
 from hpl_nb.core import HplError, seed_everything
 from hpl_nb.data.columns import FrameEncoder
 from hpl_nb.data.core import Streams
-from hpl_nb.data.own import PixelStrengths, RowStrengths, Split, Standardizer, batches_for, from_arrays, from_frame, from_images
+from hpl_nb.data.own import PixelStrengths, Reading, RowStrengths, Split, Standardizer, batches_for, from_arrays, from_frame, from_images
 from hpl_nb.methods.hpl import HPL
 from hpl_nb.models import mlp
 from hpl_nb.training.loop import fit
@@ -161,7 +161,7 @@ def test_label_ratio_is_nested():
     ("val is of type float64", {"split": {"val": [1.5]}}),
     ("val is of type <U5", {"split": {"val": ["a.png"]}}),
     ("val is a mask of shape (2,), but there are 6 rows", {"split": {"val": np.array([True, False])}}),
-    ("strengths=RowStrengths", {"strengths": PixelStrengths()}),
+    ("give names among noise, dropout, RowStrengths(...)", {"views": PixelStrengths()}),
     ("its true target", {"true_targets": np.full(6, 99.)}),
     ("6 inputs but 5 targets", {"true_targets": np.zeros(5)}),
     ("no training row has a label", {"split": ["val", "test", "val", "val", "val", "val"]}),
@@ -249,7 +249,7 @@ def test_constant_and_large_features():
 def test_views_are_functions_of_samples_and_seeds():
     images = np.random.default_rng(0).integers(0, 255, (200, 3, 16, 12), dtype=np.uint8)
     y = arrays()[1]
-    for data in (from_arrays(arrays()[0], y, strengths=RowStrengths(feature_dropout=.3)), from_arrays(images, y)):
+    for data in (from_arrays(arrays()[0], y, views=RowStrengths(feature_dropout=.3)), from_arrays(images, y)):
         samples, seeds = data.inputs[np.arange(8)], np.arange(8)
         for view in (data.weak, data.strong):
             state = torch.get_rng_state()
@@ -262,7 +262,7 @@ def test_views_are_functions_of_samples_and_seeds():
 
 def test_no_strength_is_the_plain_view():
     images, y = np.random.default_rng(0).normal(size=(200, 1, 8, 8)), arrays()[1]
-    none = [from_arrays(arrays()[0], y, strengths=RowStrengths(0, 0, 0)), from_arrays(images, y, strengths=PixelStrengths(0, 0, 0))]
+    none = [from_arrays(arrays()[0], y, views=RowStrengths(0, 0, 0)), from_arrays(images, y, views=PixelStrengths(0, 0, 0))]
     for data in none:
         samples = data.inputs[np.arange(8)]
         assert equal([data.weak(samples, np.arange(8)), data.strong(samples, np.arange(8))], [data.plain(samples)]*2)
@@ -280,7 +280,7 @@ def test_run_folder_keeps_the_preparation(tmp_path):
     kept = load_run(tmp_path).config["data"]
     new = FrameEncoder(**kept["encoder"]).encode(frame.iloc[5:8])
     assert torch.equal(Standardizer(**kept["standardizer"])(new), data.plain(data.inputs[5:8]))
-    other = from_frame(frame, "y", strengths=RowStrengths(strong_noise=.3))
+    other = from_frame(frame, "y", views=RowStrengths(strong_noise=.3))
     refused("holds another run", fit, HPL().build(mlp(6)), other, settings, folder=tmp_path, progress=False)
 
 
@@ -376,13 +376,13 @@ def folder(tmp_path):
 
 
 def test_images(folder):
-    data = from_images(folder, folder/"table.csv", "file", "y", split="part", size=16)
+    data = from_images(folder, folder/"table.csv", "file", "y", split="part", reading=Reading(16))
     assert [len(data.rows(split)) for split in ("labelled", "unlabelled", "val", "test")] == [6, 2, 2, 2]
     assert data.strong(data.inputs[np.arange(3)], np.arange(3)).shape == (3, 3, 16, 16) and data.sample_names[3] == "3.png"
     for table in (folder/"table.tsv", pd.read_csv(folder/"table.csv")):
-        same = from_images(folder, table, "file", "y", split="part", size=16)
+        same = from_images(folder, table, "file", "y", split="part", reading=Reading(16))
         np.testing.assert_array_equal(same.targets, data.targets)
-    assert len(from_images(folder, folder/"table.csv", "file", "y", size=16).val) == 2
+    assert len(from_images(folder, folder/"table.csv", "file", "y", reading=Reading(16)).val) == 2
 
 
 @pytest.mark.parametrize(("contains", "column", "value"), [
@@ -414,20 +414,20 @@ def test_broken_images(folder):
     (folder/"11.png").unlink()
     refused("11.png", from_images, folder, folder/"table.csv", "file", "y")
     with pytest.warns(UserWarning, match="2 pictures cannot be read"):
-        data = from_images(folder, folder/"table.csv", "file", "y", split="part", size=16, skip_broken=True)
+        data = from_images(folder, folder/"table.csv", "file", "y", split="part", reading=Reading(16, skip_broken=True))
     assert list(data.notes["skipped"]) == [2, 11] and 2 not in data.labelled and 11 not in data.unlabelled
     table = pd.read_csv(folder/"table.csv").drop(11)
     with warnings.catch_warnings(): # nothing is said before a broken one is read
         warnings.simplefilter("error")
-        data = from_images(folder, table, "file", "y", split="part", size=16)
+        data = from_images(folder, table, "file", "y", split="part", reading=Reading(16))
     refused("2.png", data.inputs.__getitem__, np.array([2]))
 
 
 def test_repeated_images(folder):
     (folder/"1.png").write_bytes((folder/"8.png").read_bytes()) # a training picture that is also in the test
-    data = from_images(folder, folder/"table.csv", "file", "y", split="part", size=16, deduplicate=True)
+    data = from_images(folder, folder/"table.csv", "file", "y", split="part", reading=Reading(16, deduplicate=True))
     assert data.notes["duplicates"] == [1] and 1 not in data.labelled
     (folder/"11.png").unlink()
     with pytest.warns(UserWarning, match="11.png"):
-        data = from_images(folder, folder/"table.csv", "file", "y", split="part", size=16, deduplicate=True, skip_broken=True)
+        data = from_images(folder, folder/"table.csv", "file", "y", split="part", reading=Reading(16, deduplicate=True, skip_broken=True))
     assert list(data.notes["skipped"]) == [11] and data.notes["duplicates"] == [1]

@@ -17,7 +17,7 @@ from small_runs import METHODS, SETTINGS, differences, digits, make, noisy_cnn, 
 
 from hpl_nb import predictor as module
 from hpl_nb.core import HplError
-from hpl_nb.data.own import Split, from_arrays, from_frame, from_images
+from hpl_nb.data.own import Reading, Split, from_arrays, from_frame, from_images
 from hpl_nb.methods.core import FullySupervised, Supervised
 from hpl_nb.methods.hpl import HPL
 from hpl_nb.models import Body, Head, Regressor, mlp, resnet, small_cnn
@@ -55,7 +55,7 @@ def pictures(tmp_path_factory):
     return root
 
 
-def picture_data(root): return from_images(root, root/"table.csv", "file", "level", size=16)
+def picture_data(root): return from_images(root, root/"table.csv", "file", "level", reading=Reading(16))
 
 
 def trained(method, data, **options): return fit(method, data, QUICK, progress=False, **options)

@@ -1,6 +1,8 @@
 "Many runs: one file per run, gathered from anywhere; deadlines, Ray, protocols, conversion, and the tables beside the paper's."
 import json
 import shutil
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
@@ -21,10 +23,44 @@ from hpl_nb.protocols import Files, cpu_protocol, gpu_protocol, what_is_missing
 from hpl_nb.runner import is_finished, run_all, train_experiment
 from hpl_nb.settings import change
 from hpl_nb.store import merge_runs, run_summary, store_run
+from hpl_nb.training.loop import fit
 from hpl_nb.training.run import load_run
 
 TRAIN = change(DATASETS[0].train, epochs=3, iterations_per_epoch=4, record_every=1)
 EXPERIMENTS = [Experiment(RotatedDigits(), method, train=TRAIN, seed=seed) for seed in (0, 1) for method in (Supervised(), HPL.paper())]
+
+
+SCRIPT = """from __future__ import annotations
+import json
+from dataclasses import dataclass
+from typing import ClassVar
+from torch import nn
+from hpl_nb import HPL, run_all
+from hpl_nb.data.rotated_digits import RotatedDigits
+from hpl_nb.experiment import DATASETS, Experiment
+from hpl_nb.methods.core import PseudoLabel, PseudoLabelMethod
+from hpl_nb.settings import change
+
+@dataclass(frozen=True)
+class Agreement(PseudoLabel):
+    short:ClassVar[str] = "agreement"
+    scale:float=.1
+    def build(self, regressor): return AgreementMethod(regressor, change(self, scale=2*self.scale))
+
+class AgreementMethod(PseudoLabelMethod):
+    def weigh(self, passes):
+        return passes.pseudo_label, 1/(1 + ((passes.prediction - passes.pseudo_label)/self.settings.scale)**2)
+
+@dataclass(frozen=True)
+class Digits(RotatedDigits):
+    "Of this script."
+
+def learner(inputs): return nn.Sequential(nn.Linear(inputs, 4), nn.Tanh(), nn.Linear(4, 1))
+
+short = change(DATASETS[0].train, epochs=1, iterations_per_epoch=3)
+mine = [Experiment(Digits(), method, DATASETS[0].model, short) for method in (Agreement(), HPL.paper(learner=learner))]
+for jobs in (1, 2): print(json.dumps([run.metrics["test_mae"] for run in run_all(mine, f"runs{jobs}", jobs, progress=False)]))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +117,22 @@ class TestStore:
         with pytest.raises(HplError, match="two results of one run: metrics.test_mae"): merge_runs(out, store)
         assert json.loads(new[0].read_text())["metrics"]["test_mae"] == 1.
 
+    @pytest.mark.parametrize("above", range(4))
+    def test_one_run_goes_where_all_look_for_it(self, out, tmp_path, above, monkeypatch):
+        "A run folder, and the folders above it; also as `.`."
+        run, store = run_path(EXPERIMENTS[3], out), tmp_path/"store"
+        assert RunFolder(run_path(EXPERIMENTS[3], store)).stored in merge_runs([run, *run.parents][above], store)
+        assert not list(tmp_path.glob("*.json")) and what_is_missing([("digits", (EXPERIMENTS[3],))], store)["done"].tolist() == [1]
+        monkeypatch.chdir(run)
+        assert merge_runs(".", store) == []
+
+    def test_one_run_without_an_experiment(self, tmp_path):
+        data = EXPERIMENTS[0].load()
+        fit(EXPERIMENTS[0].build(data), data, TRAIN, folder=tmp_path/"mine"/"0", progress=False)
+        with pytest.raises(HplError, match=f"one run without an experiment. Give the folder that holds it, {tmp_path}/mine"):
+            merge_runs(tmp_path/"mine"/"0", tmp_path/"store")
+        assert merge_runs(tmp_path/"mine", tmp_path/"store") == [tmp_path/"store"/"0.json"]
+
     def test_conversion_reads_a_damaged_file_as_such(self, tmp_path):
         place = tmp_path/"rotated_digits"/"0.055"/"hpl-paper"/"0.json"
         place.parent.mkdir(parents=True)
@@ -116,6 +168,15 @@ class TestTraining:
         assert (first/"checkpoints"/"last.pt").exists()
         for run, each in zip(run_all(pair, tmp_path, parallel, progress=False), pair):
             assert not differences(run.predictions, load_run(run_path(each, out)).predictions)
+
+    def test_classes_of_a_script(self, tmp_path):
+        "Its own method, dataset and learner train in two processes, without a guard, and as they do in one."
+        script = tmp_path/"mine.py"
+        script.write_text(SCRIPT)
+        done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        one, two = map(json.loads, done.stdout.splitlines()) # printed once: no process runs the script again
+        assert one == two and len(one) == len({*one}) == 2
 
     def test_workers_make_no_batches_on_the_device(self, tmp_path):
         faces = Experiment(replace(DATASETS[1].data, pixels="device"), Supervised())

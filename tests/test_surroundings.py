@@ -20,11 +20,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.model_selection import KFold, cross_val_score
 from small_runs import METHODS, SETTINGS, differences, digits, make, on_cpu, vectors  # noqa: F401
+from test_imdb_wiki import make_folder
 
 from hpl_nb.core import HplError, OwnGenerators, Turns, random_states, seed_everything
 from hpl_nb.data.core import StreamSettings, plain_view, synthetic
 from hpl_nb.data.images import published_views
-from hpl_nb.data.own import from_arrays, from_frame, from_images
+from hpl_nb.data.imdb_wiki import imdb_wiki
+from hpl_nb.data.own import Reading, from_arrays, from_frame, from_images
 from hpl_nb.data.pixels import on_device, on_disk
 from hpl_nb.data.rotated_digits import RotatedDigits, rotated_digits
 from hpl_nb.data.stsb import stsb
@@ -322,11 +324,13 @@ def datasets(shared, folder):
     yield from_frame(pd.DataFrame(x, columns=list("abcd")).assign(kind=["u", "v"]*60, label=y), "label")
     for row, picture in enumerate(pictures): Image.fromarray(picture.transpose(1, 2, 0)).save(folder/f"{row}.png")
     table = pd.DataFrame({"file": [f"{row}.png" for row in range(24)], "label": t[:24]})
-    for in_memory in (False, True): yield from_images(folder, table, "file", "label", size=16, cache_in_memory=in_memory)
-    files = from_images(folder, table, "file", "label", size=16, views=published_views(16))
+    for in_memory in (False, True): yield from_images(folder, table, "file", "label", reading=Reading(16), cache_in_memory=in_memory)
+    files = from_images(folder, table, "file", "label", reading=Reading(16), views=published_views(16))
     yield from (files, on_disk(files, folder/"cache"), on_device(files, folder/"cache"))
     yield utkface(shared/"data"/"utkface", size=32)
     yield stsb(shared/"data"/"stsb")
+    (folder/"faces").mkdir()
+    yield imdb_wiki(make_folder(folder/"faces"), label_ratio=.5, size=32)
 
 
 def as_made(data, few=12):

@@ -37,7 +37,7 @@ __all__ = ['Split', 'RowStrengths', 'PixelStrengths', 'from_arrays', 'batches_fo
 
 # %% ../../nbs/15_data.own.ipynb #671a7d30
 def read_labels(columns:Mapping[str, Iterable], name:str, missing_label:float=np.nan)->np.ndarray:
-    "Labels (n, K) of K columns, NaN where there is none or `missing_label`; text, an infinite one or a partly labelled row is an `HplError`."
+    "Labels (n, K) of K columns, NaN where there is none or `missing_label`; text, infinity or a partly labelled row is an `HplError`."
     labels = []
     for column, raw in columns.items():
         values, problems = label_problems(raw, unknown_ok=True)
@@ -171,7 +171,8 @@ def check_shape(shape:tuple[int, ...], name:str)->None:
         raise HplError(f"{name}: inputs have shape {shape}; give (n, d) features - a single one as (n, 1) - or "
                        "pictures, (n, H, W) or (n, C, H, W).")
     if len(shape) == 4 and shape[3] in (1, 3, 4) and min(shape[1:3]) > 4:
-        raise HplError(f"{name}: inputs of shape {shape} have their channels last; give np.moveaxis(inputs, 3, 1).")
+        raise HplError(f"{name}: inputs of shape {shape} may have {shape[3]} channels last or {shape[1]} first; "
+                       f"give np.moveaxis(inputs, 3, 1) if they are last, or np.swapaxes(inputs, 2, 3) (pictures on their side) if first.")
 
 # %% ../../nbs/15_data.own.ipynb #202ddc4f
 def as_tensor(samples:Any)->Tensor:
@@ -261,7 +262,8 @@ def flip_some(images:Tensor, generator:torch.Generator)->Tensor:
 
 def recolour(images:Tensor, generator:torch.Generator, strength:float)->Tensor:
     "Change each picture's contrast, and the brightness of each of its channels, by up to `strength` standard deviations."
-    contrast, brightness = (strength*(2*torch.rand((len(images), channels, 1, 1), generator=generator) - 1) for channels in (1, images.shape[1]))
+    def draw(channels): return strength*(2*torch.rand((len(images), channels, 1, 1), generator=generator) - 1)
+    contrast, brightness = draw(1), draw(images.shape[1])
     return images*(1 + contrast) + brightness
 
 def randaugment(pixels:Tensor, generator:torch.Generator)->Tensor:
@@ -305,7 +307,8 @@ def perturb_pixels(samples:Any, generator:torch.Generator, standardizer:Standard
     return cut_squares(images, generator, square) if square else images
 
 # %% ../../nbs/15_data.own.ipynb #e5d90aa8
-Views = str | Sequence[str] | RowStrengths | PixelStrengths | ImageViews | tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None
+Function = Callable[[Tensor], Tensor]
+Views = str | Sequence[str] | RowStrengths | PixelStrengths | ImageViews | tuple[Function, Function] | None
 
 def named_strengths(kind:type[Settings], names:Sequence[str], source:str)->Settings:
     "Strengths at which the named views are as usual and the others are off."
@@ -321,8 +324,8 @@ def chosen_strengths(views:Any, x:Tensor|ImageFiles, source:str)->RowStrengths|P
     names = (views,) if isinstance(views, str) else views
     if isinstance(names, (tuple, list)) and all(isinstance(name, str) for name in names): views = named_strengths(kind, names, source)
     if not isinstance(strengths := kind() if views is None else views, kind):
-        raise HplError(f"{source}: views is {views!r:.100}; give names among {', '.join(kind.named)}, {kind.__name__}(...), or two functions "
-                       "(weak, strong).")
+        raise HplError(f"{source}: views is {views!r:.100}; give names among {', '.join(kind.named)}, {kind.__name__}(...), or two "
+                       "functions (weak, strong).")
     if getattr(strengths, "randaugment", False) and isinstance(x, Tensor) and (x.dtype != torch.uint8 or x.shape[1] not in (1, 3)):
         raise HplError(f"{source}: randaugment changes whole numbers from 0 to 255 (uint8) in 1 or 3 channels, and these pictures are "
                        f"{str(x.dtype).removeprefix('torch.')} in {x.shape[1]}; convert them, or name other views.")
@@ -342,18 +345,18 @@ class OwnView:
         for function in self.functions: sample = function(sample)
         return sample
 
-def try_view(view:OwnView, sample:Any, word:str, source:str)->None:
+def try_view(view:OwnView, sample:Tensor, word:str, source:str)->None:
     "Refuse a function that fails, gives another shape, or draws from a generator that nobody seeds."
-    plain, seed = view.plain(sample), np.array([0])
-    try: first, second = view(sample, seed), view(sample, seed)
+    shape = tuple(sample.shape[1:])
+    try: first, second = (PerSample(view.transform)(sample, np.array([0])) for _ in range(2))
     except Exception as error:
-        raise HplError(f"{source}: the {word} view fails on a sample of shape {tuple(plain.shape[1:])} ({reason(error)}); give a function "
-                       "of one tensor that returns a tensor.") from error
-    if first.shape != plain.shape:
-        raise HplError(f"{source}: the {word} view makes shape {tuple(first.shape[1:])} of {tuple(plain.shape[1:])}; keep the shape.")
+        raise HplError(f"{source}: the {word} view fails on a sample of shape {shape} ({reason(error)}); give a function of one tensor "
+                       "that returns a tensor.") from error
+    if (found := tuple(first.shape[1:])) != shape:
+        raise HplError(f"{source}: the {word} view makes shape {found} of {shape}; keep the shape.")
     if not torch.equal(first, second):
-        raise HplError(f"{source}: the {word} view of the same sample and seed differs from call to call; draw from torch's generator only, "
-                       "with torch.rand and the like.")
+        raise HplError(f"{source}: the {word} view of the same sample and seed differs from call to call; draw from torch's generator "
+                       "only, with torch.rand and the like.")
 
 # %% ../../nbs/15_data.own.ipynb #903bec2b
 def are_functions(views:Any)->bool: return isinstance(views, (tuple, list)) and len(views) == 2 and all(map(callable, views))
@@ -375,6 +378,16 @@ def make_views(views:Views, x:Tensor|ImageFiles, plain:View, source:str)->tuple[
         return made | {"plain": plain}, {}
     strengths = chosen_strengths(views, x, source)
     return strengths.views(plain), {"strengths": asdict(strengths)}
+
+# %% ../../nbs/15_data.own.ipynb #e66160d0
+def single_views(data:SemiSupervisedData)->dict[str, View]:
+    "Each view that is on, alone."
+    strengths = data.notes.get("strengths")
+    if strengths is None: return {"the weak view": data.weak, "the strong view": data.strong}
+    kind = RowStrengths if "feature_dropout" in strengths else PixelStrengths
+    off = {each.name: type(each.default)(0) for each in fields(kind)}
+    chosen = {name: {key: strengths[key] for key in keys} for name, keys in kind.named.items()}
+    return {repr(name): kind(**off | values).views(data.plain)["strong"] for name, values in chosen.items() if any(values.values())}
 
 # %% ../../nbs/15_data.own.ipynb #3eb440d1
 def array_data(x:Tensor, labels:np.ndarray, sets:dict[str, np.ndarray], views:Views, name:str, notes:dict[str, Any]|None=None,
@@ -497,7 +510,7 @@ def picture_table(table:str|Path|pd.DataFrame, file:str, name:str)->tuple[pd.Dat
 
 def refuse_twice(sources:Sequence[ImageSource], names:Sequence[str], name:str)->None:
     "Refuse two rows that name the same picture."
-    paths = pd.Series([str(source) for source in sources])
+    paths = pd.Series([str(source) for source in sources], dtype=object)
     if len(again := np.flatnonzero(paths.duplicated())):
         first = int(np.flatnonzero(paths == paths[again[0]])[0])
         raise row_error(name, again, f"its picture {names[first]} stands in row {first} already", "Keep one row.")
@@ -515,11 +528,11 @@ def picture_sources(folder:str|Path, names:Sequence[str], skip_missing:bool)->li
 
 # %% ../../nbs/15_data.own.ipynb #6c466b74
 def file_data(name:str, files:ImageFiles, labels:np.ndarray, sets:Mapping[str, np.ndarray], views:Views, plain:View, how:Reading,
-              progress:bool=False, **fields:Any)->SemiSupervisedData:
+              **fields:Any)->SemiSupervisedData:
     "Join pictures in files, labels and rows; make the views, and warn of likely mistakes."
     made, noted = make_views(views, files, plain, name)
     if noted: noted |= {"standardizer": asdict(plain)}
-    data = image_data(name, files, labels, dict(sets), ImageViews(**made), how.deduplicate, how.skip_broken, progress, compare=True, **fields)
+    data = image_data(name, files, labels, dict(sets), ImageViews(**made), how.deduplicate, how.skip_broken, compare=True, **fields)
     data.notes |= noted
     return data
 

@@ -75,7 +75,7 @@ def read_table(path:str|Path, columns:Sequence[str], hint:str="")->pd.DataFrame:
     path = Path(path)
     if not path.is_file(): raise HplError(f"there is no table {path}. {hint}".strip())
     with reading(path, lambda why: HplError(f"{path} could not be read as a table ({why}); save it as UTF-8 .csv.")):
-        if path.suffix.lower() == ".parquet": table = pd.read_parquet(path)
+        if path.suffix.lower() == ".parquet": table = pd.read_parquet(io.BytesIO(path.read_bytes()))
         else: table = _read_text(path, "\t" if path.suffix.lower() == ".tsv" else ",")
     table.columns = [str(column).strip() for column in table.columns]
     if twice := table.columns[table.columns.duplicated()].tolist():

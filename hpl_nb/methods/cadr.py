@@ -87,6 +87,9 @@ class CADR(PseudoLabel):
     power:float=.5 # beta; 0: one threshold for all bins
     decay:float=.99 # of the moving average
 
+    @property
+    def corrections(self)->str: return "F6" if self.prior == "predicted" else ""
+
     def build(self, regressor:Regressor)->CADRMethod: return CADRMethod(regressor, self)
     def candidates(self)->list[CADR]:
         own = self.suited_to(Released())

@@ -50,6 +50,7 @@ class MethodSettings(Settings):
     "Base class of the methods' settings."
     networks:ClassVar[int] = 1 # how many `build` takes
     needs_dropout:ClassVar[bool] = False # whether its networks must have some
+    predicts_by_head:ClassVar[bool] = True # whether predictions are those of a network and its head, or of an average of such
     label:str=field(default="", compare=False, kw_only=True) # name of the variant in tables; empty: the class's name alone
 
     @property
@@ -57,6 +58,9 @@ class MethodSettings(Settings):
 
     @property
     def share_of_run(self)->str: return "" # name of a setting that is a share of all epochs; empty: a longer run begins as this one does
+
+    @property
+    def corrections(self)->str: return "" # rows of the table of differences (61) by which the same settings now give other numbers
 
     def build(self, regressor:Regressor)->Method: raise NotImplementedError(f"{type(self).__name__} has no build(regressor)")
     def suited_to(self:_M, released:Released)->_M: return self
@@ -76,7 +80,7 @@ def but(self:MethodSettings, **changes:Any)->MethodSettings:
     "A variant with other settings by name, which its label says."
     value = change(self, **changes)
     different = {name.split(".")[-1] for name in differences(self, value)}
-    told = [f"{name}={new}".lower() for name, new in changes.items() if name in different]
+    told = [f"{name}={as_json(new) if callable(new) else str(new).lower()}" for name, new in changes.items() if name in different]
     return value if "label" in changes else replace(value, label=", ".join(filter(None, [self.label, *told])))
 
 # %% ../../nbs/60_methods.core.ipynb #03496c11
@@ -103,7 +107,10 @@ class Method(nn.Module):
 
     @property
     def title(self)->str: return self.settings.title if self.settings else type(self).__name__ # in tables
-    def config(self)->dict[str, Any]: return as_json(self.settings) if self.settings else {} # for config.json
+
+    def config(self)->dict[str, Any]: # for config.json
+        corrected = {"corrections": self.settings.corrections} if self.settings and self.settings.corrections else {}
+        return (as_json(self.settings) if self.settings else {}) | corrected
 
     def prepare(self, data:SemiSupervisedData)->SemiSupervisedData: return data
     def stream_settings(self, settings:StreamSettings)->StreamSettings: return settings

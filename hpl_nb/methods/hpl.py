@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import Adam, Optimizer
 
-from ..core import HplError, not_negative, whole_number
+from ..core import HplError, NotPassed, not_negative, reason, whole_number
 from ..data.core import SemiSupervisedData, StreamSettings
 from ..hypergrad import Hypergradient, Labelled, Sloped, VirtualStep, optimizer_step, sgd_step, slope_hypergradient
 from ..loss import Reduction, labelled_loss, pseudo_label_weight, unlabelled_loss
@@ -24,7 +24,7 @@ from hpl_nb.methods.core import (
     Method, MethodSettings, Passes, PseudoLabel, Released, average_weights, dropout_features, forward_batches, frozen_copy, require_dropout,
     sample_record)
 from ..models import Regressor
-from ..settings import Settings, change
+from ..settings import Settings, as_json, change
 from ..training.state import OptimizerSettings
 from ..uncertainty import UncertaintyLearner, disagreement, learner_input, scaled_features
 
@@ -37,10 +37,13 @@ class LearnerMethod(Method):
     "A pseudo-labelling method with an uncertainty-learner g."
     needs = {"labelled": ("weak",), "unlabelled": ("weak", "strong")}
 
-    def __init__(self, regressor:Regressor, settings:MethodSettings, bound:float|None, residual_input:bool, inputs:LearnerInputs="pair"):
+    def __init__(self, regressor:Regressor, settings:MethodSettings, read:LearnerSettings|JointUncertainty, residual_input:bool=False,
+                 inputs:LearnerInputs="pair"):
         super().__init__(regressor, settings)
         check_head(regressor)
-        self.learner = UncertaintyLearner(regressor.head.out_features, bound=bound, further=further_columns(regressor, inputs))
+        K, further = regressor.head.out_features, further_columns(regressor, inputs)
+        layers = None if read.learner is None else own_layers(read.learner, 2*K + further, K)
+        self.learner = UncertaintyLearner(K, bound=read.log_variance_bound, further=further, layers=layers)
         self.residual_input = residual_input
 
     def inspect(self, weak:Tensor, strong:Tensor)->dict[str, Tensor]:
@@ -53,13 +56,31 @@ def check_head(regressor:nn.Module)->None:
     head = getattr(regressor, "head", None)
     if isinstance(head, nn.Linear) and head.bias is not None: return
     what = "no head" if head is None else f"a head of type {type(head).__name__}"
-    raise HplError(f"the network has {what}, and this method needs an nn.Linear with a bias. Build it as Regressor(Body(network, d), "
-                   "nn.Linear(d, K)) from hpl_nb.models, for d features and K outputs.")
+    raise HplError(f"the network has {what}, and this method needs an nn.Linear with a bias. Build it with "
+                   "as_regressor(network, shape, K) from hpl_nb.models, for inputs of a shape and K outputs.")
 
 def check_learner(learner_lr:float, log_variance_bound:float|None)->None:
     not_negative("learner_lr", learner_lr)
     if log_variance_bound is not None and not log_variance_bound > 0:
         raise HplError(f"log_variance_bound is {log_variance_bound}; give a positive number, or None for no bound.")
+
+# %% ../../nbs/61_methods.hpl.ipynb #61e00002
+MakeLearner = Callable[[int], nn.Module] # number of inputs -> module from (m, inputs) to (m, K)
+
+def own_layers(make:MakeLearner|str, inputs:int, outputs:int)->nn.Module:
+    "g of the user's own, in float32; what training could not use is an `HplError`."
+    if isinstance(make, str):
+        raise NotPassed(f"learner is {make!r}, the name of a class or function of your own, as files have it. Give the class or function "
+                        "itself: change(method, learner=...), or load(path, method=...).")
+    call = f"learner={as_json(make)} called with {inputs}"
+    try:
+        layers = make(inputs).float()
+        with torch.no_grad(): found = tuple(layers.eval()(torch.zeros(2, inputs)).shape)
+    except Exception as error:
+        raise HplError(f"{call} fails ({reason(error)}); give a class or function that builds an nn.Module.") from error
+    if found != (2, outputs): raise HplError(f"{call} gives shape {found} for two rows of {inputs} inputs; it must be {2, outputs}.")
+    if any(p.requires_grad for p in layers.parameters()): return layers.train()
+    raise HplError(f"{call} has no parameters that could learn; use method='pseudo_label' for equal weights.")
 
 # %% ../../nbs/61_methods.hpl.ipynb #32d9b3b6
 @dataclass(frozen=True)
@@ -68,6 +89,7 @@ class JointUncertainty(PseudoLabel):
     short:ClassVar[str] = "joint_uncertainty"
     learner_lr:float=1e-4 # Adam's rate for phi (B.3)
     log_variance_bound:float|None=8. # largest |z|; None: no bound
+    learner:MakeLearner|str|None=None # g of your own, see `LearnerSettings`
 
     def build(self, regressor:Regressor)->JointUncertaintyMethod: return JointUncertaintyMethod(regressor, self)
     def candidates(self)->list[JointUncertainty]: return [change(value, learner_lr=1e-3) for value in super().candidates()]
@@ -80,7 +102,7 @@ class JointUncertainty(PseudoLabel):
 class JointUncertaintyMethod(LearnerMethod):
     "Eq. 3 over theta and phi."
     def __init__(self, regressor:Regressor, settings:JointUncertainty=JointUncertainty()):
-        super().__init__(regressor, settings.suited_to(Released()), settings.log_variance_bound, residual_input=False)
+        super().__init__(regressor, settings.suited_to(Released()), settings)
 
     def make_optimizers(self, settings:OptimizerSettings)->dict[str, Optimizer]:
         "phi is one more group of the regressor's optimiser: both follow the same loss."
@@ -111,6 +133,7 @@ class LearnerSettings(Settings):
     log_variance_bound:float|None=8. # largest |z| (ours); None: no bound (paper, release)
     learner_lr:float=1e-4 # Adam's rate for phi (B.3)
     learner_weight_decay:float|None=0. # of phi; None: the release's, 0, for STS-B 1e-5
+    learner:MakeLearner|str|None=None # g of your own: number of inputs -> module; text: only its name, as in files; None: an MLP
 
     def check(self)->None:
         check_learner(self.learner_lr, self.log_variance_bound)
@@ -209,7 +232,7 @@ class HPLMethod(LearnerMethod):
     def __init__(self, regressor:Regressor, settings:HPL=HPL()):
         settings = settings.suited_to(Released())
         learner = settings.learner
-        super().__init__(regressor, settings, learner.log_variance_bound, learner.residual_input, learner.learner_inputs)
+        super().__init__(regressor, settings, learner, learner.residual_input, learner.learner_inputs)
         self.memory:dict[str, Tensor] = {} # the previous step's labelled features and labels
         self.latest:list[Labelled] = [] # this step's, of each micro-batch
         self.taught = False # whether g was taught before the micro-batches of this step
@@ -320,7 +343,8 @@ def teach(method:HPLMethod, passes:Passes, outer:Labelled, further:Tensor|None=N
         Sloped(passes.unlabelled_features.detach(), slope), outer, s.unlabelled_weight, s.reduction, method.reduce, method.processes)
     slope.backward(result.slope)
     if s.look_ahead.outer_regularizer: regularise(method, result, outer)
-    for parameter in method.learner.parameters(): parameter.grad = method.reduce(parameter.grad)
+    for parameter in method.learner.parameters():
+        if parameter.grad is not None: parameter.grad = method.reduce(parameter.grad)
     if s.look_ahead.learner_first:
         method.optimizers["learner"].step()
         method.optimizers["learner"].zero_grad()

@@ -31,6 +31,9 @@ class MeanTeacher(PseudoLabel):
     @property
     def share_of_run(self)->str: return "ramp_share" if self.ramp_share else ""
 
+    @property
+    def corrections(self)->str: return "F1"
+
     def build(self, regressor:Regressor)->MeanTeacherMethod: return MeanTeacherMethod(regressor, self)
     def candidates(self)->list[MeanTeacher]:
         "Another decay, and two other weights."

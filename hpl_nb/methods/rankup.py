@@ -98,6 +98,9 @@ class RankUp(MethodSettings):
     @property
     def share_of_run(self)->str: return "ramp" if self.ramp and self.alignment_weight else ""
 
+    @property
+    def corrections(self)->str: return ", ".join(["F1"]*(self.decay is not None) + ["F5"]*(self.alignment_weight > 0))
+
     def build(self, regressor:Regressor)->RankUpMethod: return RankUpMethod(regressor, self)
     def candidates(self)->list[RankUp]:
         strict = replace(self, ranking_weight=.7)

@@ -103,6 +103,7 @@ def negative_elbo(gp:SparseGP, posterior:Posterior, y:Tensor, rows:Tensor)->Tens
 class SSDKL(MethodSettings):
     "Deep kernel learning that minimises the variance of its predictions on unlabelled rows."
     short:ClassVar[str] = "ssdkl"
+    predicts_by_head:ClassVar[bool] = False
     unlabelled_weight:float=1. # alpha
     latent_size:int=2 # dimensions of the latent space
     inducing_points:int=64 # M

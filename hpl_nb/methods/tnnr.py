@@ -80,6 +80,7 @@ def labelled_anchors(data:SemiSupervisedData, count:int|None)->tuple[Tensor, Ten
 class TNNR(MethodSettings):
     "Twin neural network regression: learns differences, closes loops, predicts from labelled anchors."
     short:ClassVar[str] = "tnnr"
+    predicts_by_head:ClassVar[bool] = False
     unlabelled_weight:float=.1 # Lambda, of the loop loss
     hidden:int=0 # hidden units of F; 0: linear, as in the deep version
     anchors:int|None=32 # labelled rows that predictions count from, at most; None: all, as in the original

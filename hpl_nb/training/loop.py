@@ -52,6 +52,7 @@ def fit(
     checkpoint_seconds:float=120., # between checkpoints within an epoch; the end of an epoch always writes one
     stop_after:int|None=None, # stop, resumable, after so many more steps
     watch:Callable[[Progress], bool]|None=None, # called after every step, on every process; a true answer stops, resumable
+    keep_interrupted:bool=False, # an interruption (Ctrl-C) after the first epoch ends with the best epoch so far, and with its predictions
     experiment:Mapping[str, Any]|None=None, # JSON of the experiment, for config.json
 )->Run:
     "Train, select on validation, and measure on the test set once. The same call with the same folder resumes; more epochs go on."
@@ -70,8 +71,11 @@ def fit(
                 seed_everything(seed, accelerator.process_index)
                 checkpoint.resume()
                 last = min(at.steps, at.step + (at.steps if stop_after is None else stop_after))
-                if not train_epochs(training, guard, checkpoint, log, last, workers, watch, own):
-                    return Run(config, pd.DataFrame(at.log), {}, pd.DataFrame(columns=PREDICTION_COLUMNS), False)
+                try: ended = train_epochs(training, guard, checkpoint, log, last, workers, watch, own)
+                except KeyboardInterrupt:
+                    if not keep_interrupted or not at.best_epoch: raise
+                    return log.interrupted(checkpoint)
+                if not ended: return Run(config, pd.DataFrame(at.log), {}, pd.DataFrame(columns=PREDICTION_COLUMNS), False)
                 run = log.finish(checkpoint)
                 if accelerator.is_main_process: guard.warn_if_far(selected(run))
                 return run
@@ -190,7 +194,8 @@ class Log:
     def bar(self)->Iterator[Callable[[], None]]:
         "A progress bar, to be called after each step."
         at = self.progress
-        with tqdm(total=at.steps, initial=at.step, desc=self.config["method"], disable=not self.evaluator.show) as bar:
+        with tqdm(total=at.steps, initial=at.step, desc=self.config["method"], disable=not self.evaluator.show,
+                  delay=1) as bar: # shorter runs need none
             def advance():
                 bar.update()
                 if at.at_epoch_end: bar.set_postfix({k: f"{v:.3g}" for k, v in at.log[-1].items() if k in ("val_mae", "log_variance_mean")})
@@ -231,18 +236,33 @@ def keep_predictions(self:Log)->None:
 @patch
 def finish(self:Log, checkpoint:Checkpoint)->Run:
     "Predict with the last and the selected epoch, measure the test set once, and write the results."
-    at, last, best = self.progress, len(self.progress.log), self.progress.best_epoch
     if run := finished_before(self.folder):
         checkpoint.load_best()
         return run
+    at, last, best = self.progress, len(self.progress.log), self.progress.best_epoch
     tables = kept_tables(self.folder, at, (last, best))
     if last != best: tables.append(self.table(last))
-    checkpoint.load_best()
-    selected = self.table(best)
-    predictions = pd.concat([*tables, selected], ignore_index=True).sort_values(["epoch", "index", "output"], ignore_index=True)
-    run = Run(self.config, pd.DataFrame(at.log), selected_metrics(at, selected), predictions, True, environment(self.evaluator.accelerator))
+    run = self.outcome(checkpoint, tables)
     if self.writes: write_results(self.folder, run)
     return run
+
+@patch
+def outcome(self:Log, checkpoint:Checkpoint, tables:Sequence[pd.DataFrame]=(), finished:bool=True)->Run:
+    "The run as its selected epoch has it, whose weights the method gets, with the predictions of other epochs."
+    checkpoint.load_best()
+    at, selected = self.progress, self.table(self.progress.best_epoch)
+    predictions = pd.concat([*tables, selected], ignore_index=True).sort_values(["epoch", "index", "output"], ignore_index=True)
+    metrics, hardware = selected_metrics(at, selected), environment(self.evaluator.accelerator)
+    return Run(self.config, pd.DataFrame(at.log), metrics, predictions, finished, hardware)
+
+# %% ../../nbs/51_training.loop.ipynb #5a51c001
+@patch
+def interrupted(self:Log, checkpoint:Checkpoint)->Run:
+    "What there is after an interruption; nothing is written, so that the same call with the same folder goes on."
+    at = self.progress
+    warnings.warn(f"training was interrupted at step {at.step} of {at.steps}. What is kept is epoch {at.best_epoch}, the best so far.",
+                  stacklevel=3)
+    return self.outcome(checkpoint, finished=False)
 
 # %% ../../nbs/51_training.loop.ipynb #0c606b99
 def make_accelerator(precision:str="no", trackers:Sequence[str]=(), folder:RunFolder|None=None)->Accelerator:

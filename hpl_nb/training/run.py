@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from errno import ENOLCK, ENOSYS, ENOTSUP
 from functools import partial
 from importlib.metadata import version
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def load_run(
     environment = folder.read_json("environment.json") or {}
     check_results(folder)
     check_format(config, folder.path/"config.json")
-    return Run(config, read_table(folder.log), metrics, read_table(folder.predictions), True, environment)
+    return check_whole(Run(config, read_table(folder.log), metrics, read_table(folder.predictions), True, environment), folder.path)
 
 # %% ../../nbs/50b_training.run.ipynb #44ca4f92
 CONFIG_FORMAT = 2 # of config.json: since 2 it may hold the experiment as JSON
@@ -88,10 +89,25 @@ def read_table(path:Path)->pd.DataFrame:
         if path.suffix == ".csv":
             check_header(path, b",")
             return pd.read_csv(path)
-        table = pd.read_parquet(path)
+        table = pd.read_parquet(BytesIO(path.read_bytes())) # arrow opens no path that is not UTF-8
         if missing := [name for name in PREDICTION_COLUMNS if name not in (*table, "weight")]:
             raise damaged(path, f"it has no column {missing[0]!r}")
         return table.reindex(columns=PREDICTION_COLUMNS)
+
+# %% ../../nbs/50b_training.run.ipynb #50b17c01
+NUMBER = (int, float)
+ALWAYS = {"config": {"run": str, "dataset": str, "method": str, "unit": str, "label_ratio": NUMBER, "seed": int, "settings": dict},
+          "metrics": dict.fromkeys(("epoch", "epochs", "steps", "seconds"), NUMBER)} # what every run has, of these types
+
+def check_whole(run:Run, path:Path)->Run:
+    "Refuse a run whose files lack what every run has."
+    wrong = [f"{part} has {name} = {getattr(run, part).get(name)!r:.40}" for part, kinds in ALWAYS.items() for name, kind in kinds.items()
+             if not isinstance(getattr(run, part).get(name), kind)]
+    wrong += [f"metrics has {name} = {value!r:.40}" for name, value in run.metrics.items() if not isinstance(value, NUMBER)]
+    if not wrong and run.metrics["epoch"] not in run.log.get("epoch", pd.Series(dtype=float)).tolist():
+        wrong = [f"the log has no row of the selected epoch {run.metrics['epoch']}"]
+    if not wrong: return run
+    raise HplError(f"{path} is no whole run: {wrong[0]}. Restore a copy of its files, or delete it and train again.")
 
 # %% ../../nbs/50b_training.run.ipynb #3de486fe
 def stored_run(folder:RunFolder)->Run:
@@ -103,7 +119,7 @@ def stored_run(folder:RunFolder)->Run:
     check_format(content["config"], folder.stored)
     with reading(folder.stored, partial(damaged, folder.stored)): log = pd.DataFrame(content["log"])
     table = read_table(parquet) if os.path.lexists(parquet) else pd.DataFrame(columns=PREDICTION_COLUMNS)
-    return Run(content["config"], log, content["metrics"], table, True, content["environment"])
+    return check_whole(Run(content["config"], log, content["metrics"], table, True, content["environment"]), folder.stored)
 
 # %% ../../nbs/50b_training.run.ipynb #197289eb
 def differing(found:Mapping[str, tuple[Any, Any]], why_not:str="")->str:
@@ -113,6 +129,8 @@ def differing(found:Mapping[str, tuple[Any, Any]], why_not:str="")->str:
         if not isinstance(epochs[0], int) or epochs[0] > epochs[1]: why_not = "a run goes on for more epochs, never for fewer"
         if why_not: words["train.epochs"] += f" ({why_not})"
         else: del words["train.epochs"]
+    if corrected := found.get("settings.corrections"):
+        words["settings.corrections"] = f"hpl_nb has changed the method's arithmetic since ({corrected[1] or corrected[0]})"
     return "; ".join([*words.values()][:9]) + (f"; and {len(words) - 9} more" if len(words) > 9 else "")
 
 def why_not_longer(share_of_run:str)->str:
@@ -263,5 +281,5 @@ def kept_tables(folder:RunFolder|None, progress:Progress, without:Sequence[int])
         if digest != progress.snapshots.get(name, digest):
             raise HplError(f"{path}, the predictions of an epoch, is missing or damaged. Restore a copy, or delete the folder "
                            f"{folder.checkpoint.parent} and run the same command again to train from the beginning.")
-        tables.append(pd.read_parquet(path))
+        tables.append(pd.read_parquet(BytesIO(path.read_bytes())))
     return tables
