@@ -26,9 +26,9 @@ from sklearn.linear_model import RidgeCV
 from sklearn.utils import check_array
 from sklearn.utils.validation import validate_data
 from .data.images import SUFFIXES, ImageFiles, broken_images, unlisted_images
-from .data.own import (
-    Reading, Split, array_data, file_data, fit_standardizer, in_reading, input_tensor, label_array, make_sets, single_views)
+from .data.own import Reading, Split, array_data, file_data, in_reading, input_tensor, label_array, make_sets
 from .data.tables import unmasked
+from .data.views import fit_standardizer, single_views
 from .predictor import Predictor, predictions
 
 # %% auto #0

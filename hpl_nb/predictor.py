@@ -29,7 +29,8 @@ from .core import HplError, LabelNormalizer, RunFolder, atomic_write, reading, s
 from .data.columns import FrameEncoder
 from .data.core import SemiSupervisedData, View, plain_view, row_error, row_numbers, row_owners
 from .data.images import ImageFiles, ImageSource, ImageView, decode_image
-from .data.own import PixelStrengths, Reading, RowStrengths, Standardizer, input_tensor
+from .data.own import Reading, input_tensor
+from .data.views import PixelStrengths, RowStrengths, Standardizer
 from .methods.core import Method
 from .methods.known import METHODS
 from .settings import Settings, as_json, differences, from_json

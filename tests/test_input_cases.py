@@ -9,6 +9,7 @@ import warnings
 import zlib
 from decimal import Decimal
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -648,8 +649,7 @@ def test_explorer_counts_the_rows_that_have_a_variance():
 
 
 @pytest.mark.parametrize(("contains", "change"), [
-    ("has no rows", lambda t: t[:0]), ("no row has both", lambda t: t.assign(pseudo_label=np.nan)),
-    ("no row has both", lambda t: t.assign(y_true=np.nan)),
+    ("has no rows", lambda t: t[:0]), ("no row has a pseudo_label", lambda t: t.assign(pseudo_label=np.nan)),
     ("has no column pseudo_label", lambda t: t.drop(columns="pseudo_label")),
     ("no output 0. Give one of [1]", lambda t: t.assign(output=1)),
     ("rows without epoch", lambda t: t.assign(epoch=np.nan)), ("rows without run", lambda t: t.assign(run=None)),
@@ -657,6 +657,97 @@ def test_explorer_counts_the_rows_that_have_a_variance():
 def test_explorer_refuses_with_a_reason(contains, change):
     from hpl_nb.explorer import Explorer
     refused(contains, Explorer, change(predictions()))
+
+
+@pytest.mark.parametrize("change", [lambda t: t.assign(y_true=np.nan), lambda t: t.assign(y_true=None), lambda t: t.drop(columns="y_true")])
+def test_explorer_needs_no_true_label(change):
+    rng = np.random.default_rng(1)
+    table = change(predictions(log_variance=rng.normal(size=100), strong_prediction=rng.normal(size=100), weight=rng.uniform(size=100)))
+    from hpl_nb.explorer import Explorer
+    explorer = Explorer(table)
+    assert explorer.height.options == ("variance σ²", "disagreement |r − pseudo-label|", "weight ω") and explorer.boxes is None
+    last, points = table[table["epoch"] == 2], explorer.scatter.data[0]
+    heights = {"variance σ²": np.exp(last["log_variance"]), "weight ω": last["weight"],
+               "disagreement |r − pseudo-label|": (last["strong_prediction"] - last["pseudo_label"]).abs()}
+    for name, height in heights.items():
+        explorer.height.value = name
+        np.testing.assert_allclose(points.x, last["pseudo_label"])
+        np.testing.assert_allclose(points.y, height)
+        explorer.choose(np.arange(50))
+        first = explorer.cards.value.split('<figure class="hpl-card">')[1]
+        assert "the 24 highest of them" in explorer.cards.value and first.startswith(f"sample {height.idxmax() - 50}<")
+    assert "true labels are unknown" in explorer.words.value and "nan" not in explorer.words.value + explorer.cards.value
+    explorer.labels.value = (0., explorer.labels.max)
+    assert len(points.x) == (last["pseudo_label"] >= 0).sum()
+    explorer.close()
+
+
+def test_explorer_of_little_but_pseudo_labels():
+    explorer, words = explored(predictions().drop(columns="y_true"))
+    assert explorer.height.options == ("pseudo-label",) and "50 samples" in words
+
+
+def test_explorer_opens_on_a_method_with_a_variance():
+    from hpl_nb.explorer import Explorer
+    without = predictions(strong_prediction=1.).assign(run="p", method="PseudoLabel")
+    other = predictions().assign(run="s", method="Supervised")
+    explorer = Explorer(pd.concat([without, predictions(log_variance=.5), other], ignore_index=True))
+    assert (explorer.method.value, explorer.run.value, explorer.height.value) == ("HPL", "r", "variance σ²")
+    assert explorer.method.options == ("PseudoLabel", "HPL", "Supervised") and "Epoch 2" in explorer.words.value
+    explorer.close()
+
+
+@pytest.fixture(scope="module")
+def blind(tmp_path_factory):
+    "Estimators on a table, on pictures and on files whose unlabelled rows have no true label: (X, estimator) by kind."
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    y, pixels = np.where(np.arange(60) < 30, rng.normal(size=60), np.nan), rng.integers(0, 256, (60, 8, 8)).astype(np.uint8)
+    for row in range(60): Image.fromarray(pixels[row]).save(folder/f"{row}.png")
+    table = pd.DataFrame({"age": rng.normal(size=60), "city": ["<i>Ulm", "Bari"]*30})
+    X = {"numbers": rng.normal(size=(60, 3)), "frame": table, "pixels": pixels.astype(float),
+         "files": [folder/f"{row}.png" for row in range(60)]}
+    train = Train(epochs=2, iterations_per_epoch=2)
+    return {kind: (x, SemiSupervisedRegressor(train=train, random_state=0).fit(x, y)) for kind, x in X.items()}
+
+
+@pytest.mark.parametrize(("kind", "shown"), [("numbers", "…</div>"), ("frame", "city &lt;i&gt;Ulm"), ("pixels", "<img"), ("files", "<img")])
+def test_explorer_of_an_estimators_run_shows_rows_of_its_X(blind, kind, shown):
+    from hpl_nb.explorer import Explorer
+    x, model = blind[kind]
+    explorer = Explorer(model.run_, x)
+    assert explorer.height.value == "variance σ²" and len(explorer.rows()) == 30
+    explorer.choose(explorer.rows()["index"])
+    assert shown in explorer.cards.value and explorer.cards.value.count("<figure") == 24
+    explorer.close()
+
+
+def test_explorer_tells_runs_of_one_name_apart_and_refuses_other_things(blind):
+    from hpl_nb.explorer import Explorer
+    (x, model), (_, other) = blind["numbers"], blind["numbers"]
+    explorer = Explorer([model.run_, other.run_])
+    assert len(explorer.run.options) == 2 and len(explorer.rows()) == 30
+    explorer.close()
+    refused("predictions is a SemiSupervisedRegressor: give a predictions table, or runs such as the run_", Explorer, model)
+    refused("predictions is a list", Explorer, [])
+    refused("data is a str", Explorer, model.run_, "years")
+    refused("data has 10 rows, and the predictions have one of row 59", Explorer, model.run_, x[:10])
+
+
+def test_datasets_without_true_labels_can_be_explored(blind, tmp_path):
+    from hpl_nb.core import seed_everything
+    from hpl_nb.methods.hpl import HPL
+    from hpl_nb.models import mlp, small_cnn
+    from hpl_nb.training.loop import fit
+    y, files = [*np.linspace(0, 1, 30), *[np.nan]*30], blind["files"][0]
+    table = pd.DataFrame({"file": [file.name for file in files], "y": y})
+    sets = [(from_arrays(blind["numbers"][0], y, unit="years"), partial(mlp, 3)),
+            (from_images(files[0].parent, table, "file", "y", size=8), partial(small_cnn, channels=3, width=4))]
+    for number, (data, network) in enumerate(sets):
+        seed_everything(0)
+        method, settings = HPL.paper().build(network()), Train(epochs=2, iterations_per_epoch=2, record_every=1)
+        run = fit(method, data, settings, folder=tmp_path/str(number), progress=False)
+        explorer, words = explored(run, data=data)
+        assert explorer.epoch.options == (1, 2) and "true labels are unknown" in words and explorer.unit == data.unit
 
 
 @few
