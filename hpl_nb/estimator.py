@@ -102,7 +102,7 @@ def fit(self:SemiSupervisedRegressor,
 
 # %% ../nbs/83_estimator.ipynb #4760324e
 def pseudo_labels(run:Run, target:TransformerMixin|None=None, index:pd.Index|None=None)->pd.DataFrame:
-    "Pseudo-labels of the unlabelled rows at the selected epoch (label units), their variance (label or target units squared) and their weight."
+    "Pseudo-labels of the unlabelled rows at the selected epoch (label units), variance (label or target units squared) and weight."
     table = selected(run)
     table = table[table["split"] == "unlabelled"].reset_index(drop=True)
     rows, wide = table["index"].astype(int), table.pivot(index="index", columns="output", values="pseudo_label").astype(float)

@@ -97,7 +97,8 @@ def advised(message, X):
         yield names["X"]["age"]
 
 
-AMBIGUOUS = {"thousands": pd.Series([f"{age},500" for age in AGES]), "either first": pd.Series([f"0{1 + day % 9}/0{1 + day % 7}/2024" for day in range(40)]),
+AMBIGUOUS = {"thousands": pd.Series([f"{age},500" for age in AGES]),
+             "either first": pd.Series([f"0{1 + day % 9}/0{1 + day % 7}/2024" for day in range(40)]),
              "zeros": pd.Series([f"0{age}" for age in AGES]), "category": NUMBERS_AS_TEXT["category"],
              "date category": DATES["date category"]}
 
@@ -124,7 +125,8 @@ def test_the_estimator_reads_what_has_one_reading_as_the_line_does(kind):
     with pytest.warns(UserWarning, match="X: columns are read as numbers: 'age'"): fitted = default_preprocessor(X).fit(X)
     lines = refused("", from_frame, X.assign(y=np.arange(40.)), "y", impute="median").replace("frame[", "X[")
     numbers = next(advised(lines, X))
-    expected = default_preprocessor(X.assign(age=np.asarray(numbers, dtype=float))).fit_transform(X.assign(age=np.asarray(numbers, dtype=float)))
+    by_line = X.assign(age=np.asarray(numbers, dtype=float))
+    expected = default_preprocessor(by_line).fit_transform(by_line)
     np.testing.assert_allclose(fitted.transform(X), expected, atol=1e-9)
     np.testing.assert_allclose(fitted.transform(X[::-1])[::-1], expected, atol=1e-9)
     refused("row 0 (the first is 0): 'soon' cannot be read as the ", fitted.transform, X.astype({"age": object}).assign(age="soon"))
@@ -209,11 +211,14 @@ def test_sparse_matrices_name_what_to_type():
 def patients(n=400, seed=0):
     "Hospital stays: an identifier, a date, gaps, impossible values, a skewed label that a third of the rows have."
     rng = np.random.default_rng(seed)
-    frame = pd.DataFrame({"patient_id": np.arange(n) + 1000, "admission": (TIMES[0] + pd.to_timedelta(rng.integers(0, 900, n), "D")).strftime("%Y-%m-%d"),
-                          "age": rng.normal(60, 12, n).round().clip(18, 95), "bmi": rng.gamma(30, .9, n).round(1), "ward": rng.choice(list("ABC"), n),
-                          "name": [f"patient {row}" for row in range(n)], "emergency": rng.random(n) < .3, "empty": np.nan})
+    days = TIMES[0] + pd.to_timedelta(rng.integers(0, 900, n), "D")
+    frame = pd.DataFrame({"patient_id": np.arange(n) + 1000, "admission": days.strftime("%Y-%m-%d"),
+                          "age": rng.normal(60, 12, n).round().clip(18, 95), "bmi": rng.gamma(30, .9, n).round(1),
+                          "ward": rng.choice(list("ABC"), n), "name": [f"patient {row}" for row in range(n)],
+                          "emergency": rng.random(n) < .3, "empty": np.nan})
     stay = np.exp(1 + .03*(frame["age"] - 60) + .5*(frame["ward"] == "A") + .4*frame["emergency"] + rng.normal(0, .2, n))
-    frame.loc[rng.random(n) < .1, "bmi"], frame.loc[rng.random(n) < .1, "ward"], frame.loc[[5, 9], "bmi"], frame.loc[7, "age"] = np.nan, None, 999, -1
+    frame.loc[rng.random(n) < .1, "bmi"], frame.loc[rng.random(n) < .1, "ward"] = np.nan, None
+    frame.loc[[5, 9], "bmi"], frame.loc[7, "age"] = 999, -1
     return frame, stay, stay.where(np.arange(n) % 3 == 0)
 
 
@@ -227,8 +232,10 @@ def test_no_refusal_before_the_first_fit(tmp_path):
         warnings.simplefilter("always")
         model = regressor().fit(X, y)
     said = [str(warning.message) for warning in told]
-    for part in ("are left out: 'empty'", "only name the rows: 'patient_id'; 'name'", f"'bmi' in {X['bmi'].isna().sum()} row(s); 'ward' in ",
-                 "'admission' (dates, as days since 2000-01-01)", "'age' in 1 row(s), such as -1 in row 7", "'bmi' in 2 row(s), such as 999 in row 5"):
+    for part in ("are left out: 'empty'", "only name the rows: 'patient_id'; 'name'",
+                 f"'bmi' in {X['bmi'].isna().sum()} row(s); 'ward' in ",
+                 "'admission' (dates, as days since 2000-01-01)", "'age' in 1 row(s), such as -1 in row 7",
+                 "'bmi' in 2 row(s), such as 999 in row 5"):
         assert sum(part in sentence for sentence in said) == 1, (part, said)
     assert len(said) == 5 and all(warning.filename == __file__ for warning in told)
     new = X.tail(30).astype({"emergency": object}).assign(ward="D")
@@ -299,16 +306,17 @@ def test_other_columns_at_predict_are_one_sentence():
     for other, what in ((X[["bmi", "age", "emergency"]], "must be in the same order"), (X[["age", "bmi"]], "now missing:\n- emergency"),
                         (X.assign(weight=1.), "unseen at fit time:\n- weight")):
         message = refused(what, model.predict, other)
-        assert message.endswith("Type X = X.reindex(columns=model.feature_names_in_), which leaves new columns out and takes missing ones for missing values.")
+        assert "\nType X = X.reindex(columns=model.feature_names_in_), which leaves new columns out" in message
         assert np.isfinite(model.predict(other.reindex(columns=model.feature_names_in_))).all()
 
 
 def test_a_filling_preprocessor_of_ones_own_is_loaded_without_trusted(tmp_path):
     X, _, y = patients()
     X = X[["age", "bmi", "ward"]]
-    numbers = make_pipeline(SimpleImputer(strategy="median", add_indicator=True), StandardScaler()), make_column_selector(dtype_include="number")
-    texts = make_pipeline(SimpleImputer(strategy="most_frequent"), OneHotEncoder(handle_unknown="ignore")), make_column_selector(dtype_exclude="number")
-    model = regressor(preprocessor=make_column_transformer(numbers, texts)).fit(X, y)
+    numbers = make_pipeline(SimpleImputer(strategy="median", add_indicator=True), StandardScaler())
+    texts = make_pipeline(SimpleImputer(strategy="most_frequent"), OneHotEncoder(handle_unknown="ignore"))
+    steps = (numbers, make_column_selector(dtype_include="number")), (texts, make_column_selector(dtype_exclude="number"))
+    model = regressor(preprocessor=make_column_transformer(*steps)).fit(X, y)
     loaded = SemiSupervisedRegressor.load(model.save(tmp_path/"m.safetensors"))
     np.testing.assert_array_equal(loaded.predict(X), model.predict(X))
 
