@@ -248,7 +248,9 @@ def sentence(self:Comparison)->str:
     only, learned = (table[table["unlabelled"] == kind].head(1) for kind in (False, True))
     told = [f"{text(mae)} ({name})" for name, mae in pd.concat([only, learned])["mae"].items()]
     if learned.empty: return f"No method learned from unlabelled rows. The smallest mean absolute error is {told[0]}."
-    moved = f"the mean absolute error went from {told[0]} to {told[1]}, with a gain in {learned['folds_won'].iloc[0]} of {folds} folds"
+    level = text(only["mae"].iloc[0]) == text(learned["mae"].iloc[0])
+    moved = f"stayed at {told[0]}, as with {learned.index[0]}" if level else f"went from {told[0]} to {told[1]}"
+    moved = f"the mean absolute error {moved}, with a gain in {learned['folds_won'].iloc[0]} of {folds} folds"
     if self.helped: return f"Unlabelled rows helped: {moved}."
     if learned["difference"].iloc[0] >= 0: return f"Unlabelled rows did not help: {moved}. Use {only.index[0]}."
     return f"Unlabelled rows did not clearly help: {moved}, by less than the standard error. Use {only.index[0]}."

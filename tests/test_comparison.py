@@ -179,7 +179,7 @@ def made(**methods):
     ((2., 2., 2., 2., 4.1), "Unlabelled rows helped: .* 4 of 5 folds"), # by more than a standard error
     ((3.9, 4.1, 3.9, 4.1, 3.9), "did not clearly help: .* 3 of 5 folds, by less than the standard error. Use a."),
     ((4., 4.2, 3.9, 4.3, 4.), "did not help: .* 4 .a. to 4.08 .B., with a gain in 1 of 5 folds. Use a."),
-    ((4., 4., 4., 4., 4.), "did not help: .* in 0 of 5 folds. Use a.")])
+    ((4., 4., 4., 4., 4.), "did not help: the mean absolute error stayed at 4 .a., as with B, .* 0 of 5 folds. Use a.")])
 def test_the_sentence_follows_its_rule(errors, said):
     "`a` is the best labelled-only method with an error of 4 in each fold, `C` a worse method with unlabelled rows."
     result = made(a=[4.]*5, b=[6.]*5, B=errors, C=[5.]*5)
