@@ -84,7 +84,7 @@ def fit(self:SemiSupervisedRegressor,
     X:Any, # (n, d) numbers, a data frame, pictures (n, H, W) or (n, C, H, W), n paths of pictures, or a folder of them
     y:Any, # (n,) or (n, K), or by the names of a folder's pictures; NaN or `missing_label`: unlabelled
 )->SemiSupervisedRegressor: # itself
-    "Train. What is left: `predictor_`, `pseudo_labels_`, `trust_`, `held_out_`, and `run_` with the curves. `Ctrl-C` leaves the best epoch."
+    "Train. What is left: `predictor_`, `pseudo_labels_`, `trust_`, `held_out_`, and `run_` with curves. `Ctrl-C` leaves the best epoch."
     if self.folder is not None and not isinstance(self.random_state, Integral):
         raise HplError(f"random_state is {self.random_state!r}; a run folder goes on with the same numbers only if it is a whole number.")
     X, y = rows_and_labels(X, y)
@@ -101,7 +101,7 @@ def fit(self:SemiSupervisedRegressor,
 
 # %% ../nbs/83_estimator.ipynb #4760324e
 def pseudo_labels(run:Run, target:TransformerMixin|None=None, index:pd.Index|None=None)->pd.DataFrame:
-    "Pseudo-labels of the unlabelled rows at the selected epoch (label units), their variance (label or target units squared) and their weight."
+    "Pseudo-labels of the unlabelled rows at the selected epoch (label units), their variance (as they are learned, squared) and their weight."
     table = selected(run)
     table = table[table["split"] == "unlabelled"].reset_index(drop=True)
     rows, wide = table["index"].astype(int), table.pivot(index="index", columns="output", values="pseudo_label").astype(float)
@@ -176,7 +176,7 @@ def rows_that_trained(model:SemiSupervisedRegressor, samples:Any, rows:np.ndarra
         trained, keys = keys[:len(trained)], keys[len(trained):]
     else: keys = content_keys(samples, rows)
     known = {*trained} # pandas' isin takes two digests for different where one ends in a zero byte
-    return np.array([key in known for key in keys])
+    return np.array([key in known for key in keys], dtype=bool)
 
 def unseen_rows(model:SemiSupervisedRegressor, X:Any, y:Any, what:str)->tuple[np.ndarray, np.ndarray, Any]:
     "Labels (n, K), the rows that have one, and samples; warns where one of these rows trained."
