@@ -20,19 +20,20 @@ from sklearn.metrics import r2_score
 from sklearn.model_selection import KFold
 from sklearn.utils import check_consistent_length
 from sklearn.utils.validation import check_is_fitted
+from torch import nn
 
 from .core import HplError, OwnGenerators, reading
 from .data.core import SemiSupervisedData, content_keys
 from .data.images import ImageFiles
-from .data.own import Reading, Views, are_own
+from .data.own import Reading
 from .data.tables import unmasked
-from .defaults import Trained, NETWORKS, method_for, method_of, plain_shape, seed_of, train_twice
+from .data.views import Views, are_own
+from .defaults import NETWORKS, Trained, method_for, method_of, plain_shape, seed_of, train_twice
 from .estimator_file import NOT_IN_FILES, TRANSFORMERS, estimator_content, fitted_estimator, predictor_in, refuse_untrusted, renamed
 from .estimator_file import the_same
 from .inputs import as_rows, kind_of, label_columns, picture_paths, reading_of, row_count, rows_and_labels, table, training_data
 from .methods.core import MethodSettings
 from .model_report import held_out_rows, least_pictures, ridge_solution, write_report
-from .models import Regressor
 from .predictor import Interval, Pictures, calibrated, check_outputs, interval_of, not_saved
 from .predictor import predictor_content, read_content, write_content
 from .target import fitted_target, in_label_units, in_target_units
@@ -48,7 +49,7 @@ class SemiSupervisedRegressor(RegressorMixin, BaseEstimator):
     "A network trained by any method of this package; `y` is NaN where a row has no label."
     def __init__(self,
         method:MethodSettings|str="hpl_paper", # settings of a method, such as HPL.paper(), or a short name of `known_methods()`
-        network:Callable[[tuple[int, ...], int], Regressor]|None=None, # (shape of a row, K) -> network; None: `default_network`
+        network:Callable[[tuple[int, ...], int], nn.Module]|None=None, # (shape of a row, K) -> network; None: `default_network`
         *,
         preprocessor:TransformerMixin|None=None, # for tables; None: `default_preprocessor`, which fills what is missing
         target:Literal["log", "log1p"]|TransformerMixin|None=None, # of the labels, undone in all that is predicted
@@ -84,7 +85,7 @@ def fit(self:SemiSupervisedRegressor,
     X:Any, # (n, d) numbers, a data frame, pictures (n, H, W) or (n, C, H, W), n paths of pictures, or a folder of them
     y:Any, # (n,) or (n, K), or by the names of a folder's pictures; NaN or `missing_label`: unlabelled
 )->SemiSupervisedRegressor: # itself
-    "Train. What is left: `predictor_`, `pseudo_labels_`, `trust_`, `held_out_`, and `run_` with curves. `Ctrl-C` leaves the best epoch."
+    "Train. What is left: `predictor_`, `pseudo_labels_`, `trust_`, `held_out_`, and `run_` with the curves. `Ctrl-C` leaves the best epoch."
     if self.folder is not None and not isinstance(self.random_state, Integral):
         raise HplError(f"random_state is {self.random_state!r}; a run folder goes on with the same numbers only if it is a whole number.")
     X, y = rows_and_labels(X, y)
@@ -101,7 +102,7 @@ def fit(self:SemiSupervisedRegressor,
 
 # %% ../nbs/83_estimator.ipynb #4760324e
 def pseudo_labels(run:Run, target:TransformerMixin|None=None, index:pd.Index|None=None)->pd.DataFrame:
-    "Pseudo-labels of the unlabelled rows at the selected epoch (label units), their variance (as they are learned, squared) and their weight."
+    "Pseudo-labels of the unlabelled rows at the selected epoch (label units), variance (label or target units squared) and weight."
     table = selected(run)
     table = table[table["split"] == "unlabelled"].reset_index(drop=True)
     rows, wide = table["index"].astype(int), table.pivot(index="index", columns="output", values="pseudo_label").astype(float)
@@ -241,7 +242,7 @@ def save(self:SemiSupervisedRegressor,
 @patch(cls_method=True)
 def load(cls:SemiSupervisedRegressor,
     path:str|Path, # written by `save`
-    network:Callable[[tuple[int, ...], int], Regressor]|None=None, # where it was trained with one of your own
+    network:Callable[[tuple[int, ...], int], nn.Module]|None=None, # where it was trained with one of your own
     trusted:Sequence[str]=(), # types that the preprocessor or target may be made of beside scikit-learn's, such as "my_module.MyScaler"
     method:MethodSettings|None=None, # where it was trained with a method or a learner of your own: the same settings
 )->SemiSupervisedRegressor: # fitted; `run_` stays in the run folder

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from .core import HplError, OwnGenerators, usual_settings
 from .data.columns import ColumnReader
-from .data.own import Reading, are_own
+from .data.own import Reading
+from .data.views import are_own
 from .defaults import NETWORKS, build_method, method_of
 from .methods.core import MethodSettings, Released
 from .predictor import Predictor, predictor_content, predictor_of, refuse_other
@@ -84,17 +85,19 @@ def fitted_estimator(model:BaseEstimator, content:Mapping[str, Any], path:str|Pa
 # %% ../nbs/83b_estimator_file.ipynb #2012a353
 def predictor_in(model:BaseEstimator, content:Mapping[str, Any], path:str|Path)->Predictor:
     with OwnGenerators():
-        method = build_method(model.method_, model.shape_, len(content["normalizer"].mean), model.network_,
-                              default=NETWORKS[model.defaults_ or 0])
+        default, outputs = NETWORKS[model.defaults_ or 0], len(content["normalizer"].mean)
+        method = build_method(model.method_, model.shape_, outputs, model.network_, default=default)
     return predictor_of(content, method, path)
 
 def as_today(preprocessor:Pipeline|ColumnTransformer|None, columns:int)->Pipeline:
-    "The default preprocessor of a file; those of hpl_nb 0.1.0 have no `ColumnReader`, their categories may be numbers, arrays have none."
+    "A file's default preprocessor. Those of hpl_nb 0.1.0 have no `ColumnReader`, their categories may be numbers, and arrays have none."
     if isinstance(preprocessor, Pipeline): return preprocessor
     steps = () if preprocessor is None else preprocessor.transformers_
     texts = [place for name, _, places in steps if name == "texts" for place in places]
     for encoder in [step for name, step, _ in steps if name == "texts" and hasattr(step, "categories_")]:
         encoder.categories_ = [np.array([*map(str, values)], dtype=object) for values in encoder.categories_]
+    for step in [preprocessor, *[step for _, step, _ in steps]]: # places name columns now
+        if hasattr(step, "feature_names_in_"): del step.feature_names_in_
     numbers = {place: ("", -np.inf, np.inf) for place in range(columns) if place not in texts}
     return make_pipeline(ColumnReader(numbers, texts), *([preprocessor] if steps else []))
 
