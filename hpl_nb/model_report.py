@@ -62,7 +62,8 @@ def ridge_predictions(data:SemiSupervisedData, rows:np.ndarray)->np.ndarray:
     "Of rows of the data, (len(rows), K); NaN where there is no ridge."
     solution = ridge_solution(data)
     if solution is None or not len(rows): return np.full((len(rows), data.outputs), np.nan)
-    with torch.no_grad(): return data.normalizer.denormalize(linear(*solution)(data.plain(data.inputs[rows], None).float()).double().numpy())
+    with torch.no_grad(): prediction = linear(*solution)(data.plain(data.inputs[rows], None).float())
+    return data.normalizer.denormalize(prediction.double().numpy())
 
 def with_ridge(model:BaseEstimator)->BaseEstimator:
     "The same estimator with Ridge in place of its network."
@@ -78,12 +79,13 @@ def by_output(frame:pd.DataFrame, name:str)->np.ndarray:
 
 def held_out_rows(data:SemiSupervisedData, run:Run, predictor:Predictor, trust:np.ndarray, target:TransformerMixin|None=None,
                   index:pd.Index|None=None)->pd.DataFrame:
-    "The validation rows and outputs at the selected epoch, label units; error and sigma as the intervals have them, before `target` is undone."
+    "The validation rows at the selected epoch, label units; error and sigma as the intervals have them, before `target` is undone."
     table, rows = selected(run), np.tile(data.val, data.outputs)
     columns = {"y_true": data.targets[data.val], "prediction": by_output(table[table["split"] == "val"], "y_pred"),
                "ridge": ridge_predictions(data, data.val), "mean": np.tile(data.normalizer.mean, (len(data.val), 1))}
+    sigma = np.full(trust.shape, np.nan) if predictor.deviations is None else predictor.deviations
     values = {name: in_label_units(target, column) for name, column in columns.items()} | {
-        "error": predictor.errors, "sigma": np.full(trust.shape, np.nan) if predictor.deviations is None else predictor.deviations, "trust": trust}
+        "error": predictor.errors, "sigma": sigma, "trust": trust}
     return pd.DataFrame({"row": rows if index is None else index[rows], "output": np.repeat(np.arange(data.outputs), len(data.val))} |
                         {name: column.T.ravel() for name, column in values.items()})
 
@@ -207,7 +209,7 @@ def facts(model:BaseEstimator)->pd.DataFrame:
     units = zip(predictor.normalizer.mean, predictor.normalizer.scale)
     labels = [f"mean {mean:.4g}, standard deviation {scale:.4g}" for mean, scale in units]
     known = {"Method": predictor.method.title, "Network": network_in_words(predictor.method), "A row": inputs_in_words(model),
-             "Labels that trained": "; ".join(labels) + ("" if model.target_ is None else f", learned as {model.target}")}
+             "Labels that trained": f"{'; '.join(labels)}{'' if model.target_ is None else f', learned as {model.target}'}"}
     if run is not None:
         rows, done = run.config["rows"], run.metrics
         known |= {"Rows": f"{rows['labelled']:,} labelled, {rows['val']:,} validation, {rows['unlabelled']:,} unlabelled",
@@ -230,8 +232,8 @@ NO_ROWS = ("No rows were held out (validation_fraction=0, or a file of an earlie
            "interval and no ranking of the pseudo-labels. "
            "report(path, X, y) shows the error on other rows with labels.")
 AGAIN = "Then the model was trained again, on all labelled rows; the errors here are those of the first training."
-RIDGE = ("On these rows the network was not clearly better than Ridge. So the model that predicts now is Ridge of all labelled rows, and 'this "
-         "model' here is the network.")
+RIDGE = ("On these rows the network was not clearly better than Ridge. So the model that predicts now is Ridge of all labelled rows, and "
+         "'this model' here is the network.")
 VALIDATION = ("These {n} validation rows did not train, but they selected the epoch, so that the error is slightly optimistic. "
               "Other rows with labels, report(path, X, y), give an honest one.")
 

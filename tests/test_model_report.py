@@ -151,7 +151,7 @@ def test_rows_that_trained_are_no_test_rows(model, data, tmp_path):
         model.report(tmp_path/"report.html", pd.concat([data[0].iloc[:150], data[0].iloc[400:410]]), np.r_[data[2][:150], data[2][400:410]])
 
 
-@pytest.mark.parametrize("epochs, words", [(None, "that the error is slightly optimistic"), (0, "the model that predicts now is Ridge of all"),
+@pytest.mark.parametrize("epochs, words", [(None, "the error is slightly optimistic"), (0, "the model that predicts now is Ridge of all"),
                                            (3, "the model was trained again, on all labelled rows")])
 def test_page_says_whether_the_model_was_trained_again(epochs, words, model, tmp_path, monkeypatch):
     monkeypatch.setattr(model, "_again", epochs)
