@@ -562,7 +562,7 @@ class TestTarget:
         assert prediction.shape == (150, 2) and (low <= prediction).all() and (prediction <= high).all()
         assert np.abs(np.log(prediction.mean(axis=0)/np.nanmean(y, axis=0))).max() < .7 # label units
         guessed = model.pseudo_labels_.query("output == 1").set_index("row")["pseudo_label"]
-        assert len(guessed) == 50 and guessed.between(0, 60).all()
+        assert len(guessed) == 50 and 5 < guessed.median() < 60
         again = reload(model, tmp_path)
         assert np.array_equal(again.predict(x), prediction) and type(again.target) is type(target)
 
