@@ -673,7 +673,7 @@ def test_a_folder_whose_name_is_no_text(tmp_path):
     for row in range(24): Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)).save(folder/f"{row}.png")
     table = pd.DataFrame({"file": [f"{row}.png" for row in range(24)], "y": rng.normal(size=24)})
     (folder/"t.parquet").write_bytes(table.to_parquet())
-    data = from_images(folder, folder/"t.parquet", "file", "y", size=8)
+    data = from_images(folder, folder/"t.parquet", "file", "y", reading=Reading(8))
     method = Supervised().build(small_cnn(3, 4))
     fit(method, on_disk(data, folder/"cache"), Train(epochs=1, iterations_per_epoch=1), folder=folder/"pictures", progress=False)
     refused("is not valid UTF-8. Save under another name", Predictor.from_method(method, data).save, folder/"m.safetensors")
