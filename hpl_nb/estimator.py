@@ -20,6 +20,7 @@ from sklearn.metrics import r2_score
 from sklearn.model_selection import KFold
 from sklearn.utils import check_consistent_length
 from sklearn.utils.validation import check_is_fitted
+from torch import nn
 
 from .core import HplError, OwnGenerators, reading
 from .data.core import SemiSupervisedData, content_keys
@@ -27,19 +28,18 @@ from .data.images import ImageFiles
 from .data.own import Reading
 from .data.tables import unmasked
 from .data.views import Views, are_own
-from .defaults import NETWORKS, method_for, method_of, plain_shape, seed_of, train_twice
+from .defaults import NETWORKS, Trained, method_for, method_of, plain_shape, seed_of, train_twice
 from .estimator_file import NOT_IN_FILES, TRANSFORMERS, estimator_content, fitted_estimator, predictor_in, refuse_untrusted, renamed
 from .estimator_file import the_same
 from .inputs import as_rows, kind_of, label_columns, picture_paths, reading_of, row_count, rows_and_labels, table, training_data
 from .methods.core import MethodSettings
 from .model_report import held_out_rows, least_pictures, ridge_solution, write_report
-from .models import Regressor
 from .predictor import Interval, Pictures, calibrated, check_outputs, interval_of, not_saved
 from .predictor import predictor_content, read_content, write_content
 from .target import fitted_target, in_label_units, in_target_units
 from .training.run import Run, selected
 from .training.state import Train
-from .trust import Trained, trust_ranking, verdicts
+from .trust import trust_ranking, verdicts
 
 # %% auto #0
 __all__ = ['SemiSupervisedRegressor', 'LabelledKFold']
@@ -49,7 +49,7 @@ class SemiSupervisedRegressor(RegressorMixin, BaseEstimator):
     "A network trained by any method of this package; `y` is NaN where a row has no label."
     def __init__(self,
         method:MethodSettings|str="hpl_paper", # settings of a method, such as HPL.paper(), or a short name of `known_methods()`
-        network:Callable[[tuple[int, ...], int], Regressor]|None=None, # (shape of a row, K) -> network; None: `default_network`
+        network:Callable[[tuple[int, ...], int], nn.Module]|None=None, # (shape of a row, K) -> network; None: `default_network`
         *,
         preprocessor:TransformerMixin|None=None, # for tables; None: `default_preprocessor`, which fills what is missing
         target:Literal["log", "log1p"]|TransformerMixin|None=None, # of the labels, undone in all that is predicted
@@ -94,7 +94,7 @@ def fit(self:SemiSupervisedRegressor,
     with OwnGenerators(): data = training_data(self, X, in_target_units(target, labels), seed)
     settings = method_for(self, data)
     self.predictor_, first, last = train_twice(self, settings, data, seed, target)
-    self.run_, self._trained = first.run, training_content(last.data)
+    self.run_, self._trained, self._again = first.run, training_content(last.data), None if last is first else last.run.metrics["epoch"]
     keep_for_report(self, first, last, seed, X.index if isinstance(X, (pd.Series, pd.DataFrame)) else None)
     self.method_, self.shape_, self.network_, self.is_column_ = settings, plain_shape(data), self.network, np.asarray(y).ndim == 1
     self.defaults_, self.target_ = len(NETWORKS) - 1, target
@@ -102,7 +102,7 @@ def fit(self:SemiSupervisedRegressor,
 
 # %% ../nbs/83_estimator.ipynb #4760324e
 def pseudo_labels(run:Run, target:TransformerMixin|None=None, index:pd.Index|None=None)->pd.DataFrame:
-    "Pseudo-labels of the unlabelled rows at the selected epoch (label units), their variance (label or target units squared) and their weight."
+    "Pseudo-labels of the unlabelled rows at the selected epoch (label units), variance (label or target units squared) and weight."
     table = selected(run)
     table = table[table["split"] == "unlabelled"].reset_index(drop=True)
     rows, wide = table["index"].astype(int), table.pivot(index="index", columns="output", values="pseudo_label").astype(float)
@@ -176,7 +176,8 @@ def rows_that_trained(model:SemiSupervisedRegressor, samples:Any, rows:np.ndarra
         keys = ImageFiles([*trained, *(samples.sources[row] for row in rows)]).content_keys(np.arange(len(trained) + len(rows)))
         trained, keys = keys[:len(trained)], keys[len(trained):]
     else: keys = content_keys(samples, rows)
-    return pd.Series(keys).isin(trained).to_numpy()
+    known = {*trained} # pandas' isin takes two digests for different where one ends in a zero byte
+    return np.array([key in known for key in keys], dtype=bool)
 
 def unseen_rows(model:SemiSupervisedRegressor, X:Any, y:Any, what:str)->tuple[np.ndarray, np.ndarray, Any]:
     "Labels (n, K), the rows that have one, and samples; warns where one of these rows trained."
@@ -241,7 +242,7 @@ def save(self:SemiSupervisedRegressor,
 @patch(cls_method=True)
 def load(cls:SemiSupervisedRegressor,
     path:str|Path, # written by `save`
-    network:Callable[[tuple[int, ...], int], Regressor]|None=None, # where it was trained with one of your own
+    network:Callable[[tuple[int, ...], int], nn.Module]|None=None, # where it was trained with one of your own
     trusted:Sequence[str]=(), # types that the preprocessor or target may be made of beside scikit-learn's, such as "my_module.MyScaler"
     method:MethodSettings|None=None, # where it was trained with a method or a learner of your own: the same settings
 )->SemiSupervisedRegressor: # fitted; `run_` stays in the run folder

@@ -33,7 +33,7 @@ __all__ = []
 # %% ../nbs/83b_estimator_file.ipynb #035b5fa7
 TRANSFORMERS = ("preprocessor", "target")
 NOT_IN_FILES = ("network", "preprocessor", "folder", "random_state") # parameters
-FITTED = ("method_", "shape_", "is_column_", "n_features_in_", "defaults_", "_ridge")
+FITTED = ("method_", "shape_", "is_column_", "n_features_in_", "defaults_", "_ridge", "_again")
 TABLES = ("pseudo_labels", "held_out", "trust")
 
 def as_columns(frame:pd.DataFrame)->dict[str, Tensor|list[str]]:
@@ -49,8 +49,9 @@ def as_frame(columns:Mapping[str, Tensor|list[str]])->pd.DataFrame:
 def estimator_content(model:BaseEstimator)->dict[str, Any]:
     "What an estimator's file holds: that of its predictor, and what is the estimator's own."
     names = getattr(model, "feature_names_in_", None)
-    written = {name: None if (part := getattr(model, f"{name}_")) is None else torch.tensor(bytearray(skops.io.dumps(part)), dtype=torch.uint8)
-               for name in TRANSFORMERS}
+    parts = {name: getattr(model, f"{name}_") for name in TRANSFORMERS}
+    written = {name: None if part is None else torch.tensor(bytearray(skops.io.dumps(part)), dtype=torch.uint8)
+               for name, part in parts.items()}
     return predictor_content(model.predictor_) | {"estimator": {
         "parameters": {name: None if are_own(value) or hasattr(value, "transform") else value
                        for name, value in model.get_params(deep=False).items() if name not in NOT_IN_FILES},
@@ -89,7 +90,7 @@ def predictor_in(model:BaseEstimator, content:Mapping[str, Any], path:str|Path)-
     return predictor_of(content, method, path)
 
 def as_today(preprocessor:Pipeline|ColumnTransformer|None, columns:int)->Pipeline:
-    "The default preprocessor of a file; those of hpl_nb 0.1.0 have no `ColumnReader`, their categories may be numbers, and arrays have none."
+    "A file's default preprocessor. Those of hpl_nb 0.1.0 have no `ColumnReader`, their categories may be numbers, and arrays have none."
     if isinstance(preprocessor, Pipeline): return preprocessor
     steps = () if preprocessor is None else preprocessor.transformers_
     texts = [place for name, _, places in steps if name == "texts" for place in places]

@@ -287,7 +287,7 @@ class Predictor:
     def predict_interval(self,
         inputs:Any, # as in `predict`
         coverage:float=.9, # share of new rows whose label is to lie within; for each output on its own
-        scaled:bool|None=None, # wide where the method's own sigma is large, or not; None: if it makes the calibration rows' intervals narrower
+        scaled:bool|None=None, # wide where the method's own sigma is large; None: if that makes those of the calibration rows narrower
     )->Interval: # prediction, low, high
         "Predictions with split conformal intervals."
         return interval_of(self, inputs, coverage, scaled)

@@ -241,3 +241,55 @@ def test_inputs_that_cannot_be_compared_are_said_so():
 
     words = SemiSupervisedData("words", Words("abcd"), np.arange(4.), [0, 1], [2], [], [3])
     assert check(words).ok and "Samples are not compared with each other: Words" in check(words).notes[-1]
+
+
+class TestTables:
+    "A table of numbers, text and dates, in a file or in memory."
+    def frame(self):
+        rng = np.random.default_rng(0)
+        frame = pd.DataFrame({"patient_id": np.arange(60), "bmi": rng.normal(27, 4, 60).round(1), "ward": rng.choice(["A", "B"], 60),
+                              "admission": pd.date_range("2024-01-31", periods=60).strftime("%Y-%m-%d"),
+                              "visit": ["01/02/2024", "03/04/2024"]*30,
+                              "stay": np.where(np.arange(60) < 20, rng.normal(6, 1, 60).round(2), np.nan)})
+        frame.loc[9, "bmi"], frame.loc[4, "ward"] = 999, None
+        frame.loc[31] = frame.loc[30]
+        frame.loc[31, "patient_id"] = 31
+        return frame
+
+    @pytest.mark.parametrize("kind", ["frame", "csv", "tsv", "parquet", "semicolons"])
+    def test_each_kind_of_file(self, kind, tmp_path):
+        frame, path = self.frame(), tmp_path/f"patients.{kind}"
+        if kind == "parquet": frame.to_parquet(path)
+        elif kind != "frame": frame.to_csv(path := tmp_path/f"p.{'tsv' if kind == 'tsv' else 'csv'}", index=False,
+                                           sep={"tsv": "\t", "semicolons": ";"}.get(kind, ","))
+        report = check(frame if kind == "frame" else path, target="stay")
+        assert report.rows == {"labelled": 20, "unlabelled": 40} and not report.ok
+        assert kinds(report) == {"column that is refused": 1, "identifier": 1, "impossible values": 1, "same row twice in one split": 1}
+        assert "Columns of numbers: bmi, admission." in report.notes and "Columns of text: ward." in report.notes
+        for part in ("'ward' in 1 row(s)", "'admission' (dates, as days"): assert any(part in note for note in report.notes)
+        assert "999 in row 9" in str(report) and "X['visit'] = " in str(report)
+
+    def test_labels(self):
+        frame = self.frame().drop(columns="visit").astype({"stay": object})
+        frame.loc[3, "stay"], frame.loc[5, "stay"] = "long", np.inf
+        report = check(frame, target="stay")
+        assert kinds(report)["text label"] == kinds(report)["infinite label"] == 1 and set(report.problems["row"]) >= {3, 5}
+        assert check(frame).rows == {"all": 60}
+        with pytest.raises(HplError, match="has no column 'days' \\(it has 'patient_id'"): check(frame, target="days")
+
+    def test_no_file(self, tmp_path):
+        with pytest.raises(HplError, match="there is no folder .*and no file of that name"): check(tmp_path/"gone.csv")
+        (tmp_path/"short.csv").write_text("a,b\n1,2\n3\n")
+        with pytest.raises(HplError, match="row 1 .*has 1 fields"): check(tmp_path/"short.csv")
+
+
+def test_the_three_tables_of_stsb_dir(tmp_path):
+    columns = ["sentence1", "sentence2", "score"]
+    for split in ("train", "dev", "test"):
+        rows = [[f"{split} {row}", f"another {row}", row % 6] for row in range(12)]
+        pd.DataFrame([*rows, ["another 3", "train 3", 3]], columns=columns).to_csv(tmp_path/f"{split}_new.tsv", sep="\t", index=False)
+    report = check(tmp_path)
+    assert report.layout == "STS-B" and report.rows == {"train": 13, "dev": 13, "test": 13} and report.ok
+    assert kinds(report) == {"same pair in several splits": 1}
+    (tmp_path/"dev_new.tsv").unlink()
+    assert "no dev_new.tsv" in str(check(tmp_path)) and not check(tmp_path).ok

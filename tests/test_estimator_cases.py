@@ -3,7 +3,7 @@ import decimal
 import pickle
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -16,9 +16,10 @@ from PIL import Image
 from sklearn.base import clone
 from sklearn.compose import TransformedTargetRegressor
 from sklearn.ensemble import BaggingRegressor
+from sklearn.metrics import r2_score
 from sklearn.model_selection import GridSearchCV, KFold, cross_val_score
 from sklearn.multioutput import MultiOutputRegressor
-from sklearn.preprocessing import FunctionTransformer, StandardScaler
+from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, PowerTransformer, StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
 from small_runs import on_cpu  # noqa: F401
 from torch import nn
@@ -519,3 +520,90 @@ def test_masked_features(rows):
     with pytest.raises(ValueError, match="is nan"): from_arrays(masked, y)
     model = ssr(preprocessor=StandardScaler()).fit(x, y)
     with pytest.raises(ValueError, match="NaN"): model.predict(masked)
+
+
+def stays(n=240, labelled=160, seed=0):
+    "Positive labels whose errors grow with them: exp of a line."
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, 4))
+    t = np.exp(2 + .6*x[:, 0] - .3*x[:, 1] + rng.normal(0, .3, n))
+    return x, np.where(np.arange(n) < labelled, t, np.nan), t
+
+
+class TestTarget:
+    "Labels are learnt on another scale, and everything that is told is in their own unit."
+    def test_log_is_the_model_of_logarithms(self, tmp_path):
+        "The oracle: the same estimator on log labels, and exp of what it says."
+        x, y, t = stays()
+        model, plain = ssr("hpl_paper", target="log").fit(x, y), ssr("hpl_paper").fit(x, np.log(y))
+        np.testing.assert_allclose(model.predict(x), np.exp(plain.predict(x)))
+        for scaled in (None, False, True):
+            for found, expected in zip(model.predict_interval(x, .8, scaled), plain.predict_interval(x, .8, scaled)):
+                np.testing.assert_allclose(found, np.exp(expected))
+        assert (model.predict_interval(x, .8).low > 0).all()
+        np.testing.assert_allclose(model.pseudo_labels_["pseudo_label"], np.exp(plain.pseudo_labels_["pseudo_label"]))
+        pd.testing.assert_frame_equal(model.pseudo_labels_[["variance", "weight"]], plain.pseudo_labels_[["variance", "weight"]])
+        assert model.score(x, y) == r2_score(t[:160], model.predict(x[:160]))
+        for copy in (reload(model, tmp_path), pickle.loads(pickle.dumps(model))):
+            assert copy.target == "log" and np.array_equal(copy.predict(x), model.predict(x))
+        new, _, true = stays(40, seed=1)
+        both = model.calibrate(new, true), plain.calibrate(new, np.log(true))
+        np.testing.assert_allclose(both[0].predict_interval(x, .8).high, np.exp(both[1].predict_interval(x, .8).high))
+
+    @pytest.mark.parametrize("target", [StandardScaler(), PowerTransformer(), FunctionTransformer(np.negative, np.negative), "log1p"])
+    def test_transformers(self, target, tmp_path):
+        x, y, t = stays()
+        x, y = x[:150], np.stack([y, 2*y], 1)[:150] # all are labelled
+        y[100:] = np.nan
+        model = ssr(target=target).fit(x, y)
+        assert clone(model).target is not target or isinstance(target, str)
+        assert not hasattr(target, "scale_") and not hasattr(target, "lambdas_") # the caller's own is not fitted
+        prediction, low, high = model.predict_interval(x, .8)
+        assert prediction.shape == (150, 2) and (low <= prediction).all() and (prediction <= high).all()
+        assert np.abs(np.log(prediction.mean(axis=0)/np.nanmean(y, axis=0))).max() < .7 # label units
+        guessed = model.pseudo_labels_.query("output == 1").set_index("row")["pseudo_label"]
+        assert len(guessed) == 50 and guessed.between(0, 60).all()
+        again = reload(model, tmp_path)
+        assert np.array_equal(again.predict(x), prediction) and type(again.target) is type(target)
+
+    def test_grid_search(self):
+        x, y, _ = stays(120, 80)
+        search = GridSearchCV(ssr("supervised"), {"target": [None, "log", PowerTransformer()]}, cv=LabelledKFold(2, random_state=0),
+                              error_score="raise").fit(x, y)
+        assert len(set(search.cv_results_["mean_test_score"])) == 3
+
+    @pytest.mark.parametrize("target, label, message", [
+        ("log", 0., r"row 3 .*its label 0 has no logarithm; 1 such row\(s\). Use target='log1p'"),
+        ("log", -2., r"row 3 .*its label -2 has no logarithm; 1 such row\(s\). Correct it, or leave target out"),
+        ("log1p", -2., "row 3 .*its label -2 cannot be transformed by target"),
+        ("sqrt", 1., "target is 'sqrt'; give 'log', 'log1p', or a transformer"),
+        (OneHotEncoder(sparse_output=False), 1., "target makes shape"), (np.log, 1., "target is <ufunc 'log'>; give"),
+        (PowerTransformer("box-cox"), 0., "cannot be fitted to the labels .*strictly positive")])
+    def test_named(self, target, label, message):
+        x, y, t = stays()
+        y[3] = label
+        with pytest.raises(HplError, match=message): ssr(target=target).fit(x, y)
+
+    def test_calibration_with_a_label_that_has_no_logarithm(self):
+        x, y, t = stays()
+        with pytest.raises(HplError, match="row 161 .*its label 0 has no logarithm"):
+            ssr(target="log").fit(x, y).calibrate(x, np.where(np.arange(240) < 160, np.nan, np.where(np.arange(240) == 161, 0, t)))
+
+
+class TestScaled:
+    "The calibration rows decide whether the method's own sigma makes intervals narrower."
+    def test_the_narrower_is_taken(self):
+        x, y, _ = stays(160, 120)
+        model = ssr("hpl_paper").fit(x, y)
+        errors, chosen = np.abs(np.random.default_rng(0).normal(size=(200, 1))), []
+        sigma = np.exp(np.random.default_rng(1).normal(size=(200, 1)))
+        for sizes in (errors*sigma, errors): # sigma is right, sigma is noise
+            model.predictor_ = replace(model.predictor_, errors=sizes, deviations=sigma)
+            by = {scaled: model.predict_interval(x, .9, scaled) for scaled in (None, True, False)}
+            chosen.append([np.array_equal(by[None].high, by[scaled].high) for scaled in (True, False)])
+        assert chosen == [[True, False], [False, True]]
+
+    def test_without_a_variance(self):
+        x, y, _ = stays(160, 120)
+        model = ssr("pseudo_label").fit(x, y)
+        assert all(np.array_equal(a, b) for a, b in zip(model.predict_interval(x, .8), model.predict_interval(x, .8, False)))
