@@ -199,9 +199,9 @@ def network_errors(data:SemiSupervisedData, predictor:Predictor)->Callable[[View
     return lambda view: np.abs((predictions(replace(predictor, view=view), data.inputs, data.val) - y)/scale).mean(axis=1)
 
 # %% ../nbs/82b_inputs.ipynb #3c565737
-def clearly_larger(a:np.ndarray, b:np.ndarray, times:float)->bool:
-    "Whether paired errors are on average `times` as large, by more than three standard errors."
-    return a.mean() >= times*b.mean() and (a - b).mean() > 3*(a - b).std(ddof=1)/np.sqrt(len(a))
+def clearly_larger(a:np.ndarray, b:np.ndarray, times:float, sure:float=3)->bool:
+    "Whether paired errors are on average `times` as large, and larger by more than `sure` standard errors."
+    return a.mean() >= times*b.mean() and (a - b).mean() > sure*(a - b).std(ddof=1)/np.sqrt(len(a))
 
 def changed_labels(data:SemiSupervisedData, errors:Callable[[View], np.ndarray])->dict[str, float]:
     "Views after which errors are at least twice as large, and half as large as without any model: the mean error of each."
@@ -214,7 +214,7 @@ def warn_of_views(data:SemiSupervisedData, predictor:Predictor)->None:
     "Name views that change what the label says, by the errors on the validation rows."
     if min(len(data.val), len(data.labelled)) < 10: return
     network, ridge = network_errors(data, predictor), ridge_errors(data)
-    beaten = clearly_larger(network(data.plain), ridge(data.plain), 1)
+    beaten = clearly_larger(network(data.plain), ridge(data.plain), 1, 2) # the view itself has to pass a stricter test
     who, errors = ("a ridge regression that was fitted without views", ridge) if beaten else ("this fit", network)
     if not (found := changed_labels(data, errors)): return
     unit = data.normalizer.scale[0] if data.outputs == 1 else 1
