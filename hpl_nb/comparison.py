@@ -27,6 +27,7 @@ from PIL import Image
 from fastcore.basics import patch
 from joblib import Parallel, delayed
 from sklearn.base import BaseEstimator, clone, is_regressor
+from sklearn.compose import TransformedTargetRegressor
 from sklearn.ensemble import HistGradientBoostingRegressor
 from sklearn.linear_model import RidgeCV
 from sklearn.multioutput import MultiOutputRegressor
@@ -49,6 +50,7 @@ from .inputs import row_count, rows_and_labels, table
 from .methods.core import FullySupervised, MethodSettings, Supervised
 from .metrics import mean_absolute_error, paired_test, r2_score, summarise
 from .settings import Settings, as_json
+from .target import fitted_target, in_target_units
 
 # %% auto #0
 __all__ = ['Comparison', 'compare']
@@ -76,8 +78,8 @@ def model_of(value:Any, estimator:SemiSupervisedRegressor, name:str)->BaseEstima
     "The estimator that a method stands for."
     if not isinstance(value, str|MethodSettings):
         if isinstance(value, BaseEstimator) and is_regressor(value): return clone(value)
-        raise HplError(f"methods has {value!r:.100} under {name!r}; give a short name such as 'hpl_paper', settings such as HPL.paper() or "
-                       "{'my name': a regressor of scikit-learn}.")
+        raise HplError(f"methods has {value!r:.100} under {name!r}; give a short name such as 'hpl_paper', settings such as HPL.paper(), "
+                       "or {'my name': a regressor of scikit-learn}.")
     if isinstance(method_of(value), FullySupervised):
         raise HplError("method fully_supervised needs the labels of all rows, which y does not have; leave it out of methods.")
     return clone(estimator).set_params(method=value)
@@ -91,11 +93,18 @@ def named(methods:Any)->list[tuple[str, Any]]:
     def title(method): return method_of(method).title if isinstance(method, str|MethodSettings) else type(method).__name__
     return [(title(method), method) for method in methods]
 
-def candidates_of(methods:Any, estimator:SemiSupervisedRegressor, outputs:int, seed:int)->list[Candidate]:
-    "The labelled-only methods, then the chosen ones; where a model has no seed it takes this one."
+def usual_models(labels:np.ndarray, estimator:SemiSupervisedRegressor, seed:int)->dict[str, BaseEstimator]:
+    "Ridge and boosting, which learn labels on the scale of the estimator's `target`."
     boosting = HistGradientBoostingRegressor(random_state=seed)
-    given = [("Ridge", RidgeCV(PENALTIES)), ("Boosting", MultiOutputRegressor(boosting) if outputs > 1 else boosting),
-             ("Supervised", "supervised"), *named(methods)]
+    models = {"Ridge": RidgeCV(PENALTIES), "Boosting": MultiOutputRegressor(boosting) if labels.shape[1] > 1 else boosting}
+    transformer = fitted_target(estimator.target, labels)
+    in_target_units(transformer, labels) # which refuses labels that have no place there
+    if transformer is None: return models
+    return {name: TransformedTargetRegressor(model, transformer=transformer, check_inverse=False) for name, model in models.items()}
+
+def candidates_of(methods:Any, labels:np.ndarray, estimator:SemiSupervisedRegressor, seed:int)->list[Candidate]:
+    "The labelled-only methods, then the chosen ones; where a model has no seed it takes this one."
+    given = [*usual_models(labels, estimator, seed).items(), ("Supervised", "supervised"), *named(methods)]
     names = [name for name, _ in given]
     if twice := [name for name in names if names.count(name) > 1]:
         raise HplError(f"{twice[0]!r} would be in the table twice; leave it out of methods, or give another name, {{'my name': ...}}.")
@@ -110,10 +119,10 @@ def prepared(candidate:Candidate, seed:int)->Candidate:
     return candidate
 
 # %% ../nbs/85_compare.ipynb #d3998482
-SIDE = 16 # of the pictures that Ridge and boosting see, pixels
+SIDE = 32 # of the pictures that Ridge and boosting see, pixels
 
 def grey_pixels(X:Any)->np.ndarray:
-    "Pictures (n, d) as small grey ones, d = 256 or fewer."
+    "Pictures (n, d) as small grey ones, d = 1,024 or fewer."
     if isinstance(X, ImageFiles):
         small = [X[row][0].convert("L").resize((SIDE, SIDE), Image.Resampling.BOX) for row in range(len(X))]
         return np.stack([np.asarray(picture, dtype=np.float64).ravel() for picture in small])
@@ -129,7 +138,8 @@ def features_of(X:Any, estimator:SemiSupervisedRegressor, train:np.ndarray, rows
         warnings.simplefilter("ignore") # of columns: Supervised, which reads them too, says the same
         fitted = table(model, rows_of(X, train), np.arange(len(train)))
         features = table(model, rows_of(X, rows))
-    return features if model.preprocessor_ is not None else StandardScaler().fit(fitted).transform(features)
+    standard = isinstance(X, pd.DataFrame) or estimator.preprocessor is not None
+    return features if standard else StandardScaler().fit(fitted).transform(features)
 
 # %% ../nbs/85_compare.ipynb #ee5c35ce
 Fold = tuple[np.ndarray, np.ndarray] # rows that train and rows that test
@@ -365,7 +375,7 @@ def compare(
         raise HplError(f"estimator is a {type(estimator).__name__}; give a SemiSupervisedRegressor, and other regressors in methods.")
     estimator = SemiSupervisedRegressor() if estimator is None else clone(estimator)
     X, labels, plain = readable(X, y, estimator)
-    candidates = candidates_of(methods, estimator, labels.shape[1], random_state)
+    candidates = candidates_of(methods, labels, estimator, random_state)
     setup = Setup(X, plain, labels, fold_rows(X, labels, cv, random_state), estimator)
     tasks = [(candidate, fold) for candidate in chosen(candidates, labels) for fold in range(cv)]
     scores = pd.DataFrame(gathered(setup, tasks, folder, jobs, verbose))

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -31,7 +32,6 @@ from .predictor import Predictor
 from .training.loop import fit, make_accelerator
 from .training.predict import Evaluator
 from .training.run import Run, selected
-from .trust import Trained
 from .training.state import OptimizerSettings, Train
 
 # %% auto #0
@@ -64,7 +64,7 @@ def starting_point(model:BaseEstimator, settings:MethodSettings, data:SemiSuperv
 
 def ridge_of(data:SemiSupervisedData)->RidgeCV:
     "Ridge regression of the normalised labels on the plain view of the labelled rows; leave-one-out errors choose the penalty."
-    x, y = data.plain(data.inputs[data.labelled], None).double().numpy(), data.normalizer.normalize(data.targets[data.labelled])
+    x, y = data.plain(data.inputs[data.labelled], None).flatten(1).double().numpy(), data.normalizer.normalize(data.targets[data.labelled])
     return RidgeCV(PENALTIES if len(x) > 2 else PENALTIES[-1:]).fit(x, y)
 
 @torch.no_grad()
@@ -200,6 +200,13 @@ def untrained(method:Method, data:SemiSupervisedData, seed:int)->Run:
     return Run({}, pd.DataFrame(), {"epoch": 0}, table, True)
 
 # %% ../nbs/82c_defaults.ipynb #5a20d008
+class Trained(NamedTuple):
+    "A trained method, what it was trained on, its run, and what its labels are learned as."
+    method:Method
+    data:SemiSupervisedData
+    run:Run
+    target:TransformerMixin|None=None
+
 def train_twice(model:BaseEstimator, settings:MethodSettings, data:SemiSupervisedData, seed:int,
                 target:TransformerMixin|None=None)->tuple[Predictor, Trained, Trained]:
     "The predictor, the first training and the last, which are one where the network does not start at ridge regression."

@@ -25,9 +25,10 @@ from torch import nn
 from .core import HplError, OwnGenerators, reading
 from .data.core import SemiSupervisedData, content_keys
 from .data.images import ImageFiles
-from .data.own import Reading, Views, are_own
+from .data.own import Reading
 from .data.tables import unmasked
-from .defaults import NETWORKS, method_for, method_of, plain_shape, seed_of, train_twice
+from .data.views import Views, are_own
+from .defaults import NETWORKS, Trained, method_for, method_of, plain_shape, seed_of, train_twice
 from .estimator_file import NOT_IN_FILES, TRANSFORMERS, estimator_content, fitted_estimator, predictor_in, refuse_untrusted, renamed
 from .estimator_file import the_same
 from .inputs import as_rows, kind_of, label_columns, picture_paths, reading_of, row_count, rows_and_labels, table, training_data
@@ -38,7 +39,7 @@ from .predictor import predictor_content, read_content, write_content
 from .target import fitted_target, in_label_units, in_target_units
 from .training.run import Run, selected
 from .training.state import Train
-from .trust import Trained, trust_ranking, verdicts
+from .trust import trust_ranking, verdicts
 
 # %% auto #0
 __all__ = ['SemiSupervisedRegressor', 'LabelledKFold']
@@ -93,7 +94,7 @@ def fit(self:SemiSupervisedRegressor,
     with OwnGenerators(): data = training_data(self, X, in_target_units(target, labels), seed)
     settings = method_for(self, data)
     self.predictor_, first, last = train_twice(self, settings, data, seed, target)
-    self.run_, self._trained = first.run, training_content(last.data)
+    self.run_, self._trained, self._again = first.run, training_content(last.data), None if last is first else last.run.metrics["epoch"]
     keep_for_report(self, first, last, seed, X.index if isinstance(X, (pd.Series, pd.DataFrame)) else None)
     self.method_, self.shape_, self.network_, self.is_column_ = settings, plain_shape(data), self.network, np.asarray(y).ndim == 1
     self.defaults_, self.target_ = len(NETWORKS) - 1, target
@@ -101,7 +102,7 @@ def fit(self:SemiSupervisedRegressor,
 
 # %% ../nbs/83_estimator.ipynb #4760324e
 def pseudo_labels(run:Run, target:TransformerMixin|None=None, index:pd.Index|None=None)->pd.DataFrame:
-    "Pseudo-labels of the unlabelled rows at the selected epoch (label units), their variance (label or target units squared) and their weight."
+    "Pseudo-labels of the unlabelled rows at the selected epoch (label units), variance (label or target units squared) and weight."
     table = selected(run)
     table = table[table["split"] == "unlabelled"].reset_index(drop=True)
     rows, wide = table["index"].astype(int), table.pivot(index="index", columns="output", values="pseudo_label").astype(float)
@@ -175,7 +176,8 @@ def rows_that_trained(model:SemiSupervisedRegressor, samples:Any, rows:np.ndarra
         keys = ImageFiles([*trained, *(samples.sources[row] for row in rows)]).content_keys(np.arange(len(trained) + len(rows)))
         trained, keys = keys[:len(trained)], keys[len(trained):]
     else: keys = content_keys(samples, rows)
-    return pd.Series(keys).isin(trained).to_numpy()
+    known = {*trained} # pandas' isin takes two digests for different where one ends in a zero byte
+    return np.array([key in known for key in keys], dtype=bool)
 
 def unseen_rows(model:SemiSupervisedRegressor, X:Any, y:Any, what:str)->tuple[np.ndarray, np.ndarray, Any]:
     "Labels (n, K), the rows that have one, and samples; warns where one of these rows trained."

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from .core import HplError, OwnGenerators, usual_settings
 from .data.columns import ColumnReader
-from .data.own import Reading, are_own
+from .data.own import Reading
+from .data.views import are_own
 from .defaults import NETWORKS, build_method, method_of
 from .methods.core import MethodSettings, Released
 from .predictor import Predictor, predictor_content, predictor_of, refuse_other
@@ -32,7 +33,7 @@ __all__ = []
 # %% ../nbs/83b_estimator_file.ipynb #035b5fa7
 TRANSFORMERS = ("preprocessor", "target")
 NOT_IN_FILES = ("network", "preprocessor", "folder", "random_state") # parameters
-FITTED = ("method_", "shape_", "is_column_", "n_features_in_", "defaults_", "_ridge")
+FITTED = ("method_", "shape_", "is_column_", "n_features_in_", "defaults_", "_ridge", "_again")
 TABLES = ("pseudo_labels", "held_out", "trust")
 
 def as_columns(frame:pd.DataFrame)->dict[str, Tensor|list[str]]:
@@ -48,8 +49,9 @@ def as_frame(columns:Mapping[str, Tensor|list[str]])->pd.DataFrame:
 def estimator_content(model:BaseEstimator)->dict[str, Any]:
     "What an estimator's file holds: that of its predictor, and what is the estimator's own."
     names = getattr(model, "feature_names_in_", None)
-    written = {name: None if (part := getattr(model, f"{name}_")) is None else torch.tensor(bytearray(skops.io.dumps(part)), dtype=torch.uint8)
-               for name in TRANSFORMERS}
+    parts = {name: getattr(model, f"{name}_") for name in TRANSFORMERS}
+    written = {name: None if part is None else torch.tensor(bytearray(skops.io.dumps(part)), dtype=torch.uint8)
+               for name, part in parts.items()}
     return predictor_content(model.predictor_) | {"estimator": {
         "parameters": {name: None if are_own(value) or hasattr(value, "transform") else value
                        for name, value in model.get_params(deep=False).items() if name not in NOT_IN_FILES},
@@ -83,17 +85,19 @@ def fitted_estimator(model:BaseEstimator, content:Mapping[str, Any], path:str|Pa
 # %% ../nbs/83b_estimator_file.ipynb #2012a353
 def predictor_in(model:BaseEstimator, content:Mapping[str, Any], path:str|Path)->Predictor:
     with OwnGenerators():
-        method = build_method(model.method_, model.shape_, len(content["normalizer"].mean), model.network_,
-                              default=NETWORKS[model.defaults_ or 0])
+        default, outputs = NETWORKS[model.defaults_ or 0], len(content["normalizer"].mean)
+        method = build_method(model.method_, model.shape_, outputs, model.network_, default=default)
     return predictor_of(content, method, path)
 
 def as_today(preprocessor:Pipeline|ColumnTransformer|None, columns:int)->Pipeline:
-    "The default preprocessor of a file; those of hpl_nb 0.1.0 have no `ColumnReader`, their categories may be numbers, and arrays have none."
+    "A file's default preprocessor. Those of hpl_nb 0.1.0 have no `ColumnReader`, their categories may be numbers, and arrays have none."
     if isinstance(preprocessor, Pipeline): return preprocessor
     steps = () if preprocessor is None else preprocessor.transformers_
     texts = [place for name, _, places in steps if name == "texts" for place in places]
     for encoder in [step for name, step, _ in steps if name == "texts" and hasattr(step, "categories_")]:
         encoder.categories_ = [np.array([*map(str, values)], dtype=object) for values in encoder.categories_]
+    for step in [preprocessor, *[step for _, step, _ in steps]]: # places name columns now
+        if hasattr(step, "feature_names_in_"): del step.feature_names_in_
     numbers = {place: ("", -np.inf, np.inf) for place in range(columns) if place not in texts}
     return make_pipeline(ColumnReader(numbers, texts), *([preprocessor] if steps else []))
 

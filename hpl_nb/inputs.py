@@ -26,9 +26,9 @@ from sklearn.linear_model import RidgeCV
 from sklearn.utils import check_array
 from sklearn.utils.validation import validate_data
 from .data.images import SUFFIXES, ImageFiles, broken_images, unlisted_images
-from .data.own import (
-    Reading, Split, array_data, file_data, fit_standardizer, in_reading, input_tensor, label_array, make_sets, single_views)
+from .data.own import Reading, Split, array_data, file_data, in_reading, input_tensor, label_array, make_sets
 from .data.tables import unmasked
+from .data.views import fit_standardizer, single_views
 from .predictor import Predictor, predictions
 
 # %% auto #0
@@ -69,8 +69,8 @@ def table(model:BaseEstimator, X:Any, train:np.ndarray|None=None)->np.ndarray:
     X = with_names(model, X, fitting)
     if default: X = pd.DataFrame(X)
     if fitting:
-        model.preprocessor_ = default_preprocessor(X, train, standardise=not is_array, stacklevel=5) if default else clone(model.preprocessor)
-        model.preprocessor_.fit(X.iloc[train] if isinstance(X, pd.DataFrame) else X[train])
+        unfitted = default_preprocessor(X, train, standardise=not is_array, stacklevel=5) if default else clone(model.preprocessor)
+        model.preprocessor_ = unfitted.fit(X.iloc[train] if isinstance(X, pd.DataFrame) else X[train])
     encoded = check_array(model.preprocessor_.transform(X), accept_sparse=True, dtype=np.float64, input_name="X after the preprocessor")
     return encoded.toarray() if issparse(encoded) else encoded
 

@@ -23,12 +23,12 @@ from PIL import Image
 from plotly.subplots import make_subplots
 from scipy.stats import rankdata
 from sklearn.base import BaseEstimator, TransformerMixin
-from sklearn.linear_model import RidgeCV
 from torch import Tensor, nn
 
 from .core import HplError
 from .data.core import SemiSupervisedData
 from .data.images import ImageFiles
+from .defaults import ridge_of
 from .drawing import DASHED, chart, finish, reference, save_report
 from .figures import learning_curves
 from .methods.core import Supervised
@@ -44,12 +44,11 @@ __all__ = ['write_report']
 
 # %% ../nbs/82f_model_report.ipynb #77b18b9a
 def ridge_solution(data:SemiSupervisedData, most:float=2e7)->tuple[Tensor, Tensor]|None:
-    "Weights (K, d) and biases (K,) of Ridge on the labelled rows; leave-one-out chooses its penalty. None where that would take long."
+    "Weights (K, d) and biases (K,) of `ridge_of` the labelled rows; None where that would take long."
     first = data.plain(data.inputs[data.labelled[:1]], None)
-    if len(data.labelled) < 3 or first.numel()*len(data.labelled) > most or not first.is_floating_point(): return None
-    x = data.plain(data.inputs[data.labelled], None).flatten(1).double().numpy()
-    ridge = RidgeCV(np.logspace(-3, 6, 19)).fit(x, data.normalizer.normalize(data.targets[data.labelled]))
-    solution = ridge.coef_.reshape(data.outputs, -1), ridge.intercept_.ravel()
+    if first.numel()*len(data.labelled) > most or not first.is_floating_point(): return None
+    ridge = ridge_of(data)
+    solution = ridge.coef_.reshape(data.outputs, -1), np.reshape(ridge.intercept_, data.outputs)
     return tuple(torch.as_tensor(values, dtype=torch.float32) for values in solution)
 
 def linear(weight:Tensor, bias:Tensor)->Regressor:
@@ -230,6 +229,9 @@ def settings_in_words(model:BaseEstimator)->str:
 NO_ROWS = ("No rows were held out (validation_fraction=0, or a file of an earlier version), so that this report knows no error, no "
            "interval and no ranking of the pseudo-labels. "
            "report(path, X, y) shows the error on other rows with labels.")
+AGAIN = "Then the model was trained again, on all labelled rows; the errors here are those of the first training."
+RIDGE = ("On these rows the network was not clearly better than Ridge. So the model that predicts now is Ridge of all labelled rows, and 'this "
+         "model' here is the network.")
 VALIDATION = ("These {n} validation rows did not train, but they selected the epoch, so that the error is slightly optimistic. "
               "Other rows with labels, report(path, X, y), give an honest one.")
 
@@ -255,7 +257,8 @@ def error_sections(model:BaseEstimator, frame:pd.DataFrame, inside:Mapping[float
     "Errors and coverage on validation rows, or on rows of the user's own."
     if frame.empty: return [("Error", NO_ROWS, None)]
     n, name = len(frame)//frame["output"].nunique(), "test rows" if own else "validation rows"
-    text = f"These {n} rows took no part in training, nor in the selection of the epoch." if own else VALIDATION.format(n=n)
+    again = {None: "", 0: RIDGE}.get(model._again, AGAIN) # for so many epochs
+    text = f"These {n} rows took no part in training, nor in the selection of the epoch." if own else f"{VALIDATION.format(n=n)} {again}"
     coverage = "Shares of labels within the intervals of predict_interval." if own else (
         "Each row's interval is made of the other rows' errors. Over all rows the share is right by construction; look at the thirds.")
     return [(f"Error on {n} {name}", f"{text}\n\n{against_ridge(frame)}", error_table(frame)),

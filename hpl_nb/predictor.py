@@ -29,7 +29,8 @@ from .core import HplError, LabelNormalizer, RunFolder, atomic_write, reading, s
 from .data.columns import FrameEncoder
 from .data.core import SemiSupervisedData, View, plain_view, row_error, row_numbers, row_owners
 from .data.images import ImageFiles, ImageSource, ImageView, decode_image
-from .data.own import PixelStrengths, Reading, RowStrengths, Standardizer, input_tensor
+from .data.own import Reading, input_tensor
+from .data.views import PixelStrengths, RowStrengths, Standardizer
 from .methods.core import Method
 from .methods.known import METHODS
 from .settings import Settings, as_json, differences, from_json
@@ -286,7 +287,7 @@ class Predictor:
     def predict_interval(self,
         inputs:Any, # as in `predict`
         coverage:float=.9, # share of new rows whose label is to lie within; for each output on its own
-        scaled:bool|None=None, # wide where the method's own sigma is large, or not; None: if it makes the calibration rows' intervals narrower
+        scaled:bool|None=None, # wide where the method's own sigma is large; None: if that makes those of the calibration rows narrower
     )->Interval: # prediction, low, high
         "Predictions with split conformal intervals."
         return interval_of(self, inputs, coverage, scaled)

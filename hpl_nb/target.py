@@ -25,7 +25,8 @@ def fitted_target(target:Literal["log", "log1p"]|TransformerMixin|None, labels:n
     if target is None or not (known := np.isfinite(labels).all(axis=1)).any(): return None
     if isinstance(target, str) and target in NAMED: return FunctionTransformer(*NAMED[target], check_inverse=False).fit(labels[known])
     if not hasattr(target, "inverse_transform"):
-        raise HplError(f"target is {target!r:.100}; give 'log', 'log1p', or a transformer that has inverse_transform, such as PowerTransformer().")
+        raise HplError(f"target is {target!r:.100}; give 'log', 'log1p', or a transformer that has inverse_transform, such as "
+                       "PowerTransformer().")
     try: return clone(target).fit(labels[known])
     except ValueError as error: raise HplError(f"target={target} cannot be fitted to the labels ({error}); give another one.") from error
 

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
 from scipy.stats import rankdata
-from sklearn.base import TransformerMixin
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from .data.core import SemiSupervisedData
+from .defaults import Trained
 from .methods.core import Method, dropout_features
 from .target import in_label_units
 from .training.loop import make_accelerator
@@ -128,19 +126,12 @@ def on_device(method:Method)->Iterator[Accelerator]:
     try: yield accelerator
     finally: method.to(place)
 
-# %% ../nbs/82e_trust.ipynb #f5fc90d8
-class Trained(NamedTuple):
-    "A method, the data that it was trained on, its run, and what its labels are learned as."
-    method:Method
-    data:SemiSupervisedData
-    run:Run
-    target:TransformerMixin|None=None
-
-    def view_scores(self, views:Mapping[str, np.ndarray])->dict[str, np.ndarray]:
-        "Those of `view_scores`, in label units."
-        mean = in_label_units(self.target, np.array([self.data.normalizer.mean]))
-        return view_scores({name: in_label_units(self.target, values) if name in ("pseudo_label", "strong_prediction") else values
-                            for name, values in views.items()}, mean)
+# %% ../nbs/82e_trust.ipynb #f2f2b311
+def label_unit_scores(trained:Trained, views:Mapping[str, np.ndarray])->dict[str, np.ndarray]:
+    "Those of `view_scores`, where the target is undone."
+    mean = in_label_units(trained.target, np.array([trained.data.normalizer.mean]))
+    return view_scores({name: in_label_units(trained.target, values) if name in ("pseudo_label", "strong_prediction") else values
+                        for name, values in views.items()}, mean)
 
 def validation_scores(trained:Trained, seed:int)->tuple[dict[str, np.ndarray], list[pd.DataFrame]]:
     "The scores (n, K) of the validation rows, and for each output what they are worth."
@@ -148,7 +139,7 @@ def validation_scores(trained:Trained, seed:int)->tuple[dict[str, np.ndarray], l
     with on_device(method) as accelerator:
         evaluator = Evaluator(method, data, accelerator, seed)
         views = evaluator.inspect(data.val)
-        scores = trained.view_scores(views) | network_scores(evaluator, data.val)
+        scores = label_unit_scores(trained, views) | network_scores(evaluator, data.val)
     errors = np.abs(in_label_units(target, views["pseudo_label"]) - in_label_units(target, data.targets[data.val]))
     return scores, [rank_scores(pd.DataFrame({name: values[:, k] for name, values in scores.items()}), errors[:, k], seed=seed)
                     for k in range(data.outputs)]
@@ -156,7 +147,7 @@ def validation_scores(trained:Trained, seed:int)->tuple[dict[str, np.ndarray], l
 def unlabelled_scores(trained:Trained, wanted:Collection[str], seed:int)->dict[str, np.ndarray]:
     "The scores (m, K) of the unlabelled rows; those that take more passes only where one is wanted."
     method, data, run, _ = trained
-    scores = trained.view_scores(recorded_views(run, "unlabelled", data.outputs))
+    scores = label_unit_scores(trained, recorded_views(run, "unlabelled", data.outputs))
     if {*wanted} <= {*scores}: return scores
     with on_device(method) as accelerator: return scores | network_scores(Evaluator(method, data, accelerator, seed), data.unlabelled)
 

@@ -146,6 +146,12 @@ def drag(page, plot, left, top, right, bottom):
 def choice(page, name): return page.locator(f".widget-dropdown:has-text('{name}') select").first
 
 
+UNDER_TOOLBAR = f"""{PLOT}.filter(plot => {{ // whose legend reaches into the toolbar, shown or not
+    const [legend, bar] = [".legend", ".modebar"].map(name => plot.querySelector(name)?.getBoundingClientRect());
+    return legend && bar && legend.top < bar.bottom && legend.right > bar.left;
+}}).length"""
+
+
 def press(page, name, key):
     "Press a key on the handle of a slider."
     page.locator(f".widget-slider:has-text('{name}') .noUi-handle").first.press(key)
@@ -276,6 +282,7 @@ print("resumed:", again.finished, seen[0] > 25*len(run.log), len(again.log) >= l
         wait_for(lambda: len(values(page, 2, "y")) >= 8 and len(values(page, 0, "y")) >= 8)
         assert len(values(page, 1, "y")) >= 8
         wait_for(lambda: fits(page))
+        wait_for(lambda: page.evaluate(UNDER_TOOLBAR) == 0)
         screenshot(page.locator(".jp-OutputArea-output:has(.js-plotly-plot)").first, f"live-{way}")
         if way == "button": page.locator(".jupyter-button:has-text('Stop')").click(force=True)
         else: page.locator("[title*='Interrupt the kernel'], [data-jp-item-name=interrupt] *").first.click()

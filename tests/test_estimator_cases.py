@@ -578,7 +578,8 @@ class TestTarget:
     @pytest.mark.parametrize("target, label, message", [
         ("log", 0., r"row 3 .*its label 0 has no logarithm; 1 such row\(s\). Use target='log1p'"),
         ("log", -2., r"row 3 .*its label -2 has no logarithm; 1 such row\(s\). Correct it, or leave target out"),
-        ("log1p", -2., "row 3 .*its label -2 cannot be transformed by target"), ("sqrt", 1., "target is 'sqrt'; give 'log', 'log1p', or a transformer"),
+        ("log1p", -2., "row 3 .*its label -2 cannot be transformed by target"),
+        ("sqrt", 1., "target is 'sqrt'; give 'log', 'log1p', or a transformer"),
         (OneHotEncoder(sparse_output=False), 1., "target makes shape"), (np.log, 1., "target is <ufunc 'log'>; give"),
         (PowerTransformer("box-cox"), 0., "cannot be fitted to the labels .*strictly positive")])
     def test_named(self, target, label, message):

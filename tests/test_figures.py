@@ -4,14 +4,18 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
-from hpl_nb import figures, metrics
+from hpl_nb import cli, companion, figures, metrics
+from hpl_nb import report as report_module
 from hpl_nb.core import HplError
+from hpl_nb.estimator import SemiSupervisedRegressor
+from hpl_nb.training.state import Train
 
 
 def predictions(n=200, seed=0, method="a", epoch=3):
@@ -244,6 +248,71 @@ def test_report_is_drawn_without_a_network(report, tmp_path):
                "--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=8000", "--dump-dom", report.as_uri()]
     page = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
     assert page.count('class="plot-container') == 9 and "has not run here.</p>" not in page
+
+
+@pytest.fixture(scope="module")
+def blind(tmp_path_factory):
+    "Run folders of estimators without true labels of the unlabelled rows: with validation rows, without, and one of another method."
+    rng, top = np.random.default_rng(0), tmp_path_factory.mktemp("runs")
+    X, y = rng.normal(size=(80, 3)), np.where(np.arange(80) < 40, rng.normal(size=80), np.nan)
+    how = dict(train=Train(epochs=2, iterations_per_epoch=2), random_state=0)
+    SemiSupervisedRegressor(folder=top/"validated", **how).fit(X, y)
+    SemiSupervisedRegressor(folder=top/"bare", validation_fraction=0., **how).fit(X, y)
+    SemiSupervisedRegressor("supervised", folder=top/"supervised", **how).fit(X, y)
+    return top
+
+
+def headings(path): return re.findall(r"<h2[^>]*>(.*?)</h2>", path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(("folder", "drawn"), [
+    ("validated", ["Error on the validation rows", "Rank correlations", "Validation error", "Log-variance over training"]),
+    ("bare", ["Rank correlations", "Log-variance over training"]),
+    ("supervised", ["Error on the validation rows", "Validation error"])])
+def test_figures_of_an_estimators_run_without_true_labels(blind, folder, drawn, tmp_path):
+    cli.hpl_figures([str(blind/folder), "--out", str(out := tmp_path/"report.html")])
+    assert [name for name in headings(out) if name not in ("Results", "Errors of the pseudo-labels")] == drawn
+    page = out.read_text(encoding="utf-8").split("<body>")[1]
+    assert page.count("The true labels of the unlabelled rows are unknown, so the figures that need them are left out") == 1
+    assert ("No rows were held out" in page) == (folder == "bare") and ("No test rows were held out" in page) == (folder != "bare")
+    assert "test_mae" not in page and "<td>n/a</td>" not in page and page.count("<figure") == len(drawn) - ("Rank correlations" in drawn)
+
+
+def test_report_of_runs_of_several_kinds(blind, tmp_path):
+    runs = report_module.finished_runs([blind])
+    assert len(runs) == 3 and report_module.results_frame(runs)["mae"].isna().all()
+    table = report_module.results_table(report_module.results_frame([run for run in runs if "val_mae" in run.metrics]))
+    assert {"val_mae", "seconds"} <= set(table) and not {"mae", "mse", "r2", "pseudo_label_mae"} & set(table)
+    assert len(headings(report_module.report([runs[1], runs[2]], tmp_path/"two.html", "Two"))) == 6
+    assert "HPL (paper)" in companion.how_made(runs)
+    with pytest.raises(HplError, match="no run to report"): report_module.report([], tmp_path/"none.html", "None")
+
+
+@pytest.mark.parametrize(("file", "change", "says"), [
+    *[("config.json", {name: None}, f"config has {name} = None")
+      for name in ("run", "dataset", "method", "unit", "label_ratio", "seed", "settings")],
+    ("config.json", {"settings": []}, "config has settings = []"), ("config.json", {"format": None}, "earlier version"),
+    ("config.json", {"experiment": "x"}, ""), ("config.json", {"experiment": {"data": 3}}, ""), ("config.json", None, "damaged"),
+    *[("metrics.json", {name: None}, f"metrics has {name} = None") for name in ("epoch", "epochs", "steps", "seconds")],
+    ("metrics.json", {"val_mae": "<b>"}, "metrics has val_mae = '<b>'"), ("metrics.json", {"epoch": 7}, "no row of the selected epoch 7")])
+def test_a_forged_or_incomplete_run_folder_is_refused(blind, tmp_path, file, change, says):
+    folder = shutil.copytree(blind/"validated", tmp_path/"run")
+    (folder/"checksums.json").unlink()
+    content = json.loads((folder/file).read_text())
+    new = {name: value for name, value in {**content, **(change or {})}.items() if value is not None}
+    (folder/file).write_text(json.dumps(new) if change else "[1, 2]")
+    with pytest.raises(SystemExit) if says else nullcontext() as error: cli.hpl_figures([str(folder), "--out", str(tmp_path/"report.html")])
+    assert not says or says in str(error.value) and str(folder) in str(error.value)
+
+
+def test_the_common_look_keeps_the_legend_out_of_the_toolbar():
+    "Plotly puts a legend that is beyond its container at the top, where the toolbar is, so it stands below the title in each."
+    from hpl_nb.live import LiveView
+    view = LiveView()
+    for figure in (view.losses, view.variance, view.validation, figures.learning_curves(log())):
+        legend = figure.layout.legend
+        assert (legend.yref, legend.yanchor) == ("container", "top") and 30 < (1 - legend.y)*figure.layout.height < 60
+    view.close()
 
 
 def test_figures_are_not_imported_with_the_package():

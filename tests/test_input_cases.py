@@ -9,6 +9,7 @@ import warnings
 import zlib
 from decimal import Decimal
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -96,7 +97,8 @@ def advised(message, X):
         yield names["X"]["age"]
 
 
-AMBIGUOUS = {"thousands": pd.Series([f"{age},500" for age in AGES]), "either first": pd.Series([f"0{1 + day % 9}/0{1 + day % 7}/2024" for day in range(40)]),
+AMBIGUOUS = {"thousands": pd.Series([f"{age},500" for age in AGES]),
+             "either first": pd.Series([f"0{1 + day % 9}/0{1 + day % 7}/2024" for day in range(40)]),
              "zeros": pd.Series([f"0{age}" for age in AGES]), "category": NUMBERS_AS_TEXT["category"],
              "date category": DATES["date category"]}
 
@@ -123,7 +125,8 @@ def test_the_estimator_reads_what_has_one_reading_as_the_line_does(kind):
     with pytest.warns(UserWarning, match="X: columns are read as numbers: 'age'"): fitted = default_preprocessor(X).fit(X)
     lines = refused("", from_frame, X.assign(y=np.arange(40.)), "y", impute="median").replace("frame[", "X[")
     numbers = next(advised(lines, X))
-    expected = default_preprocessor(X.assign(age=np.asarray(numbers, dtype=float))).fit_transform(X.assign(age=np.asarray(numbers, dtype=float)))
+    by_line = X.assign(age=np.asarray(numbers, dtype=float))
+    expected = default_preprocessor(by_line).fit_transform(by_line)
     np.testing.assert_allclose(fitted.transform(X), expected, atol=1e-9)
     np.testing.assert_allclose(fitted.transform(X[::-1])[::-1], expected, atol=1e-9)
     refused("row 0 (the first is 0): 'soon' cannot be read as the ", fitted.transform, X.astype({"age": object}).assign(age="soon"))
@@ -208,11 +211,14 @@ def test_sparse_matrices_name_what_to_type():
 def patients(n=400, seed=0):
     "Hospital stays: an identifier, a date, gaps, impossible values, a skewed label that a third of the rows have."
     rng = np.random.default_rng(seed)
-    frame = pd.DataFrame({"patient_id": np.arange(n) + 1000, "admission": (TIMES[0] + pd.to_timedelta(rng.integers(0, 900, n), "D")).strftime("%Y-%m-%d"),
-                          "age": rng.normal(60, 12, n).round().clip(18, 95), "bmi": rng.gamma(30, .9, n).round(1), "ward": rng.choice(list("ABC"), n),
-                          "name": [f"patient {row}" for row in range(n)], "emergency": rng.random(n) < .3, "empty": np.nan})
+    days = TIMES[0] + pd.to_timedelta(rng.integers(0, 900, n), "D")
+    frame = pd.DataFrame({"patient_id": np.arange(n) + 1000, "admission": days.strftime("%Y-%m-%d"),
+                          "age": rng.normal(60, 12, n).round().clip(18, 95), "bmi": rng.gamma(30, .9, n).round(1),
+                          "ward": rng.choice(list("ABC"), n), "name": [f"patient {row}" for row in range(n)],
+                          "emergency": rng.random(n) < .3, "empty": np.nan})
     stay = np.exp(1 + .03*(frame["age"] - 60) + .5*(frame["ward"] == "A") + .4*frame["emergency"] + rng.normal(0, .2, n))
-    frame.loc[rng.random(n) < .1, "bmi"], frame.loc[rng.random(n) < .1, "ward"], frame.loc[[5, 9], "bmi"], frame.loc[7, "age"] = np.nan, None, 999, -1
+    frame.loc[rng.random(n) < .1, "bmi"], frame.loc[rng.random(n) < .1, "ward"] = np.nan, None
+    frame.loc[[5, 9], "bmi"], frame.loc[7, "age"] = 999, -1
     return frame, stay, stay.where(np.arange(n) % 3 == 0)
 
 
@@ -226,8 +232,10 @@ def test_no_refusal_before_the_first_fit(tmp_path):
         warnings.simplefilter("always")
         model = regressor().fit(X, y)
     said = [str(warning.message) for warning in told]
-    for part in ("are left out: 'empty'", "only name the rows: 'patient_id'; 'name'", f"'bmi' in {X['bmi'].isna().sum()} row(s); 'ward' in ",
-                 "'admission' (dates, as days since 2000-01-01)", "'age' in 1 row(s), such as -1 in row 7", "'bmi' in 2 row(s), such as 999 in row 5"):
+    for part in ("are left out: 'empty'", "only name the rows: 'patient_id'; 'name'",
+                 f"'bmi' in {X['bmi'].isna().sum()} row(s); 'ward' in ",
+                 "'admission' (dates, as days since 2000-01-01)", "'age' in 1 row(s), such as -1 in row 7",
+                 "'bmi' in 2 row(s), such as 999 in row 5"):
         assert sum(part in sentence for sentence in said) == 1, (part, said)
     assert len(said) == 5 and all(warning.filename == __file__ for warning in told)
     new = X.tail(30).astype({"emergency": object}).assign(ward="D")
@@ -298,16 +306,17 @@ def test_other_columns_at_predict_are_one_sentence():
     for other, what in ((X[["bmi", "age", "emergency"]], "must be in the same order"), (X[["age", "bmi"]], "now missing:\n- emergency"),
                         (X.assign(weight=1.), "unseen at fit time:\n- weight")):
         message = refused(what, model.predict, other)
-        assert message.endswith("Type X = X.reindex(columns=model.feature_names_in_), which leaves new columns out and takes missing ones for missing values.")
+        assert "\nType X = X.reindex(columns=model.feature_names_in_), which leaves new columns out" in message
         assert np.isfinite(model.predict(other.reindex(columns=model.feature_names_in_))).all()
 
 
 def test_a_filling_preprocessor_of_ones_own_is_loaded_without_trusted(tmp_path):
     X, _, y = patients()
     X = X[["age", "bmi", "ward"]]
-    numbers = make_pipeline(SimpleImputer(strategy="median", add_indicator=True), StandardScaler()), make_column_selector(dtype_include="number")
-    texts = make_pipeline(SimpleImputer(strategy="most_frequent"), OneHotEncoder(handle_unknown="ignore")), make_column_selector(dtype_exclude="number")
-    model = regressor(preprocessor=make_column_transformer(numbers, texts)).fit(X, y)
+    numbers = make_pipeline(SimpleImputer(strategy="median", add_indicator=True), StandardScaler())
+    texts = make_pipeline(SimpleImputer(strategy="most_frequent"), OneHotEncoder(handle_unknown="ignore"))
+    steps = (numbers, make_column_selector(dtype_include="number")), (texts, make_column_selector(dtype_exclude="number"))
+    model = regressor(preprocessor=make_column_transformer(*steps)).fit(X, y)
     loaded = SemiSupervisedRegressor.load(model.save(tmp_path/"m.safetensors"))
     np.testing.assert_array_equal(loaded.predict(X), model.predict(X))
 
@@ -640,8 +649,7 @@ def test_explorer_counts_the_rows_that_have_a_variance():
 
 
 @pytest.mark.parametrize(("contains", "change"), [
-    ("has no rows", lambda t: t[:0]), ("no row has both", lambda t: t.assign(pseudo_label=np.nan)),
-    ("no row has both", lambda t: t.assign(y_true=np.nan)),
+    ("has no rows", lambda t: t[:0]), ("no row has a pseudo_label", lambda t: t.assign(pseudo_label=np.nan)),
     ("has no column pseudo_label", lambda t: t.drop(columns="pseudo_label")),
     ("no output 0. Give one of [1]", lambda t: t.assign(output=1)),
     ("rows without epoch", lambda t: t.assign(epoch=np.nan)), ("rows without run", lambda t: t.assign(run=None)),
@@ -649,6 +657,97 @@ def test_explorer_counts_the_rows_that_have_a_variance():
 def test_explorer_refuses_with_a_reason(contains, change):
     from hpl_nb.explorer import Explorer
     refused(contains, Explorer, change(predictions()))
+
+
+@pytest.mark.parametrize("change", [lambda t: t.assign(y_true=np.nan), lambda t: t.assign(y_true=None), lambda t: t.drop(columns="y_true")])
+def test_explorer_needs_no_true_label(change):
+    rng = np.random.default_rng(1)
+    table = change(predictions(log_variance=rng.normal(size=100), strong_prediction=rng.normal(size=100), weight=rng.uniform(size=100)))
+    from hpl_nb.explorer import Explorer
+    explorer = Explorer(table)
+    assert explorer.height.options == ("variance σ²", "disagreement |r − pseudo-label|", "weight ω") and explorer.boxes is None
+    last, points = table[table["epoch"] == 2], explorer.scatter.data[0]
+    heights = {"variance σ²": np.exp(last["log_variance"]), "weight ω": last["weight"],
+               "disagreement |r − pseudo-label|": (last["strong_prediction"] - last["pseudo_label"]).abs()}
+    for name, height in heights.items():
+        explorer.height.value = name
+        np.testing.assert_allclose(points.x, last["pseudo_label"])
+        np.testing.assert_allclose(points.y, height)
+        explorer.choose(np.arange(50))
+        first = explorer.cards.value.split('<figure class="hpl-card">')[1]
+        assert "the 24 highest of them" in explorer.cards.value and first.startswith(f"sample {height.idxmax() - 50}<")
+    assert "true labels are unknown" in explorer.words.value and "nan" not in explorer.words.value + explorer.cards.value
+    explorer.labels.value = (0., explorer.labels.max)
+    assert len(points.x) == (last["pseudo_label"] >= 0).sum()
+    explorer.close()
+
+
+def test_explorer_of_little_but_pseudo_labels():
+    explorer, words = explored(predictions().drop(columns="y_true"))
+    assert explorer.height.options == ("pseudo-label",) and "50 samples" in words
+
+
+def test_explorer_opens_on_a_method_with_a_variance():
+    from hpl_nb.explorer import Explorer
+    without = predictions(strong_prediction=1.).assign(run="p", method="PseudoLabel")
+    other = predictions().assign(run="s", method="Supervised")
+    explorer = Explorer(pd.concat([without, predictions(log_variance=.5), other], ignore_index=True))
+    assert (explorer.method.value, explorer.run.value, explorer.height.value) == ("HPL", "r", "variance σ²")
+    assert explorer.method.options == ("PseudoLabel", "HPL", "Supervised") and "Epoch 2" in explorer.words.value
+    explorer.close()
+
+
+@pytest.fixture(scope="module")
+def blind(tmp_path_factory):
+    "Estimators on a table, on pictures and on files whose unlabelled rows have no true label: (X, estimator) by kind."
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    y, pixels = np.where(np.arange(60) < 30, rng.normal(size=60), np.nan), rng.integers(0, 256, (60, 8, 8)).astype(np.uint8)
+    for row in range(60): Image.fromarray(pixels[row]).save(folder/f"{row}.png")
+    table = pd.DataFrame({"age": rng.normal(size=60), "city": ["<i>Ulm", "Bari"]*30})
+    X = {"numbers": rng.normal(size=(60, 3)), "frame": table, "pixels": pixels.astype(float),
+         "files": [folder/f"{row}.png" for row in range(60)]}
+    train = Train(epochs=2, iterations_per_epoch=2)
+    return {kind: (x, SemiSupervisedRegressor(train=train, random_state=0).fit(x, y)) for kind, x in X.items()}
+
+
+@pytest.mark.parametrize(("kind", "shown"), [("numbers", "…</div>"), ("frame", "city &lt;i&gt;Ulm"), ("pixels", "<img"), ("files", "<img")])
+def test_explorer_of_an_estimators_run_shows_rows_of_its_X(blind, kind, shown):
+    from hpl_nb.explorer import Explorer
+    x, model = blind[kind]
+    explorer = Explorer(model.run_, x)
+    assert explorer.height.value == "variance σ²" and len(explorer.rows()) == 30
+    explorer.choose(explorer.rows()["index"])
+    assert shown in explorer.cards.value and explorer.cards.value.count("<figure") == 24
+    explorer.close()
+
+
+def test_explorer_tells_runs_of_one_name_apart_and_refuses_other_things(blind):
+    from hpl_nb.explorer import Explorer
+    (x, model), (_, other) = blind["numbers"], blind["numbers"]
+    explorer = Explorer([model.run_, other.run_])
+    assert len(explorer.run.options) == 2 and len(explorer.rows()) == 30
+    explorer.close()
+    refused("predictions is a SemiSupervisedRegressor: give a predictions table, or runs such as the run_", Explorer, model)
+    refused("predictions is a list", Explorer, [])
+    refused("data is a str", Explorer, model.run_, "years")
+    refused("data has 10 rows, and the predictions have one of row 59", Explorer, model.run_, x[:10])
+
+
+def test_datasets_without_true_labels_can_be_explored(blind, tmp_path):
+    from hpl_nb.core import seed_everything
+    from hpl_nb.methods.hpl import HPL
+    from hpl_nb.models import mlp, small_cnn
+    from hpl_nb.training.loop import fit
+    y, files = [*np.linspace(0, 1, 30), *[np.nan]*30], blind["files"][0]
+    table = pd.DataFrame({"file": [file.name for file in files], "y": y})
+    sets = [(from_arrays(blind["numbers"][0], y, unit="years"), partial(mlp, 3)),
+            (from_images(files[0].parent, table, "file", "y", size=8), partial(small_cnn, channels=3, width=4))]
+    for number, (data, network) in enumerate(sets):
+        seed_everything(0)
+        method, settings = HPL.paper().build(network()), Train(epochs=2, iterations_per_epoch=2, record_every=1)
+        run = fit(method, data, settings, folder=tmp_path/str(number), progress=False)
+        explorer, words = explored(run, data=data)
+        assert explorer.epoch.options == (1, 2) and "true labels are unknown" in words and explorer.unit == data.unit
 
 
 @few
@@ -673,7 +772,7 @@ def test_a_folder_whose_name_is_no_text(tmp_path):
     for row in range(24): Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)).save(folder/f"{row}.png")
     table = pd.DataFrame({"file": [f"{row}.png" for row in range(24)], "y": rng.normal(size=24)})
     (folder/"t.parquet").write_bytes(table.to_parquet())
-    data = from_images(folder, folder/"t.parquet", "file", "y", size=8)
+    data = from_images(folder, folder/"t.parquet", "file", "y", reading=Reading(size=8))
     method = Supervised().build(small_cnn(3, 4))
     fit(method, on_disk(data, folder/"cache"), Train(epochs=1, iterations_per_epoch=1), folder=folder/"pictures", progress=False)
     refused("is not valid UTF-8. Save under another name", Predictor.from_method(method, data).save, folder/"m.safetensors")

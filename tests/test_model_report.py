@@ -15,6 +15,7 @@ from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_err
 from small_runs import on_cpu  # noqa: F401
 
 from hpl_nb.core import HplError
+from hpl_nb.defaults import PENALTIES
 from hpl_nb.estimator import SemiSupervisedRegressor
 from hpl_nb.model_report import coverage_table, left_out_inside, thumbnail
 from hpl_nb.predictor import conformal_radius
@@ -63,7 +64,7 @@ def data(): return table()
 @pytest.fixture(scope="module")
 def model(data):
     X, y, _ = data
-    return SemiSupervisedRegressor("ucvme", train=TRAIN, validation_fraction=.5, random_state=0).fit(X.iloc[:400], y[:400])
+    return SemiSupervisedRegressor("ucvme", train=TRAIN, validation_fraction=.5, random_state=1).fit(X.iloc[:400], y[:400])
 
 
 @pytest.fixture(scope="module")
@@ -116,10 +117,12 @@ def test_page_in_a_browser_without_a_network(page, model, tmp_path):
 
 # The errors
 
-def test_errors_are_those_of_scikit_learn(model, data):
-    rows = model.held_out_.set_index("row")
-    true = pd.Series(data[2], index=data[0].index)[rows.index]
-    assert np.array_equal(rows["y_true"], true) and np.allclose(rows["prediction"], model.predict(data[0].loc[rows.index]), rtol=1e-5)
+def test_held_out_rows_are_those_of_the_run(model, data, page):
+    rows, run = model.held_out_.set_index("row"), model.run_.predictions
+    run = run[(run["split"] == "val") & (run["epoch"] == model.run_.metrics["epoch"])]
+    assert np.array_equal(rows["y_true"], pd.Series(data[2], index=data[0].index)[rows.index])
+    assert np.array_equal(rows["prediction"], run["y_pred"]) and [*rows.index] == [*data[0].index[run["index"]]]
+    assert f"{mean_absolute_error(rows['y_true'], rows['prediction']):.4g}" in page.words
 
 
 def test_ridge_is_ridge(model, data):
@@ -128,7 +131,7 @@ def test_ridge_is_ridge(model, data):
     held = X.index.isin(model.held_out_["row"])
     train = X[~held & np.isfinite(y)]
     scaled = (X - X.iloc[:400][~held[:400]].mean())/X.iloc[:400][~held[:400]].std(ddof=0)
-    expected = RidgeCV(np.logspace(-3, 6, 19)).fit(scaled.loc[train.index], y[X.index.isin(train.index)])
+    expected = RidgeCV(PENALTIES).fit(scaled.loc[train.index], y[X.index.isin(train.index)])
     assert np.allclose(model.held_out_["ridge"], expected.predict(scaled.loc[model.held_out_["row"]]), rtol=1e-3)
 
 
@@ -144,8 +147,29 @@ def test_test_rows_make_the_honest_numbers(model, data, tmp_path):
 
 
 def test_rows_that_trained_are_no_test_rows(model, data, tmp_path):
-    with pytest.warns(UserWarning, match="75 of 150 test rows are equal to a row that trained"):
-        model.report(tmp_path/"report.html", data[0].iloc[:150], data[2][:150])
+    with pytest.warns(UserWarning, match="150 of 160 test rows are equal to a row that trained"):
+        model.report(tmp_path/"report.html", pd.concat([data[0].iloc[:150], data[0].iloc[400:410]]), np.r_[data[2][:150], data[2][400:410]])
+
+
+@pytest.mark.parametrize("epochs, words", [(None, "that the error is slightly optimistic"), (0, "the model that predicts now is Ridge of all"),
+                                           (3, "the model was trained again, on all labelled rows")])
+def test_page_says_whether_the_model_was_trained_again(epochs, words, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "_again", epochs)
+    page = Page(model.report(tmp_path/"report.html"))
+    assert words in page.words and ("of the first training" in page.words) == (epochs == 3)
+
+
+def test_numbers_are_in_label_units_whatever_is_learned(data, tmp_path):
+    "Labels of which the logarithm is learned: errors, baselines, intervals and pseudo-labels come back in days."
+    X, y, true = data
+    model = SemiSupervisedRegressor("ucvme", target="log", train=TRAIN, validation_fraction=.5, random_state=1).fit(X.iloc[:400], y[:400])
+    rows = model.held_out_.set_index("row")
+    assert np.allclose(rows["y_true"], pd.Series(true, index=X.index)[rows.index])
+    assert np.allclose(rows["error"], np.abs(np.log(rows["y_true"]) - np.log(rows["prediction"])), atol=1e-4)
+    assert (rows["ridge"] > 0).all() and np.allclose(np.log(rows["mean"]), np.log(rows["mean"].iloc[0]))
+    page, predicted = Page(model.report(tmp_path/"report.html", X.iloc[400:], true[400:])), model.predict(X.iloc[400:])
+    assert f"{mean_absolute_error(true[400:], predicted):.4g}" in page.words and "learned as log" in page.words
+    assert (model.pseudo_labels_["pseudo_label"] > 0).all()
 
 
 # Coverage

@@ -14,7 +14,8 @@ from PIL import Image
 from hpl_nb.core import HplError, seed_everything
 from hpl_nb.data.columns import FrameEncoder
 from hpl_nb.data.core import Streams
-from hpl_nb.data.own import PixelStrengths, Reading, RowStrengths, Split, Standardizer, batches_for, from_arrays, from_frame, from_images
+from hpl_nb.data.own import Reading, Split, batches_for, from_arrays, from_frame, from_images
+from hpl_nb.data.views import PixelStrengths, RowStrengths, Standardizer
 from hpl_nb.methods.hpl import HPL
 from hpl_nb.models import mlp
 from hpl_nb.training.loop import fit

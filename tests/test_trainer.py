@@ -539,3 +539,31 @@ def test_labels_of_one_value():
     data = vectors()
     run, _ = train("Supervised", replace(data, targets=np.full_like(data.targets, 7), normalizer=None))
     assert np.isfinite(run.predictions["y_pred"]).all()
+
+
+# ---- the live view's Stop
+
+@pytest.mark.parametrize("step", [2, 5, 13])
+def test_stop_without_a_folder_keeps_the_best_epoch_so_far(step):
+    "The weights, predictions and errors of the best of the epochs before the stop, and their curves; nothing before the first has ended."
+    import asyncio
+
+    from hpl_nb.live import LiveView, fit_live
+    from hpl_nb.predictor import Predictor
+    class Pressed(LiveView):
+        def __call__(self, progress):
+            if progress.step == step: self.stop()
+            return super().__call__(progress)
+    data, method, view = vectors(), make("HPL paper", 0, dense), Pressed(every=0)
+    kept, ended = asyncio.run(fit_live(method, data, SMALL, view)), step//5
+    whole, _ = train()
+    said = view.words.value
+    view.close()
+    assert not kept.finished and len(kept.log) == ended and ("no epoch has ended" in said) == (ended == 0)
+    if not ended: return
+    pd.testing.assert_frame_equal(kept.log.drop(columns="seconds"), whole.log.head(ended).drop(columns="seconds"))
+    best = whole.log["val_mse"].head(ended).argmin() + 1
+    assert kept.metrics["epoch"] == best and f"epoch {best} of {ended} selected" in said and "begins anew" in said
+    rows = kept.predictions[kept.predictions["split"] == "test"].set_index("index").loc[data.test, "y_pred"]
+    np.testing.assert_allclose(Predictor.from_method(method, data).predict(data.inputs[data.test]), rows, rtol=1e-5)
+    assert kept.metrics["test_mae"] == pytest.approx(np.abs(rows.to_numpy() - data.targets[data.test, 0]).mean())

@@ -30,7 +30,7 @@ from sklearn.datasets import load_digits
 from hpl_nb import Reading, SemiSupervisedRegressor, from_arrays, from_frame, from_images
 from hpl_nb.core import HplError
 from hpl_nb.data.images import FlipCrop, image_views, randaugment_mc_views
-from hpl_nb.data.own import PixelStrengths, RowStrengths
+from hpl_nb.data.views import PixelStrengths, RowStrengths
 from hpl_nb.defaults import released_network
 from hpl_nb.inputs import label_columns, training_data
 from hpl_nb.methods.core import Supervised

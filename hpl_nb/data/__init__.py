@@ -294,7 +294,8 @@ def column_findings(table:pd.DataFrame)->tuple[list[Finding], list[str], list[st
     for place, name in enumerate(table.columns):
         try: looks[name] = look_at(table.iloc[:, place], np.arange(len(table)))
         except HplError as error: findings.append(Finding("error", "column that is refused", -1, str(name), "", str(error)))
-    kinds = Remarks(empty="empty column", named="identifier", counting="counts the rows", values="text of many values", far="impossible values")
+    kinds = Remarks(empty="empty column", named="identifier", counting="counts the rows",
+                    values="text of many values", far="impossible values")
     findings += [Finding("warning", kind, -1, str(name), "", remark) for name, look in looks.items()
                  for kind, remark in zip(kinds, look.remarks) if kind and remark]
     said = sentences([Remarks(missing=look.remarks.missing, read=look.remarks.read) for look in looks.values()])

@@ -159,13 +159,14 @@ def names_rows(column:pd.Series)->bool:
 
 # %% ../../nbs/14b_data.columns.ipynb #5b20c002
 def impossible(values:np.ndarray)->np.ndarray:
-    "Places of numbers far from all others, and of marks: a repeated end of the column beyond a gap, or -1, -9, -99 ... where nothing else is negative."
+    "Places of numbers far from all others, and of marks: a repeated end beyond a gap, or -1, -9, -99 ... where nothing else is negative."
     present = values[~np.isnan(values)]
     if len(present) < 10: return np.array([], dtype=np.int64)
     (different, counts), (first, last) = np.unique(present, return_counts=True), np.quantile(present, (.25, .75))
     marks = []
     for end, beside in ((0, 1), (-1, -2)):
-        if len(different) > 10 and counts[end] > 1 and abs(different[end] - different[beside]) >= last - first > 0: marks.append(different[end])
+        if len(different) > 10 and counts[end] > 1 and abs(different[end] - different[beside]) >= last - first > 0:
+            marks.append(different[end])
     if len(different) > 5 and different[0] < 0 <= different[1] and re.fullmatch(r"-(1|9+)", f"{different[0]:g}"): marks.append(different[0])
     return np.union1d(far_from_others(values, present), np.flatnonzero(np.isin(values, marks)))
 
@@ -177,9 +178,9 @@ def look_at_numbers(column:pd.Series, values:np.ndarray, train:np.ndarray, remar
     far, steps, low, high = impossible(values), np.diff(values), first - 5*(last - first), last + 5*(last - first)
     if first == last: low, high = -np.inf, np.inf
     if len(far):
-        remarks = remarks._replace(far=f"{column.name!r} in {len(far):,} row(s), such as {values[far[0]]:g} in row {far[0]} (half of all are "
-                                       f"{first:g} to {last:g})")
-    if len(values) >= 20 and (steps == 1).all(): remarks = remarks._replace(counting=repr(column.name))
+        remarks = remarks._replace(far=f"{column.name!r} in {len(far):,} row(s), such as {values[far[0]]:g} in row {far[0]} "
+                                       f"(half of all are {first:g} to {last:g})")
+    if not code and len(values) >= 20 and (steps == 1).all(): remarks = remarks._replace(counting=repr(column.name))
     return Look("numbers", remarks, code, float(low), float(high))
 
 # %% ../../nbs/14b_data.columns.ipynb #5b20c005
@@ -208,7 +209,8 @@ def look_at(column:pd.Series, train:np.ndarray, most:int=50)->Look:
     if len(readings) > 1 or is_code: refuse_numbers(column, source, ESTIMATOR_WORDS.table)
     (reading,), values = readings, read_numbers(column, readings[0].code, source)
     if count := int(np.isnan(values).sum()): remarks = Remarks(missing=f"{column.name!r} in {count:,} row(s)")
-    return look_at_numbers(column, values, train, remarks._replace(read=f"{column.name!r} ({reading.kind}, as {reading.unit})"), reading.code)
+    remarks = remarks._replace(read=f"{column.name!r} ({reading.kind}, as {reading.unit})")
+    return look_at_numbers(column, values, train, remarks, reading.code)
 
 # %% ../../nbs/14b_data.columns.ipynb #5b20c008
 class ColumnReader(TransformerMixin, BaseEstimator):

@@ -7,33 +7,30 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
-from ..core import HplError, derive_seed, reason, usual_settings, whole_number
+from ..core import HplError, derive_seed, usual_settings, whole_number
 from .columns import FRAME_WORDS, Words, fit_encoder, require_columns
 from .core import (
-    SPLITS, BatchView, PerSample, SemiSupervisedData, StreamSettings, View, announce, content_keys, largest_batches, row_error,
+    SPLITS, SemiSupervisedData, StreamSettings, View, announce, content_keys, largest_batches, row_error,
     row_numbers, row_owners, split_rows)
 from .images import (
-    IMAGENET_MEAN, IMAGENET_STD, ImageFiles, ImageSource, ImageViews, RandAugmentMC, exact_count, find_images, image_data, is_below,
+    IMAGENET_MEAN, IMAGENET_STD, ImageFiles, ImageSource, ImageViews, exact_count, find_images, image_data, is_below,
     known_range, repeated_rows, require_images, unlisted_images)
-from .pixels import carry_out, draw_plans
 from .tables import first_kind, is_missing, is_real, label_problems, read_table, split_problems, unmasked
-from ..settings import Settings, unknown_name
+from .views import PixelStrengths, RowStrengths, Standardizer, Views, fit_standardizer, make_views
+from ..settings import Settings
 
 # %% auto #0
-__all__ = ['Split', 'RowStrengths', 'PixelStrengths', 'from_arrays', 'batches_for', 'from_frame', 'Reading', 'from_images']
+__all__ = ['Split', 'from_arrays', 'batches_for', 'from_frame', 'Reading', 'from_images']
 
 # %% ../../nbs/15_data.own.ipynb #671a7d30
 def read_labels(columns:Mapping[str, Iterable], name:str, missing_label:float=np.nan)->np.ndarray:
@@ -173,221 +170,6 @@ def check_shape(shape:tuple[int, ...], name:str)->None:
     if len(shape) == 4 and shape[3] in (1, 3, 4) and min(shape[1:3]) > 4:
         raise HplError(f"{name}: inputs of shape {shape} may have {shape[3]} channels last or {shape[1]} first; "
                        f"give np.moveaxis(inputs, 3, 1) if they are last, or np.swapaxes(inputs, 2, 3) (pictures on their side) if first.")
-
-# %% ../../nbs/15_data.own.ipynb #202ddc4f
-def as_tensor(samples:Any)->Tensor:
-    "Samples as one tensor; decoded pictures as uint8 (b, 3, H, W)."
-    if not (isinstance(samples, list) and samples and isinstance(samples[0], Image.Image)): return torch.as_tensor(samples)
-    if len(sizes := {image.size for image in samples}) > 1:
-        raise HplError(f"pictures of one batch differ in size, {sorted(sizes)[:2]} for example; give size=.")
-    return torch.from_numpy(np.stack([np.asarray(image) for image in samples])).permute(0, 3, 1, 2)
-
-@dataclass(frozen=True)
-class Standardizer:
-    "The plain view of rows or pictures: `(x - mean)/scale` for each feature or channel, as float32."
-    mean:tuple[float, ...] # one for each feature or channel
-    scale:tuple[float, ...] # above zero
-
-    def __call__(self, samples:Any, seeds:np.ndarray|None=None)->Tensor:
-        "Standardise a batch (b, d) or (b, C, H, W), or a list of decoded pictures."
-        x = as_tensor(samples).double()
-        shape = (-1, *[1]*(x.ndim - 2))
-        return ((x - x.new_tensor(self.mean).view(shape))/x.new_tensor(self.scale).view(shape)).float()
-
-# %% ../../nbs/15_data.own.ipynb #545ce38a
-@usual_settings()
-def fit_standardizer(x:Tensor|ImageFiles, rows:np.ndarray)->Standardizer:
-    "Mean and standard deviation of each feature or channel over the training rows; a constant one keeps its unit."
-    sample = as_tensor(x[rows[:1]])[0].double()
-    at_once = max(1, min(1024, 2**24//sample.numel())) # rows: pictures of any size need at most 300 MB
-    parts = [torch.from_numpy(part) for part in np.array_split(rows, 1 + len(rows)//at_once)]
-    dims, count = (0, *range(2, sample.ndim + 1)), len(rows)*sample[0].numel()
-    def shifted(part, by): return as_tensor(x[part]).double() - by.view(-1, *[1]*(sample.ndim - 1))
-    first = sample.reshape(len(sample), -1)[:, 0]
-    mean = first + sum(shifted(part, first).sum(dims) for part in parts)/count # of a constant: its own value, exactly
-    variance = sum(shifted(part, mean).square().sum(dims) for part in parts)/count
-    return Standardizer(tuple(mean.tolist()), tuple(torch.where(variance > 0, variance.sqrt(), 1.).tolist()))
-
-# %% ../../nbs/15_data.own.ipynb #f71d38e8
-def _check_strengths(strengths:Settings, *shares:str)->None:
-    for argument, value in asdict(strengths).items():
-        if not value >= 0 or (argument in shares and value >= 1):
-            raise HplError(f"{argument} is {value}; give a number of at least 0 (a share: below 1).")
-
-def perturb_rows(x:Tensor, generator:torch.Generator, standardizer:Standardizer, noise:float, dropout:float=0.)->Tensor:
-    "Standardise, add noise, and set some features to their mean."
-    x = standardizer(x)
-    x = x + noise*torch.randn(x.shape, generator=generator)
-    return x.masked_fill(torch.rand(x.shape, generator=generator) < dropout, 0.)
-
-# %% ../../nbs/15_data.own.ipynb #7e0eaa94
-@dataclass(frozen=True)
-class RowStrengths(Settings):
-    "How strongly the views change rows of features."
-    weak_noise:float=.05 # standard deviation of the noise, in standard deviations of the feature
-    strong_noise:float=.1 # and of the strong view
-    feature_dropout:float=0. # probability that the strong view sets a feature to its mean
-    named:ClassVar[dict[str, dict[str, float]]] = {"noise": {"weak_noise": .05, "strong_noise": .1}, "dropout": {"feature_dropout": .1}}
-
-    def check(self)->None: _check_strengths(self, "feature_dropout")
-
-    def views(self, standardizer:Standardizer)->dict[str, View]:
-        "The weak, strong and plain view of rows of features."
-        weak = partial(perturb_rows, standardizer=standardizer, noise=self.weak_noise)
-        strong = partial(perturb_rows, standardizer=standardizer, noise=self.strong_noise, dropout=self.feature_dropout)
-        return {"weak": BatchView(weak), "strong": BatchView(strong), "plain": standardizer}
-
-# %% ../../nbs/15_data.own.ipynb #c1e5849f
-def shift_pixels(images:Tensor, generator:torch.Generator, pixels:int)->Tensor:
-    "Move each picture by up to `pixels` in both directions; what comes in repeats the edge."
-    b, channels, height, width = images.shape
-    padded = F.pad(images, (pixels,)*4, mode="replicate")
-    y, x = torch.randint(0, 2*pixels + 1, (2, b, 1, 1, 1), generator=generator)
-    y, x = y + torch.arange(height)[:, None], x + torch.arange(width)
-    return padded[torch.arange(b)[:, None, None, None], torch.arange(channels)[:, None, None], y, x]
-
-def cut_squares(images:Tensor, generator:torch.Generator, side:int)->Tensor:
-    "Set a square of each picture to 0, the mean of standardised pixels."
-    b, _, height, width = images.shape
-    top = torch.randint(0, height - side + 1, (b, 1, 1), generator=generator)
-    left = torch.randint(0, width - side + 1, (b, 1, 1), generator=generator)
-    y, x = torch.arange(height)[:, None] - top, torch.arange(width) - left
-    return images.masked_fill(((0 <= y) & (y < side) & (0 <= x) & (x < side))[:, None], 0.)
-
-# %% ../../nbs/15_data.own.ipynb #1a479b96
-def flip_some(images:Tensor, generator:torch.Generator)->Tensor:
-    "Mirror half of the pictures, left to right."
-    chosen = torch.rand(len(images), generator=generator) < .5
-    return torch.where(chosen[:, None, None, None], images.flip(3), images)
-
-def recolour(images:Tensor, generator:torch.Generator, strength:float)->Tensor:
-    "Change each picture's contrast, and the brightness of each of its channels, by up to `strength` standard deviations."
-    def draw(channels): return strength*(2*torch.rand((len(images), channels, 1, 1), generator=generator) - 1)
-    contrast, brightness = draw(1), draw(images.shape[1])
-    return images*(1 + contrast) + brightness
-
-def randaugment(pixels:Tensor, generator:torch.Generator)->Tensor:
-    "The release's operations on bytes (b, 1 or 3, H, W)."
-    seeds = torch.randint(2**62, (len(pixels),), generator=generator).tolist()
-    return carry_out(pixels, draw_plans((RandAugmentMC(cutout=0),), seeds, len(pixels), *pixels.shape[:1:-1]))
-
-# %% ../../nbs/15_data.own.ipynb #9db7d38e
-@dataclass(frozen=True)
-class PixelStrengths(Settings):
-    "How strongly the views change pictures."
-    shift:float=1/16 # largest shift, as a share of the shorter side
-    noise:float=.25 # of the strong view, in standard deviations of the channel's pixels
-    cutout:float=1/8 # side of the strong view's square, as a share of the shorter side
-    flip:bool=False # mirror half of the pictures
-    colour:float=0. # largest change of the strong view's contrast (a share) and brightness (standard deviations of the channel's pixels)
-    randaugment:bool=False # turn, shear, move and recolour the strong view: `RandAugmentMC`, for bytes of 1 or 3 channels
-    named:ClassVar[dict[str, dict[str, float]]] = {"shift": {"shift": 1/16}, "noise": {"noise": .25}, "cutout": {"cutout": 1/8},
-                                                   "flip": {"flip": True}, "colour": {"colour": .3}, "randaugment": {"randaugment": True}}
-
-    def check(self)->None: _check_strengths(self, "shift", "cutout")
-
-    def views(self, standardizer:Standardizer)->dict[str, View]:
-        "The weak, strong and plain view of pictures (n, C, H, W), or in files."
-        made = {name: BatchView(partial(perturb_pixels, standardizer=standardizer, strengths=self, strong=name == "strong"))
-                for name in ("weak", "strong")}
-        return made | {"plain": standardizer}
-
-# %% ../../nbs/15_data.own.ipynb #a07790f8
-def perturb_pixels(samples:Any, generator:torch.Generator, standardizer:Standardizer, strengths:PixelStrengths, strong:bool)->Tensor:
-    "Standardise, mirror and shift; the strong view has other colours, noise and a square cut out as well."
-    pixels = as_tensor(samples)
-    images = standardizer(randaugment(pixels, generator) if strong and strengths.randaugment else pixels)
-    side = min(images.shape[2:])
-    if strengths.flip: images = flip_some(images, generator)
-    images = shift_pixels(images, generator, round(strengths.shift*side))
-    if not strong: return images
-    if strengths.colour: images = recolour(images, generator, strengths.colour)
-    if strengths.noise: images = images + strengths.noise*torch.randn(images.shape, generator=generator)
-    square = round(strengths.cutout*side)
-    return cut_squares(images, generator, square) if square else images
-
-# %% ../../nbs/15_data.own.ipynb #e5d90aa8
-Function = Callable[[Tensor], Tensor]
-Views = str | Sequence[str] | RowStrengths | PixelStrengths | ImageViews | tuple[Function, Function] | None
-
-def named_strengths(kind:type[Settings], names:Sequence[str], source:str)->Settings:
-    "Strengths at which the named views are as usual and the others are off."
-    for name in names:
-        if name not in kind.named:
-            raise unknown_name(name, [*kind.named], f"{source}: {'a row' if kind is RowStrengths else 'a picture'}", "view")
-    off = {each.name: type(each.default)(0) for each in fields(kind)}
-    return kind(**off | {key: value for name in names for key, value in kind.named[name].items()})
-
-def chosen_strengths(views:Any, x:Tensor|ImageFiles, source:str)->RowStrengths|PixelStrengths:
-    "The strengths that `views` means; what such samples cannot take is an `HplError`."
-    kind = RowStrengths if isinstance(x, Tensor) and x.ndim == 2 else PixelStrengths
-    names = (views,) if isinstance(views, str) else views
-    if isinstance(names, (tuple, list)) and all(isinstance(name, str) for name in names): views = named_strengths(kind, names, source)
-    if not isinstance(strengths := kind() if views is None else views, kind):
-        raise HplError(f"{source}: views is {views!r:.100}; give names among {', '.join(kind.named)}, {kind.__name__}(...), or two "
-                       "functions (weak, strong).")
-    if getattr(strengths, "randaugment", False) and isinstance(x, Tensor) and (x.dtype != torch.uint8 or x.shape[1] not in (1, 3)):
-        raise HplError(f"{source}: randaugment changes whole numbers from 0 to 255 (uint8) in 1 or 3 channels, and these pictures are "
-                       f"{str(x.dtype).removeprefix('torch.')} in {x.shape[1]}; convert them, or name other views.")
-    return strengths
-
-# %% ../../nbs/15_data.own.ipynb #10d82163
-@dataclass(frozen=True)
-class OwnView:
-    "Functions of one sample, applied in turn, and then the plain view."
-    functions:tuple[Callable[[Tensor], Tensor], ...]
-    plain:View
-
-    def __call__(self, samples:Any, seeds:np.ndarray|None=None)->Tensor:
-        return self.plain(PerSample(self.transform)(as_tensor(samples), seeds))
-
-    def transform(self, sample:Tensor)->Tensor:
-        for function in self.functions: sample = function(sample)
-        return sample
-
-def try_view(view:OwnView, sample:Tensor, word:str, source:str)->None:
-    "Refuse a function that fails, gives another shape, or draws from a generator that nobody seeds."
-    shape = tuple(sample.shape[1:])
-    try: first, second = (PerSample(view.transform)(sample, np.array([0])) for _ in range(2))
-    except Exception as error:
-        raise HplError(f"{source}: the {word} view fails on a sample of shape {shape} ({reason(error)}); give a function of one tensor "
-                       "that returns a tensor.") from error
-    if (found := tuple(first.shape[1:])) != shape:
-        raise HplError(f"{source}: the {word} view makes shape {found} of {shape}; keep the shape.")
-    if not torch.equal(first, second):
-        raise HplError(f"{source}: the {word} view of the same sample and seed differs from call to call; draw from torch's generator "
-                       "only, with torch.rand and the like.")
-
-# %% ../../nbs/15_data.own.ipynb #903bec2b
-def are_functions(views:Any)->bool: return isinstance(views, (tuple, list)) and len(views) == 2 and all(map(callable, views))
-
-def are_own(views:Any)->bool:
-    "Whether views are code, which no file holds."
-    return isinstance(views, ImageViews) or are_functions(views)
-
-def make_views(views:Views, x:Tensor|ImageFiles, plain:View, source:str)->tuple[dict[str, View], dict[str, Any]]:
-    "The weak, strong and plain view of samples, and what the notes keep of them."
-    if isinstance(views, ImageViews):
-        if isinstance(x, ImageFiles): return views._asdict(), {}
-        raise HplError(f"{source}: these views are for picture files, and the inputs are an array; name some, such as "
-                       "views=('shift', 'noise'), or give two functions (weak, strong).")
-    if are_functions(views):
-        made = {"weak": OwnView((views[0],), plain), "strong": OwnView(tuple(views), plain)}
-        sample = x[:1] if isinstance(x, Tensor) else torch.arange(3*x.size**2).to(torch.uint8).view(1, 3, x.size, x.size)
-        for word, view in made.items(): try_view(view, sample, word, source)
-        return made | {"plain": plain}, {}
-    strengths = chosen_strengths(views, x, source)
-    return strengths.views(plain), {"strengths": asdict(strengths)}
-
-# %% ../../nbs/15_data.own.ipynb #e66160d0
-def single_views(data:SemiSupervisedData)->dict[str, View]:
-    "Each view that is on, alone."
-    strengths = data.notes.get("strengths")
-    if strengths is None: return {"the weak view": data.weak, "the strong view": data.strong}
-    kind = RowStrengths if "feature_dropout" in strengths else PixelStrengths
-    off = {each.name: type(each.default)(0) for each in fields(kind)}
-    chosen = {name: {key: strengths[key] for key in keys} for name, keys in kind.named.items()}
-    return {repr(name): kind(**off | values).views(data.plain)["strong"] for name, values in chosen.items() if any(values.values())}
 
 # %% ../../nbs/15_data.own.ipynb #3eb440d1
 def array_data(x:Tensor, labels:np.ndarray, sets:dict[str, np.ndarray], views:Views, name:str, notes:dict[str, Any]|None=None,

@@ -75,7 +75,7 @@ OBJECTS = { # pandas' name of a type -> how such a column is read
     "period": (Conversion("periods", SINCE, "(pd.PeriodIndex({x}).to_timestamp() - pd.Timestamp('2000-01-01')) / pd.Timedelta(days=1)",
                        lambda x: (pd.PeriodIndex(x).to_timestamp() - START.tz_localize(None))/DAY),),
     "time": (Conversion("times", "days", _TIME % ".astype(str)", lambda x: pd.to_timedelta(x.astype(str))/DAY),),
-    "complex": (Conversion("complex numbers", "numbers", "np.abs({x})", np.abs), Conversion("complex numbers", "numbers", "np.real({x})", np.real))}
+    "complex": tuple(Conversion("complex numbers", "numbers", f"np.{read.__name__}({{x}})", read) for read in (np.abs, np.real))}
 
 READINGS = {reading.code: reading for group in (*OBJECTS.values(), *TEXTS) for reading in group}
 
@@ -122,7 +122,8 @@ def read_numbers(column:pd.Series, code:str, source:str)->np.ndarray:
     if (found := attempt(reading, different)) is None:
         alone = [value for value in different if attempt(reading, pd.Series([value], dtype=object)) is None] or different.tolist()
         bad = np.flatnonzero(todo & values.isin(alone).to_numpy())
-        raise row_error(source, bad, f"{str(values.iloc[bad[0]])!r:.100} cannot be read as the {reading.kind} of training", "Correct such rows.")
+        what = f"{str(values.iloc[bad[0]])!r:.100} cannot be read as the {reading.kind} of training"
+        raise row_error(source, bad, what, "Correct such rows.")
     numbers[todo] = values[todo].map(dict(zip(different, found))).to_numpy(dtype=np.float64)
     if len(bad := np.flatnonzero(np.isinf(numbers))): raise row_error(source, bad, "it is infinite", "Correct or drop such rows.")
     return numbers
