@@ -239,6 +239,7 @@ def save(self:SemiSupervisedRegressor,
         if (written := content["estimator"][part]) is not None: refuse_untrusted(written.numpy().tobytes(), part, path, trusted, "save")
     return write_content(path, content)
 
+# %% ../nbs/83_estimator.ipynb #83000002
 @patch(cls_method=True)
 def load(cls:SemiSupervisedRegressor,
     path:str|Path, # written by `save`

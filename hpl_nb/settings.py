@@ -19,8 +19,8 @@ import numpy as np
 from .core import HplError, NotPassed, derive_seed
 
 # %% auto #0
-__all__ = ['FILE', 'nearest_name', 'unknown_name', 'Settings', 'change', 'setting_names', 'as_json', 'from_json', 'unknown_kind',
-           'digest', 'differences']
+__all__ = ['FILE', 'nearest_name', 'unknown_name', 'Settings', 'change', 'setting_names', 'as_json', 'from_json', 'digest',
+           'differences']
 
 # %% ../nbs/01_settings.ipynb #ad25af51
 def _fits(value:Any, hint:Any)->bool:
@@ -163,13 +163,11 @@ def from_json(
     if isinstance(content, list): return tuple(from_json(item, *kinds) for item in content)
     if not isinstance(content, dict): return content
     known, name = {kind.__name__: kind for kind in kinds}, content.get("kind")
-    if name not in known: raise unknown_kind(name, known)
+    if name not in known:
+        raise NotPassed(f"kind is {name!r:.60}; this version knows {', '.join(known)}. Pass a class of your own as well, such as "
+                        "read_experiment(content, Mine) or load(path, method=Mine()).")
     hints = field_types(known[name])
     return known[name](**{key: from_json(value, *kinds, *_kinds_in(hints.get(key))) for key, value in content.items() if key != "kind"})
-
-def unknown_kind(name:Any, known:Iterable[str])->HplError:
-    return NotPassed(f"kind is {name!r:.60}; this version knows {', '.join(known)}. Pass a class of your own as well, such as "
-                     "read_experiment(content, Mine) or load(path, method=Mine()).")
 
 def _kinds_in(hint:Any)->list[type[Settings]]:
     if isinstance(hint, type) and issubclass(hint, Settings): return [hint]

@@ -52,6 +52,7 @@ class LearnerMethod(Method):
         pair = learner_input(views["strong_prediction"], views["pseudo_label"], self.residual_input)
         return views | {"log_variance": (z := self.learner(pair)), "weight": pseudo_label_weight(z)}
 
+# %% ../../nbs/61_methods.hpl.ipynb #61e00006
 def check_head(regressor:nn.Module)->None:
     head = getattr(regressor, "head", None)
     if isinstance(head, nn.Linear) and head.bias is not None: return
