@@ -27,6 +27,7 @@ from .data.core import SemiSupervisedData
 from .data.images import SUFFIXES, ImageFiles
 from .drawing import finish, palette
 from .figures import pseudo_label_boxplots
+from .inputs import as_rows
 from .metrics import require_columns, rows_with, spearman
 from .training.run import Run
 
@@ -383,7 +384,7 @@ class Explorer(_Panel):
         output:int=0, # which of several outputs
         most:int=24, # samples shown at the same time
     ):
-        runs = runs_of(predictions)
+        runs, data = runs_of(predictions), as_rows(data)
         self.runs, self.most, self.methods = explorable(tables_of(runs) if runs else predictions, output), most, {}
         self.known = bool(next(iter(next(iter(self.runs.values())).values()))["y_true"].notna().any())
         if data is not None: check_samples(data, self.runs)

@@ -719,6 +719,11 @@ def test_explorer_of_an_estimators_run_shows_rows_of_its_X(blind, kind, shown):
     explorer.choose(explorer.rows()["index"])
     assert shown in explorer.cards.value and explorer.cards.value.count("<figure") == 24
     explorer.close()
+    if kind != "files": return
+    folder = Explorer(model.run_, x[0].parent) # in the order of names, in which an estimator reads it
+    folder.choose([59])
+    assert f"<div>{sorted(file.name for file in x)[59]}</div>" in folder.cards.value
+    folder.close()
 
 
 def test_explorer_tells_runs_of_one_name_apart_and_refuses_other_things(blind):
@@ -729,7 +734,8 @@ def test_explorer_tells_runs_of_one_name_apart_and_refuses_other_things(blind):
     explorer.close()
     refused("predictions is a SemiSupervisedRegressor: give a predictions table, or runs such as the run_", Explorer, model)
     refused("predictions is a list", Explorer, [])
-    refused("data is a str", Explorer, model.run_, "years")
+    refused("data is a int", Explorer, model.run_, 3)
+    refused("X is 'years', which is no folder and no file", Explorer, model.run_, "years")
     refused("data has 10 rows, and the predictions have one of row 59", Explorer, model.run_, x[:10])
 
 
@@ -741,7 +747,7 @@ def test_datasets_without_true_labels_can_be_explored(blind, tmp_path):
     y, files = [*np.linspace(0, 1, 30), *[np.nan]*30], blind["files"][0]
     table = pd.DataFrame({"file": [file.name for file in files], "y": y})
     sets = [(from_arrays(blind["numbers"][0], y, unit="years"), partial(mlp, 3)),
-            (from_images(files[0].parent, table, "file", "y", size=8), partial(small_cnn, channels=3, width=4))]
+            (from_images(files[0].parent, table, "file", "y", reading=Reading(size=8)), partial(small_cnn, channels=3, width=4))]
     for number, (data, network) in enumerate(sets):
         seed_everything(0)
         method, settings = HPL.paper().build(network()), Train(epochs=2, iterations_per_epoch=2, record_every=1)
