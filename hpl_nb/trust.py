@@ -68,7 +68,7 @@ def verdict(table:pd.DataFrame, rows:int)->str:
     numbers = f"(Spearman's correlation {best['correlation']:.2f}, p = {best['p_value']:.3f}, {tried} scores tried)"
     if useful_score(table): return f"The {best['score']} ranks the errors of the {rows} validation rows best {numbers}."
     return (f"No score ranks the errors of the {rows} validation rows better than chance; the best is the {best['score']} {numbers}. "
-            "So no ranking of the pseudo-labels is worth anything.")
+            "So the pseudo-labels are not ranked. More validation rows might show a weak score to be of use.")
 
 def verdicts(table:pd.DataFrame, rows:int)->str:
     "The verdict on each output of `trust_ranking`'s table."

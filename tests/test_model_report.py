@@ -243,7 +243,7 @@ def test_no_score_is_worth_anything(data, tmp_path):
         X.iloc[:400], np.where(np.isfinite(y[:400]), random.normal(size=400), np.nan))
     assert noise.pseudo_labels_["trust"].isna().all() and not noise.trust_["used"].any()
     page = Page(noise.report(tmp_path/"report.html"))
-    assert "So no ranking of the pseudo-labels is worth anything." in page.words and "not to trust" not in page.words
+    assert "So the pseudo-labels are not ranked." in page.words and "not to trust" not in page.words
 
 
 # What is not there
