@@ -125,6 +125,7 @@ def as_rows(X:Any)->Any:
     raise HplError(f"X is {str(X)!r:.200}, which is {'a file but no picture' if path.is_file() else 'no folder and no file'}; {advice}, or "
                    "give a folder of pictures.")
 
+# %% ../nbs/82b_inputs.ipynb #7818963f
 def labels_in_order(X:Any, y:Any)->Any:
     "Labels that come by the names of a folder's pictures in the order of these, NaN where one has none; others as they are."
     if isinstance(y, Mapping): y = pd.Series(dict(y), dtype=object)
