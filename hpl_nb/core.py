@@ -26,6 +26,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 # %% auto #0
@@ -285,7 +286,8 @@ def reading(
         require_file(path)
         yield
     except Exception as error: # a damaged file can raise anything
-        if isinstance(error, NotPassed) or isinstance(error, HplError) and str(path) in str(error): raise
+        if isinstance(error, HplError) and str(path) in str(error): raise
+        if isinstance(error, NotPassed): raise NotPassed(f"{path}: {error}") from error
         raise refusal(reason(error)) from error
 
 # %% ../nbs/00_core.ipynb #3508efa0
@@ -357,14 +359,17 @@ class RunFolder:
         path = self.path if self.path.name not in ("", "..") else self.path.resolve()
         return path.with_name(f"{path.name}.json")
 
-    def read_json(self, name:str)->dict|None:
-        "Content of a JSON file of the folder, or None where there is none."
-        if not os.path.lexists(path := self.path/name): return None
-        with reading(path, partial(damaged, path)): return dict(json.loads(path.read_text(encoding="utf-8")))
+# %% ../nbs/00_core.ipynb #5a00c003
+@patch
+def read_json(self:RunFolder, name:str)->dict|None:
+    "Content of a JSON file of the folder, or None where there is none."
+    if not os.path.lexists(path := self.path/name): return None
+    with reading(path, partial(damaged, path)): return dict(json.loads(path.read_text(encoding="utf-8")))
 
-    def write_json(self, name:str, content:dict)->Path:
-        "Write a JSON file of the folder atomically."
-        return atomic_write(self.path/name, lambda file: file.write(json_bytes(content)))
+@patch
+def write_json(self:RunFolder, name:str, content:dict)->Path:
+    "Write a JSON file of the folder atomically."
+    return atomic_write(self.path/name, lambda file: file.write(json_bytes(content)))
 
 # %% ../nbs/00_core.ipynb #e59b8a1a
 def json_bytes(

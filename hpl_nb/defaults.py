@@ -192,7 +192,8 @@ def train_once(model:BaseEstimator, settings:MethodSettings, data:SemiSupervised
         if model.network is not None: try_network(model.network, method, smallest_batch(data, train, method), data.outputs)
     if epochs == 0: return method, untrained(method, data, seed)
     if again: train, folder = replace(train, epochs=epochs, patience=None), folder and Path(folder)/"all_labelled_rows"
-    return method, fit(method, data, train, folder=folder, seed=seed, progress=is_shown(model), keep_interrupted=not again)
+    return method, fit(method, data, train, folder=folder, seed=seed, progress=is_shown(model),
+                       keep_interrupted=is_shown(model) and not again)
 
 def untrained(method:Method, data:SemiSupervisedData, seed:int)->Run:
     "What a method says of all rows before its first step."

@@ -24,12 +24,10 @@ from torch import Tensor
 
 from .core import HplError
 from .data.core import SemiSupervisedData
-from .data.images import SUFFIXES, ImageFiles
+from .data.images import SUFFIXES, ImageFiles, as_rows
 from .drawing import finish, palette
 from .figures import pseudo_label_boxplots
-from .inputs import as_rows
 from .metrics import require_columns, rows_with, spearman
-from .training.run import Run
 
 # %% auto #0
 __all__ = ['Explorer']
@@ -269,6 +267,7 @@ def padded(values)->list[float]:
     low, high = values.min(), values.max()
     return [low - .05*(high - low or 1), high + .05*(high - low or 1)]
 
+# %% ../nbs/22_explorer.ipynb #5a22c001
 class _Events(_Views):
     def _fit_axes(self):
         "Axes of the scatter plot that hold all epochs; logarithmic where the heights spread over a factor of thirty."
@@ -328,14 +327,14 @@ class _Choices(_Events):
         self._moved()
 
 # %% ../nbs/22_explorer.ipynb #22a17c01
-def runs_of(predictions:pd.DataFrame|Run|Sequence[Run])->list[Run]:
+def runs_of(predictions:Any)->list[Any]:
     "The runs that somebody hands in; none for a predictions table."
     if isinstance(predictions, pd.DataFrame): return []
     runs = list(predictions) if isinstance(predictions, (list, tuple)) else [predictions]
-    if runs and all(isinstance(run, Run) for run in runs): return runs
+    if runs and all(hasattr(run, "predictions") for run in runs): return runs
     raise HplError(f"predictions is a {type(predictions).__name__}: give a predictions table, or runs such as the run_ of an estimator.")
 
-def tables_of(runs:Sequence[Run])->pd.DataFrame:
+def tables_of(runs:Sequence[Any])->pd.DataFrame:
     "The predictions of several runs; those of one name, such as two estimators' that differ in their epochs, are numbered."
     names = [run.config["run"] for run in runs]
     new = [name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names, start=1)]
@@ -378,7 +377,7 @@ class _Panel(_Choices):
 class Explorer(_Panel):
     "Linked views of a predictions table: choose method, run, epoch and labels, drag over points, and see the samples."
     def __init__(self,
-        predictions:pd.DataFrame|Run|Sequence[Run], # table or runs, with several epochs if trained with `record_every`
+        predictions:Any, # table or runs, with several epochs if trained with `record_every`
         data:SemiSupervisedData|Any=None, # the dataset, or the X of an estimator, to show its samples
         unit:str="", # of the labels; default: the dataset's
         output:int=0, # which of several outputs

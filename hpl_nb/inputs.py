@@ -25,7 +25,7 @@ from .data.core import SemiSupervisedData, View, row_error
 from sklearn.linear_model import RidgeCV
 from sklearn.utils import check_array
 from sklearn.utils.validation import validate_data
-from .data.images import SUFFIXES, ImageFiles, broken_images, unlisted_images
+from .data.images import SUFFIXES, ImageFiles, broken_images, as_rows
 from .data.own import Reading, Split, array_data, file_data, in_reading, input_tensor, label_array, make_sets
 from .data.tables import unmasked
 from .data.views import fit_standardizer, single_views
@@ -110,20 +110,6 @@ def readable_pictures(X:Any, how:Reading, progress:bool)->tuple[ImageFiles, np.n
 
 # %% ../nbs/82b_inputs.ipynb #aeb53123
 def kind_of(X:Any)->str: return "picture files" if are_files(X) else "an array of pictures" if are_pixels(X) else "a table"
-
-# %% ../nbs/82b_inputs.ipynb #abbc37bb
-def as_rows(X:Any)->Any:
-    "A folder as a series of its pictures' paths, indexed by their names; the path of a picture as a list; anything else as it is."
-    if not isinstance(X, (str, os.PathLike)): return X
-    path = Path(X)
-    if path.is_dir():
-        names = [name for name in unlisted_images(path, ()) if not Path(name).name.startswith(".")] # macOS leaves ._a.png beside a.png
-        if names: return pd.Series([path/name for name in names], index=[Path(name).as_posix() for name in names])
-        raise HplError(f"X is the folder {path}, which holds no picture ({', '.join(SUFFIXES)}); give the folder of the pictures.")
-    if path.suffix.lower() in SUFFIXES: return [path]
-    advice = f"read a table first, pandas.read_csv({str(path)!r}) for example" if path.is_file() else "correct the path"
-    raise HplError(f"X is {str(X)!r:.200}, which is {'a file but no picture' if path.is_file() else 'no folder and no file'}; {advice}, or "
-                   "give a folder of pictures.")
 
 # %% ../nbs/82b_inputs.ipynb #7818963f
 def labels_in_order(X:Any, y:Any)->Any:

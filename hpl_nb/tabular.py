@@ -53,7 +53,8 @@ def _of_sklego(name, label, add=0., without=(), text=()):
 
 TABLES = { # name, what gives features and labels, unit of the labels
     "diabetes": (_diabetes, ""), "abalone": (_of_sklego("abalone", "rings", 1.5), "years"), "gapminder": (_gapminder, "years"),
-    "chickens": (_of_sklego("chicken", "weight", without=("chick",), text=("diet",)), "g"), "penguins": (_of_sklego("penguins", "body_mass_g"), "g")}
+    "chickens": (_of_sklego("chicken", "weight", without=("chick",), text=("diet",)), "g"),
+    "penguins": (_of_sklego("penguins", "body_mass_g"), "g")}
 
 # %% ../nbs/84_tabular.ipynb #d4b04513
 @dataclass(frozen=True)
@@ -140,6 +141,7 @@ def _with_errors(errors, prediction):
         return Interval(prediction, prediction - radius, prediction + radius)
     return interval
 
+# %% ../nbs/84_tabular.ipynb #5a84c001
 def _row_of_network(protocol, name, X, y, seed, share, X_test, y_test):
     model = SemiSupervisedRegressor(OURS[name], epochs=protocol.epochs, validation_fraction=share, random_state=seed, verbose=False)
     model.fit(X, y)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
@@ -250,6 +251,20 @@ def unlisted_images(root:str|Path, sources:Sequence[ImageSource|None])->list[str
     named = {os.path.abspath(source.path) for source in sources if source is not None}
     return [os.path.relpath(path, root) for folder, _, names in sorted(os.walk(root)) for name in sorted(names)
             if name.lower().endswith(SUFFIXES) and os.path.abspath(path := os.path.join(folder, name)) not in named]
+
+# %% ../../nbs/11b_data.images.ipynb #abbc37bb
+def as_rows(X:Any)->Any:
+    "A folder as a series of its pictures' paths, indexed by their names; the path of a picture as a list; anything else as it is."
+    if not isinstance(X, (str, os.PathLike)): return X
+    path = Path(X)
+    if path.is_dir():
+        names = [name for name in unlisted_images(path, ()) if not Path(name).name.startswith(".")] # macOS leaves ._a.png beside a.png
+        if names: return pd.Series([path/name for name in names], index=[Path(name).as_posix() for name in names])
+        raise HplError(f"X is the folder {path}, which holds no picture ({', '.join(SUFFIXES)}); give the folder of the pictures.")
+    if path.suffix.lower() in SUFFIXES: return [path]
+    advice = f"read a table first, pandas.read_csv({str(path)!r}) for example" if path.is_file() else "correct the path"
+    raise HplError(f"X is {str(X)!r:.200}, which is {'a file but no picture' if path.is_file() else 'no folder and no file'}; {advice}, or "
+                   "give a folder of pictures.")
 
 # %% ../../nbs/11b_data.images.ipynb #e46a2ce7
 def drop_duplicates(rows:np.ndarray, held_out:np.ndarray, hashes:Sequence[str])->np.ndarray:

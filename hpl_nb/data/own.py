@@ -162,6 +162,7 @@ def input_tensor(inputs:np.ndarray|Tensor|Sequence, name:str, text:str="from_fra
 def _as_floats(array):
     return pd.Series(array.ravel(), dtype=object).to_numpy(dtype=np.float64, na_value=np.nan).reshape(array.shape)
 
+# %% ../../nbs/15_data.own.ipynb #5a15c001
 def check_shape(shape:tuple[int, ...], name:str)->None:
     "Refuse what is neither rows of features nor pictures."
     if len(shape) not in (2, 3, 4) or 0 in shape:

@@ -83,6 +83,11 @@ def but(self:MethodSettings, **changes:Any)->MethodSettings:
     told = [f"{name}={as_json(new) if callable(new) else str(new).lower()}" for name, new in changes.items() if name in different]
     return value if "label" in changes else replace(value, label=", ".join(filter(None, [self.label, *told])))
 
+# %% ../../nbs/60_methods.core.ipynb #5a60c001
+def config_of(settings:MethodSettings)->dict[str, Any]:
+    "Settings as JSON, and where this version corrects a method's arithmetic."
+    return as_json(settings) | ({"corrections": settings.corrections} if settings.corrections else {})
+
 # %% ../../nbs/60_methods.core.ipynb #03496c11
 class Method(nn.Module):
     "Base class of all methods; implements `hpl_nb.training.state.Trainable`."
@@ -107,10 +112,7 @@ class Method(nn.Module):
 
     @property
     def title(self)->str: return self.settings.title if self.settings else type(self).__name__ # in tables
-
-    def config(self)->dict[str, Any]: # for config.json
-        corrected = {"corrections": self.settings.corrections} if self.settings and self.settings.corrections else {}
-        return (as_json(self.settings) if self.settings else {}) | corrected
+    def config(self)->dict[str, Any]: return config_of(self.settings) if self.settings else {} # for config.json
 
     def prepare(self, data:SemiSupervisedData)->SemiSupervisedData: return data
     def stream_settings(self, settings:StreamSettings)->StreamSettings: return settings

@@ -64,8 +64,8 @@ def fit(
             training = open_training(method, data, settings, seed, make_accelerator(settings.precision, trackers, folder))
             accelerator, at, guard = training.accelerator, training.progress, training.guard
             config = run_config(method, training.data, training.settings, seed, accelerator.num_processes, experiment)
-            shown = progress and accelerator.is_main_process
-            log = Log(Evaluator(method, training.data, accelerator, seed, guard.refuse, shown), at, folder, config, settings.record_every)
+            evaluator = Evaluator(method, training.data, accelerator, seed, guard.refuse, progress and accelerator.is_main_process)
+            log = Log(evaluator, at, folder, config, settings.record_every)
             checkpoint = Checkpoint(folder, method, training.schedulers, accelerator, at, config, checkpoint_seconds)
             with explain_lost_processes(accelerator, workers), claimed(folder, config, accelerator, trackers, method.share_of_run):
                 seed_everything(seed, accelerator.process_index)
@@ -75,9 +75,8 @@ def fit(
                 except KeyboardInterrupt:
                     if not keep_interrupted or not at.best_epoch: raise
                     return log.interrupted(checkpoint)
-                if not ended: return Run(config, pd.DataFrame(at.log), {}, pd.DataFrame(columns=PREDICTION_COLUMNS), False)
-                run = log.finish(checkpoint)
-                if accelerator.is_main_process: guard.warn_if_far(selected(run))
+                run = log.finish(checkpoint) if ended else log.unfinished()
+                if ended and accelerator.is_main_process: guard.warn_if_far(selected(run))
                 return run
     finally: method.to(place)
 
@@ -256,6 +255,11 @@ def outcome(self:Log, checkpoint:Checkpoint, tables:Sequence[pd.DataFrame]=(), f
     return Run(self.config, pd.DataFrame(at.log), metrics, predictions, finished, hardware)
 
 # %% ../../nbs/51_training.loop.ipynb #5a51c001
+@patch
+def unfinished(self:Log)->Run:
+    "A run that its caller has stopped, to be resumed."
+    return Run(self.config, pd.DataFrame(self.progress.log), {}, pd.DataFrame(columns=PREDICTION_COLUMNS), False)
+
 @patch
 def interrupted(self:Log, checkpoint:Checkpoint)->Run:
     "What there is after an interruption; nothing is written, so that the same call with the same folder goes on."
