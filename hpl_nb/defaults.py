@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import ttest_1samp
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.linear_model import RidgeCV
 from sklearn.utils import check_random_state
@@ -173,8 +174,7 @@ def epochs_worth(run:Run, data:SemiSupervisedData, ridge:RidgeCV)->int:
     x, y = data.plain(data.inputs[data.val], None).double().numpy(), data.targets[data.val]
     linear = data.normalizer.denormalize(ridge.predict(x).reshape(len(x), -1))
     better = (((linear - y)**2 - (found - y)**2)/np.square(data.normalizer.scale)).mean(axis=1)
-    error = better.std(ddof=1)/np.sqrt(len(better)) if len(better) > 1 else np.inf
-    return run.metrics["epoch"] if better.mean() > error else 0
+    return run.metrics["epoch"] if len(better) > 1 and ttest_1samp(better, 0, alternative="greater").pvalue < .05 else 0
 
 # %% ../nbs/82c_defaults.ipynb #5a20d007
 def plain_shape(data:SemiSupervisedData)->tuple[int, ...]:
@@ -193,7 +193,7 @@ def train_once(model:BaseEstimator, settings:MethodSettings, data:SemiSupervised
     if epochs == 0: return method, untrained(method, data, seed)
     if again: train, folder = replace(train, epochs=epochs, patience=None), folder and Path(folder)/"all_labelled_rows"
     return method, fit(method, data, train, folder=folder, seed=seed, progress=is_shown(model),
-                       keep_interrupted=is_shown(model) and not again)
+                       keep_interrupted=is_shown(model))
 
 def untrained(method:Method, data:SemiSupervisedData, seed:int)->Run:
     "What a method says of all rows before its first step."
