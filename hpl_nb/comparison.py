@@ -237,7 +237,7 @@ class Comparison:
 @patch(as_prop=True)
 def helped(self:Comparison)->bool:
     "Whether unlabelled rows helped, by the rule above."
-    best = self.table.query("unlabelled").head(1) # no row where no method learns from unlabelled rows
+    best = self.table[self.table["unlabelled"].astype(bool)].head(1) # no row where no method learns from unlabelled rows
     sure = (-best["difference"] > best["standard_error"]) | (best["folds_won"] == self.scores["fold"].nunique())
     return bool(((best["difference"] < 0) & sure).any())
 

@@ -22,7 +22,7 @@ from sklearn.linear_model import RidgeCV
 from sklearn.utils import check_random_state
 from torch import Tensor, nn
 
-from .core import HplError, OwnGenerators, reason, seed_everything
+from .core import HplError, OwnGenerators, reason, seed_everything, usual_settings
 from .data.core import SemiSupervisedData
 from .data.own import batches_for
 from .inputs import is_shown, warn_of_views
@@ -208,6 +208,7 @@ class Trained(NamedTuple):
     run:Run
     target:TransformerMixin|None=None
 
+@usual_settings()
 def train_twice(model:BaseEstimator, settings:MethodSettings, data:SemiSupervisedData, seed:int,
                 target:TransformerMixin|None=None)->tuple[Predictor, Trained, Trained]:
     "The predictor, the first training and the last, which are one where the network does not start at ridge regression."

@@ -22,7 +22,7 @@ from sklearn.utils import check_consistent_length
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
-from .core import HplError, OwnGenerators, reading
+from .core import HplError, OwnGenerators, reading, usual_settings
 from .data.core import SemiSupervisedData, content_keys
 from .data.images import ImageFiles
 from .data.own import Reading
@@ -112,6 +112,7 @@ def pseudo_labels(run:Run, target:TransformerMixin|None=None, index:pd.Index|Non
         "variance": np.exp(table["log_variance"].astype(float)), "weight": table["weight"].astype(float).fillna(1.)})
 
 # %% ../nbs/83_estimator.ipynb #5b1e0a01
+@usual_settings()
 def keep_for_report(model:SemiSupervisedRegressor, first:Trained, last:Trained, seed:int, index:pd.Index|None)->None:
     "What `fit` knows of the validation rows (first training) and of the unlabelled rows (last training), for the user and the report."
     model.trust_, held_out, trust = trust_ranking(first, last, seed)

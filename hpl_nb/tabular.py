@@ -9,7 +9,6 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from itertools import product
 from pathlib import Path
 
@@ -47,7 +46,8 @@ def _gapminder():
 
 def _of_sklego(name, label, add=0., without=(), text=()):
     def load():
-        table = getattr(import_module("sklego.datasets"), f"load_{name}")(as_frame=True).dropna().reset_index(drop=True)
+        from sklego import datasets # of the package scikit-lego
+        table = getattr(datasets, f"load_{name}")(as_frame=True).dropna().reset_index(drop=True)
         return table.drop(columns=[label, *without]).astype(dict.fromkeys(text, str)), table[label] + add
     return load
 

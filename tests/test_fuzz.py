@@ -256,7 +256,7 @@ def signed(content, draw):
     text = broken.forge_json(text, draw).decode()
     if draw.random() < .3:
         name = draw.choice(sorted(tensors))
-        others = torch.zeros(0), torch.full((3,), float("nan")), torch.ones(2, 3, 4, dtype=torch.uint8), -tensors[name]
+        others = torch.zeros(0), torch.full((3,), float("nan")), torch.ones(2, 3, 4, dtype=torch.uint8), -1*tensors[name]
         tensors[name] = draw.choice(others)
     return save_safetensors(tensors, {"predictor": f"{checksum(text, tensors)} {text}"})
 

@@ -75,9 +75,7 @@ def fit(
                 except KeyboardInterrupt:
                     if not keep_interrupted or not at.best_epoch: raise
                     return log.interrupted(checkpoint)
-                run = log.finish(checkpoint) if ended else log.unfinished()
-                if ended and accelerator.is_main_process: guard.warn_if_far(selected(run))
-                return run
+                return finished(log, checkpoint, guard) if ended else log.unfinished()
     finally: method.to(place)
 
 # %% ../../nbs/51_training.loop.ipynb #54715cca
@@ -267,6 +265,13 @@ def interrupted(self:Log, checkpoint:Checkpoint)->Run:
     warnings.warn(f"training was interrupted at step {at.step} of {at.steps}. What is kept is epoch {at.best_epoch}, the best so far.",
                   stacklevel=3)
     return self.outcome(checkpoint, finished=False)
+
+# %% ../../nbs/51_training.loop.ipynb #5a51c005
+def finished(log:Log, checkpoint:Checkpoint, guard:Guard)->Run:
+    "The results of a run that has ended; predictions that lie far from all labels are warned of."
+    run = log.finish(checkpoint)
+    if log.evaluator.accelerator.is_main_process: guard.warn_if_far(selected(run))
+    return run
 
 # %% ../../nbs/51_training.loop.ipynb #0c606b99
 def make_accelerator(precision:str="no", trackers:Sequence[str]=(), folder:RunFolder|None=None)->Accelerator:
