@@ -12,7 +12,7 @@ papermill = pytest.importorskip("papermill")
 SHORT = dict(seeds="0", epochs=2, iterations=2, record_every=1)
 NOTEBOOKS = ("rotated_digits", "utkface", "imdb_wiki", "stsb", "ablation", "tabular", "cost", "results")
 ABLATION_FIGURES = 8 # three on rotated digits, five on real data
-TABLE_FIGURES = 4 # errors and coverage of two tables
+TABLE_FIGURES = 10 # errors and coverage of five tables
 DATA_FIGURES = 9 # of a data set's notebook: Fig. 1, 3, 4, 5, spread, calibration, two curves, and the moving one
 
 
@@ -123,21 +123,22 @@ def test_tabular_trains_and_reads(play, tmp_path):
     "Rows that are there are kept, missing ones made; what is read shows the same."
     pytest.importorskip("sklego")
     results = tmp_path/"tabular.csv"
-    small = dict(seeds="0,1", only="Ridge,LabelSpreading,Supervised,UCVME", rows=300, epochs=2, iterations=3, results=str(results))
+    small = dict(seeds="0,1", only="Ridge,LabelSpreading,Supervised,UCVME", rows=300, epochs=1, label_ratios=".1", results=str(results),
+                 datasets="diabetes,abalone")
     trained = play("tabular", train=True, **small)
     table = pd.read_csv(results)
-    assert table.groupby(["dataset", "seed"])["method"].agg(list).map(len).tolist() == [4]*4 and table["mae"].nunique() == 16
+    assert table.groupby(["dataset", "seed"])["method"].agg(list).map(len).tolist() == [4]*4
     assert table["same_coverage_0.95"].isna().all() and table["paid_coverage_0.95"].between(.5, 1).all() # 9 rows are too few for it
     assert (table["sigma_coverage_0.9"].notna() == (table["method"] == "UCVME")).all()
     table.drop(index=5).to_csv(results, index=False)
     again, read = (play("tabular", train=train, **small) for train in (True, False))
     pd.testing.assert_frame_equal(*(frame.sort_values([*frame.columns[:4]], ignore_index=True) for frame in (table, pd.read_csv(results))))
-    assert figures(trained) == figures(again) == TABLE_FIGURES and read[-1] == again[-1] == trained[-1]
+    assert figures(trained) == figures(again) == 4 and read[-1] == again[-1] == trained[-1]
 
 
 def test_stored_tables(play):
     outputs = play("tabular")
-    assert figures(outputs) == TABLE_FIGURES and "GaussianProcess" in words(outputs) and "2 of 10" in words(outputs)
+    assert figures(outputs) == TABLE_FIGURES and "GradientBoosting" in words(outputs) and "LabelSpreading" in words(outputs)
 
 
 def test_cost_measures_what_is_named(play):
