@@ -56,7 +56,7 @@ def default_network(shape:tuple[int, ...], outputs:int, dropout:float=0.)->Regre
 NETWORKS = (released_network, default_network) # of each version of the default: an estimator's file says which it holds
 
 # %% ../nbs/82c_defaults.ipynb #5a20d002
-PENALTIES = np.logspace(-2, 5, 29) # that ridge regression chooses from
+PENALTIES = np.logspace(-3, 3, 25) # that ridge regression chooses from
 
 def starting_point(model:BaseEstimator, settings:MethodSettings, data:SemiSupervisedData)->RidgeCV|None:
     "The ridge regression at which the estimator's network starts; None for other networks than the default for tables."

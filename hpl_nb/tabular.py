@@ -28,6 +28,7 @@ from sklearn.semi_supervised import LabelPropagation, LabelSpreading, SelfTraini
 
 from . import figures, metrics
 from .data.columns import default_preprocessor
+from .defaults import PENALTIES
 from .estimator import SemiSupervisedRegressor
 from .figures import palette, show
 from .predictor import Interval, conformal_radius
@@ -97,7 +98,7 @@ def _spread_labels(kind): return [Binned(kind("knn", n_neighbors=k, max_iter=300
 # %% ../nbs/84_tabular.ipynb #b08b5ae3
 OTHERS = {
     "MeanLabel": [DummyRegressor()],
-    "Ridge": [RidgeCV(np.logspace(-3, 3, 25))],
+    "Ridge": [RidgeCV(PENALTIES)],
     "GradientBoosting": [GradientBoostingRegressor(learning_rate=rate, max_depth=depth, subsample=.5, random_state=0)
                          for rate in (.03, .1) for depth in (1, 3)],
     "GaussianProcess": [GaussianProcessRegressor(ConstantKernel()*RBF(3.) + WhiteKernel(), normalize_y=True)],
