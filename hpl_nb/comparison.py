@@ -41,7 +41,7 @@ from .core import HplError, atomic_write, json_bytes, reading, reason, whole_num
 from .data.columns import dense
 from .data.images import SUFFIXES, ImageFiles, content_hashes
 from .data.own import input_tensor
-from .defaults import method_of
+from .defaults import PENALTIES, method_of
 from .drawing import show
 from .estimator import LabelledKFold, SemiSupervisedRegressor
 from .figures import results_chart
@@ -72,8 +72,6 @@ class Candidate:
     def takes_features(self)->bool: return not self.is_network and self.regressor is self.model # and not X itself
 
 # %% ../nbs/85_compare.ipynb #1cb56aa7
-PENALTIES = np.logspace(-3, 5, 33) # of Ridge, chosen by leave-one-out on the labelled rows of the fold
-
 def model_of(value:Any, estimator:SemiSupervisedRegressor, name:str)->BaseEstimator:
     "The estimator that a method stands for."
     if not isinstance(value, str|MethodSettings):

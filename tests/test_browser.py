@@ -16,7 +16,7 @@ from browser import ROOT, chromium, needs_browser, open_page, screenshot
 
 pytestmark = needs_browser
 PLOT = "Array.from(document.querySelectorAll('.js-plotly-plot'))"
-LONG = 300 # seconds until a test gives up: a busy machine may need minutes for what takes one, and waiting ends when the condition holds
+LONG = 600 # seconds until a test gives up: a busy machine may need minutes for what takes one, and waiting ends when the condition holds
 
 
 @pytest.fixture(scope="module")
@@ -237,6 +237,7 @@ WATCH = f"""number => {{ // an explorer has two plots; its words are the last th
 
 def seconds_to_move(page, number):
     "From a key on an explorer's epoch slider until its points and words have changed, by the page's own clock."
+    wait_for(lambda: page.evaluate(f"number => {PLOT}[2*number]._fullData[0].x.length", number)) # drawn
     page.evaluate(WATCH, number)
     page.locator(".widget-slider:has-text('Epoch') .noUi-handle").nth(number).press("ArrowLeft")
     return wait_for(lambda: page.evaluate("window.moved"))/1000

@@ -1,5 +1,6 @@
 "Many runs: one file per run, gathered from anywhere; deadlines, Ray, protocols, conversion, and the tables beside the paper's."
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -185,6 +186,7 @@ class TestTraining:
 
 @pytest.fixture(scope="module")
 def ray_session():
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "300") # before Ray is imported: a busy machine may need longer than 30 s
     ray = pytest.importorskip("ray", reason="Ray is not installed")
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="error")
     yield
