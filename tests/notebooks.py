@@ -54,6 +54,7 @@ def stale(stored, fresh):
 
 def run(path):
     "Run one notebook: (whether it passed, seconds, cells whose stored output is stale)."
+    multiprocessing.current_process()._config["daemon"] = False # a notebook may train in several processes
     import nbdev.test
     from nbdev.config import get_config
     found = []

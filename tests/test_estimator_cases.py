@@ -276,7 +276,8 @@ class TestColumns:
         except HplError as error: return "'new'" in str(error) or pytest.fail(str(error))
         assert np.array_equal(reload(model, tmp_path).predict(frame), model.predict(frame))
         other = frame.assign(new=frame["new"].to_numpy()[::-1])
-        assert not np.array_equal(model.predict(other), model.predict(frame))
+        features = model.preprocessor_.transform # where the labelled rows have one value of the column, no prediction knows it
+        assert not np.array_equal(features(other), features(frame))
 
     def test_save_refuses_what_load_would(self, rows, tmp_path):
         x, y, _ = rows
@@ -297,7 +298,7 @@ class TestColumns:
         assert np.array_equal(again.predict(x), model.predict(x)) and again.method_ == model.method_ and again.method == method
         assert np.array_equal(pickle.loads(pickle.dumps(model)).predict(x), model.predict(x))
         name = "kind is 'Mine'" if isinstance(method, Mine) else f"learner is '{__name__}.own_learner'"
-        with pytest.raises(HplError, match=f"^{name}.*load.path, method="): SemiSupervisedRegressor.load(path)
+        with pytest.raises(HplError, match=f"{name}.*load.path, method="): SemiSupervisedRegressor.load(path)
         other = HPL.paper(outer_every=2)
         with pytest.raises(HplError, match="kind is 'Mine'|another method: "): SemiSupervisedRegressor.load(path, method=other)
 
