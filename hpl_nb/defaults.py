@@ -181,11 +181,11 @@ def plain_shape(data:SemiSupervisedData)->tuple[int, ...]:
     "The shape of a row as a network sees it."
     return tuple(data.plain(data.inputs[np.array([0])], None).shape[1:])
 
-def train_once(model:BaseEstimator, settings:MethodSettings, data:SemiSupervisedData, seed:int, epochs:int|None=None)->tuple[Method, Run]:
+def train_once(model:BaseEstimator, settings:MethodSettings, data:SemiSupervisedData, seed:int, ridge:RidgeCV|None,
+               epochs:int|None=None)->tuple[Method, Run]:
     "A new method, trained on a dataset as long as validation says; or the second time, for a number of epochs."
     again, folder = epochs is not None, model.folder
     with OwnGenerators():
-        ridge = starting_point(model, settings, data)
         seed_everything(seed)
         method = build_method(settings, plain_shape(data), data.outputs, model.network, ridge)
         train = schedule(model, data, method, ridge)
@@ -212,12 +212,13 @@ class Trained(NamedTuple):
 def train_twice(model:BaseEstimator, settings:MethodSettings, data:SemiSupervisedData, seed:int,
                 target:TransformerMixin|None=None)->tuple[Predictor, Trained, Trained]:
     "The predictor, the first training and the last, which are one where the network does not start at ridge regression."
-    method, run = train_once(model, settings, data, seed)
-    first, predictor, ridge = Trained(method, data, run, target), Predictor.from_method(method, data), starting_point(model, settings, data)
+    ridge = starting_point(model, settings, data)
+    method, run = train_once(model, settings, data, seed, ridge)
+    first, predictor = Trained(method, data, run, target), Predictor.from_method(method, data)
     with OwnGenerators(): warn_of_views(data, predictor)
     if not run.finished or not len(data.val) or ridge is None: return predictor, first, first
     if (epochs := epochs_worth(run, data, ridge)) and method.share_of_run: return predictor, first, first
     everything = with_validation_rows(data)
-    method, run = train_once(model, settings, everything, seed, epochs)
+    method, run = train_once(model, settings, everything, seed, starting_point(model, settings, everything), epochs)
     again = Predictor.from_method(method, everything)
     return replace(again, errors=predictor.errors, deviations=predictor.deviations), first, Trained(method, everything, run, target)

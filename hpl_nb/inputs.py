@@ -19,12 +19,13 @@ import torch
 import torch.nn.functional as F
 from scipy.sparse import issparse
 from sklearn.base import BaseEstimator, clone
-from .core import HplError, is_watched, derive_seed
-from .data.columns import ESTIMATOR_WORDS, default_preprocessor, dense
-from .data.core import SemiSupervisedData, View, row_error
 from sklearn.linear_model import RidgeCV
 from sklearn.utils import check_array
 from sklearn.utils.validation import validate_data
+
+from .core import HplError, is_watched, derive_seed
+from .data.columns import ESTIMATOR_WORDS, default_preprocessor, dense
+from .data.core import SemiSupervisedData, View, row_error
 from .data.images import SUFFIXES, ImageFiles, broken_images, as_rows
 from .data.own import Reading, Split, array_data, file_data, in_reading, input_tensor, label_array, make_sets
 from .data.tables import unmasked

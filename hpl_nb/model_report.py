@@ -34,7 +34,7 @@ from .figures import learning_curves
 from .methods.core import Supervised
 from .metrics import mean_absolute_error, mean_squared_error, r2_score
 from .models import Body, Head, Regressor
-from .predictor import Predictor, conformal_radius
+from .predictor import Predictor, conformal_radius, conformal_rank
 from .target import in_label_units
 from .training.run import Run, selected
 from .trust import verdicts
@@ -128,7 +128,7 @@ ASKED = (.5, .8, .9, .95) # shares of labels that intervals are to hold
 def left_out_inside(errors:np.ndarray, coverage:float)->np.ndarray:
     "Which of n errors are within the conformal radius of the n - 1 others, a mask; too few rows are an `HplError`, as they are there."
     conformal_radius(errors[1:], coverage)
-    return rankdata(errors, "min") <= math.ceil(round(len(errors)*coverage, 9))
+    return rankdata(errors, "min") <= conformal_rank(len(errors) - 1, coverage)
 
 def interval_errors(errors:np.ndarray, sigma:np.ndarray, coverage:float)->np.ndarray:
     "Errors (n,), each in its sigma where `predict_interval` scales the intervals: where that makes them narrower."
@@ -139,7 +139,7 @@ def left_out_coverage(frame:pd.DataFrame)->dict[float, np.ndarray]:
     "Which labels (n, K) lie within an interval made of the other rows, by the share that is asked; without shares that n rows cannot give."
     pairs = [*zip(by_output(frame, "error").T, by_output(frame, "sigma").T)]
     return {c: np.stack([left_out_inside(interval_errors(*pair, c), c) for pair in pairs], axis=1)
-            for c in ASKED if math.ceil(round(len(pairs[0][0])*c, 9)) < len(pairs[0][0])}
+            for c in ASKED if conformal_rank(len(pairs[0][0]) - 1, c) < len(pairs[0][0])}
 
 def coverage_table(inside:Mapping[float, np.ndarray], prediction:np.ndarray)->pd.DataFrame:
     "Shares of labels inside, of all rows and of thirds of the predictions (n, K), each output on its own."
@@ -247,7 +247,7 @@ def tested_rows(model:BaseEstimator, X:Any, y:np.ndarray)->tuple[pd.DataFrame, d
     frame = pd.DataFrame({"row": np.tile(known, y.shape[1]), "output": np.repeat(np.arange(y.shape[1]), len(known))} | {
         name: np.reshape(values, y.shape)[known].T.ravel() for name, values in columns.items()})
     inside = {}
-    for c in [c for c in ASKED if math.ceil(round((len(model.predictor_.errors) + 1)*c, 9)) <= len(model.predictor_.errors)]:
+    for c in [c for c in ASKED if conformal_rank(len(model.predictor_.errors), c) <= len(model.predictor_.errors)]:
         _, low, high = (np.reshape(values, y.shape)[known] for values in model.predict_interval(X, c))
         inside[c] = (low <= y[known]) & (y[known] <= high)
     return frame, inside

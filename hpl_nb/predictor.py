@@ -42,6 +42,11 @@ from .training.state import Train
 # %% auto #0
 __all__ = ['conformal_radius', 'Interval', 'Predictor']
 
+# %% ../nbs/75_predictor.ipynb #5a75c001
+def conformal_rank(n:int, coverage:float)->int:
+    "Which of n sorted errors bounds that of a new row in a share of cases; above n: they are too few."
+    return math.ceil(round((n + 1)*coverage, 9)) # (99 + 1)*.55 is 55.00000000000001
+
 # %% ../nbs/75_predictor.ipynb #0b71337b
 def conformal_radius(
     errors:np.ndarray, # sizes of the errors on n rows with known labels, (n,) or (n, K)
@@ -51,7 +56,7 @@ def conformal_radius(
     "The smallest radius that a new row's error exceeds with probability at most 1 - coverage."
     if not 0 < coverage < 1: raise HplError(f"coverage is {coverage}; give a share above 0 and below 1, such as 0.9.")
     n = len(errors)
-    rank = math.ceil(round((n + 1)*coverage, 9)) # (99 + 1)*.55 is 55.00000000000001
+    rank = conformal_rank(n, coverage)
     if rank > n:
         most = f"ask for at most {math.floor(1000*n/(n + 1))/1000:g}, or " if n else ""
         raise HplError(f"coverage {coverage:g} needs {math.ceil(round(coverage/(1 - coverage), 9))} rows with known labels that were not "

@@ -5,7 +5,6 @@
 # %% ../nbs/84_tabular.ipynb #93958524
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from .data.columns import default_preprocessor
 from .defaults import PENALTIES
 from .estimator import SemiSupervisedRegressor
 from .figures import palette, show
-from .predictor import Interval, conformal_radius
+from .predictor import Interval, conformal_radius, conformal_rank
 
 # %% auto #0
 __all__ = ['TabularProtocol', 'compare_on_table', 'add_missing']
@@ -129,7 +128,7 @@ def _measured(kind, truth, calibration, interval):
     "Coverage and mean width at each nominal level; nothing where the calibration rows are too few for it."
     found = {}
     for level in LEVELS:
-        enough = interval is not None and math.ceil(round((calibration + 1)*level, 9)) <= calibration
+        enough = interval is not None and conformal_rank(calibration, level) <= calibration
         _, low, high = interval(level) if enough else (np.full(len(truth), np.nan),)*3
         inside = np.where(np.isnan(low), np.nan, (low <= truth) & (truth <= high))
         found |= {f"{kind}_coverage_{level}": inside.mean(), f"{kind}_width_{level}": np.mean(high - low)}
