@@ -27,7 +27,7 @@ from .search import tuned
 from .settings import change, setting_names
 
 # %% auto #0
-__all__ = ['Variant', 'VARIANTS', 'ATTEMPTS', 'chosen', 'start_on', 'varied', 'measured', 'searched_and_tested']
+__all__ = ['Variant', 'VARIANTS', 'ATTEMPTS', 'searched_and_tested']
 
 # %% ../nbs/81b_ablation.ipynb #a80d218e
 Variant = namedtuple("Variant", "key what method changes") # method: short name; changes: by setting, or a function of an experiment

@@ -29,7 +29,7 @@ from .data.core import SemiSupervisedData, View, row_error
 from .data.images import SUFFIXES, ImageFiles, broken_images, as_rows
 from .data.own import Reading, Split, array_data, file_data, in_reading, input_tensor, label_array, make_sets
 from .data.tables import unmasked
-from .data.views import fit_standardizer, single_views
+from .data.views import Standardizer, fit_standardizer, single_views
 from .predictor import Predictor, predictions
 
 # %% auto #0
@@ -146,6 +146,8 @@ def reading_of(model:BaseEstimator)->Reading:
     if isinstance(model.reading, Reading|None): return model.reading or Reading()
     raise HplError(f"reading is {model.reading!r:.100}; give Reading(...), or None for the default.")
 
+
+# %% ../nbs/82b_inputs.ipynb #5a82d0a2
 def training_data(model:BaseEstimator, X:Any, labels:np.ndarray, seed:int)->SemiSupervisedData:
     "The dataset that a method is trained on."
     forget_table(model)
@@ -161,7 +163,9 @@ def training_data(model:BaseEstimator, X:Any, labels:np.ndarray, seed:int)->Semi
         return file_data("X", files, labels, sets, model.views, plain, how)
     pixels = kind != "a table"
     samples = input_tensor(X, "X", "make them numbers", "no method takes them") if pixels else torch.as_tensor(table(model, X, train))
-    return array_data(samples, labels, sets, model.views, "X", None, how.deduplicate)
+    standard = isinstance(X, pd.DataFrame) and model.preprocessor is None # whose numbers the default preprocessor has standardised
+    plain = Standardizer((0.,)*samples.shape[1], (1.,)*samples.shape[1]) if standard else None
+    return array_data(samples, labels, sets, model.views, "X", None, how.deduplicate, plain)
 
 # %% ../nbs/82b_inputs.ipynb #35317767
 def seeded(view:View)->View:

@@ -40,7 +40,7 @@ from .training.run import Run, selected
 from .trust import verdicts
 
 # %% auto #0
-__all__ = ['write_report']
+__all__ = []
 
 # %% ../nbs/82f_model_report.ipynb #77b18b9a
 def ridge_solution(data:SemiSupervisedData, most:float=2e7)->tuple[Tensor, Tensor]|None:

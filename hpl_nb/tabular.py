@@ -33,7 +33,7 @@ from .figures import palette, show
 from .predictor import Interval, conformal_radius, conformal_rank
 
 # %% auto #0
-__all__ = ['TabularProtocol', 'compare_on_table', 'add_missing']
+__all__ = ['TabularProtocol']
 
 # %% ../nbs/84_tabular.ipynb #d4b04512
 def _diabetes():

@@ -25,7 +25,7 @@ from .training.predict import Evaluator
 from .training.run import Run, selected
 
 # %% auto #0
-__all__ = ['rank_scores']
+__all__ = []
 
 # %% ../nbs/82e_trust.ipynb #b7d34280
 def standard_ranks(values:np.ndarray)->np.ndarray:

@@ -25,7 +25,7 @@ from .readings import is_number, number_column, read_numbers, readings_of, refus
 from .tables import as_numbers, unmasked
 
 # %% auto #0
-__all__ = ['FrameEncoder', 'ColumnReader', 'default_preprocessor']
+__all__ = ['FrameEncoder', 'default_preprocessor']
 
 # %% ../../nbs/14b_data.columns.ipynb #f78d1a53
 class Words(NamedTuple):

@@ -174,15 +174,15 @@ def check_shape(shape:tuple[int, ...], name:str)->None:
 
 # %% ../../nbs/15_data.own.ipynb #3eb440d1
 def array_data(x:Tensor, labels:np.ndarray, sets:dict[str, np.ndarray], views:Views, name:str, notes:dict[str, Any]|None=None,
-               deduplicate:bool=False, **fields:Any)->SemiSupervisedData:
-    "Join inputs, labels and rows; fit the standardisation to the training rows, make the views, and warn of likely mistakes."
+               deduplicate:bool=False, plain:Standardizer|None=None, **fields:Any)->SemiSupervisedData:
+    "Join inputs, labels and rows; make the views, from standardised training rows if no plain view is given; warn of likely mistakes."
     notes = notes or {}
     if deduplicate:
         repeated = repeated_rows(sets, content_keys(x, np.arange(len(x))))
         sets, notes = {split: rows[~np.isin(rows, repeated)] for split, rows in sets.items()}, notes | {"duplicates": repeated.tolist()}
-    standardizer = fit_standardizer(x, np.sort(np.concatenate([sets["labelled"], sets["unlabelled"]])))
-    made, noted = make_views(views, x, standardizer, name)
-    notes = notes | noted | {"standardizer": asdict(standardizer)}
+    if plain is None: plain = fit_standardizer(x, np.sort(np.concatenate([sets["labelled"], sets["unlabelled"]])))
+    made, noted = make_views(views, x, plain, name)
+    notes = notes | noted | {"standardizer": asdict(plain)}
     return announce(SemiSupervisedData(name, x, labels, **sets, **made, notes=notes, **fields))
 
 # %% ../../nbs/15_data.own.ipynb #aa7c95d1
