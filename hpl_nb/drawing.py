@@ -38,7 +38,7 @@ _AXIS = dict(gridcolor=GRID, zeroline=False, linecolor=GREY, ticks="outside", ti
 
 @cache
 def _template():
-    "The common look. It is made with the first figure, because it makes plotly import its validators."
+    "The common look. It is made with the first figure, because it makes plotly load its validators."
     return go.layout.Template(layout=dict(
         paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", colorway=palette, xaxis=_AXIS, yaxis=_AXIS,
         font=dict(color="#767676", size=13, family="system-ui, sans-serif"), showlegend=True, hovermode="closest",

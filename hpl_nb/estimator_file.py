@@ -50,8 +50,7 @@ def estimator_content(model:BaseEstimator)->dict[str, Any]:
     from skops.io import dumps # here, because importing it takes .5 s, and only files need it
     names = getattr(model, "feature_names_in_", None)
     parts = {name: getattr(model, f"{name}_") for name in TRANSFORMERS}
-    written = {name: None if part is None else torch.tensor(bytearray(dumps(part)), dtype=torch.uint8)
-               for name, part in parts.items()}
+    written = {name: None if part is None else torch.tensor(bytearray(dumps(part)), dtype=torch.uint8) for name, part in parts.items()}
     return predictor_content(model.predictor_) | {"estimator": {
         "parameters": {name: None if are_own(value) or hasattr(value, "transform") else value
                        for name, value in model.get_params(deep=False).items() if name not in NOT_IN_FILES},
