@@ -554,7 +554,8 @@ def rank_main(rank, port, job, out):
     "One of two processes; its end, or the error it stopped with, goes to a file."
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo", "ACCELERATE_USE_CPU": "true"}
+                   "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ.pop("ACCELERATE_USE_CPU") # torchrun sets none
     try: end = job(rank)
     except Exception as error: end = f"{type(error).__name__}: {error}"
     torch.save(end, out/f"{rank}.pt")

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from ..core import PREDICTION_COLUMNS, TURNS, HplError, OwnGenerators, RunFolder, seed_everything
 from ..data.core import SemiSupervisedData, Streams, batch_sizes, fitting_streams
-from ..data.pixels import DeviceView, Pixels
+from ..data.pixels import DeviceView, Pixels, this_process
 from ..settings import change, differences
 from .checkpoint import Checkpoint
 from .guard import Guard
@@ -279,6 +279,7 @@ def make_accelerator(precision:str="no", trackers:Sequence[str]=(), folder:RunFo
     shared = AcceleratorState._shared_state
     if shared and shared.get("_mixed_precision", precision) != precision: AcceleratorState._reset_state()
     place = str(folder.path) if folder else None
+    this_process()
     try: accelerator = Accelerator(mixed_precision=precision, log_with=list(trackers) or None, project_dir=place)
     except ValueError as error: raise HplError(f"precision {precision!r} with trackers {trackers}: {error}") from error
     if precision != "no" and not accelerator.native_amp:
