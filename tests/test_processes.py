@@ -32,10 +32,11 @@ from hpl_nb.training.state import OptimizerSettings, Train
 # no batch statistics and no dropout that ever drops: nothing random but the views, which are seeded by sample
 DENSE = partial(mlp, 3, (16,), 2, dropout=1e-12)
 FEW = Train(epochs=3, iterations_per_epoch=6, streams=StreamSettings(8, 16), optimizer=OptimizerSettings(1e-2, 1e-2))
-# (UCVME by the strong view: without dropout its predictions on the weak view are the pseudo-labels, and their ranks are rounding)
 FACES = "HPL, pixels on the device" # first: the loader asks for the device before a trainer has made the group
-CASES = {FACES: HPL.paper(), **METHODS, "UCVME": UCVME(passes=2, student_view="strong"), "HPL sum": HPL.paper(reduction="sum", virtual_lr=1e-3),
-         "HPL release, sum": HPL.release(reduction="sum"), "SimRegMatch, all pass": SimRegMatch(percentile=None, unlabelled_weight=1.),
+# (UCVME by the strong view: without dropout its predictions on the weak view are the pseudo-labels, and their ranks are rounding)
+CASES = {FACES: HPL.paper(), **METHODS, "UCVME": UCVME(passes=2, student_view="strong"),
+         "HPL sum": HPL.paper(reduction="sum", virtual_lr=1e-3), "HPL release, sum": HPL.release(reduction="sum"),
+         "SimRegMatch, all pass": SimRegMatch(percentile=None, unlabelled_weight=1.),
          "HPL attached": HPL.paper(detach_input=False, learner_lr=1e-2),
          "HPL normalised, attached": HPL.paper(detach_input=False, learner_lr=1e-2, normalize_weights=True)}
 
@@ -83,7 +84,8 @@ def joined(name, rank, faces):
     run.metrics.pop("seconds")
     return {"weights": dict(method.state_dict()), "gradients": steps, "slopes": [h.slope for h in hypergradients],
             "heads": [h.head for h in hypergradients], "predictions": run.predictions, "log": run.log.drop(columns="seconds"),
-            "metrics": run.metrics, "processes": run.config["processes"], "tolerance": 1e-3 if name == "SSDKL" else 1e-5} # roots of matrices in float32
+            "metrics": run.metrics, "processes": run.config["processes"],
+            "tolerance": 1e-3 if name == "SSDKL" else 1e-5} # roots of matrices in float32
 
 
 def gradients(optimizer):
