@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -79,12 +80,13 @@ def joined(name, rank, faces):
         hypergradients.append(look_ahead(*args, **kwargs))
         return hypergradients[-1]
     method.make_optimizers, hpl.slope_hypergradient = watched, kept
-    run = fit(method, data, FEW, progress=False)
+    with warnings.catch_warnings(record=True) as said: run = fit(method, data, FEW, progress=False)
     hpl.slope_hypergradient = look_ahead
     run.metrics.pop("seconds")
     return {"weights": dict(method.state_dict()), "gradients": steps, "slopes": [h.slope for h in hypergradients],
             "heads": [h.head for h in hypergradients], "predictions": run.predictions, "log": run.log.drop(columns="seconds"),
             "metrics": run.metrics, "processes": run.config["processes"],
+            "said": [str(each.message) for each in said if "processes" in str(each.message)],
             "tolerance": 1e-3 if name == "SSDKL" else 1e-5} # roots of matrices in float32
 
 
@@ -181,6 +183,13 @@ def test_head_and_learner(case):
 def test_they_train_together(results):
     "Also where the loader has asked for the device before the trainer."
     for name in CASES: assert [read(results/"two"/f"{name}-{rank}.pt")["processes"] for rank in range(2)] == [2, 2]
+
+
+def test_a_small_network_is_advised_against(case):
+    "By the main process alone."
+    one, (main, other) = case
+    assert not one["said"] and not other["said"] and len(main["said"]) == 1
+    assert "2 processes on the CPU train one network of" in main["said"][0] and "hpl_compare --jobs 2" in main["said"][0]
 
 
 def test_gradients(case):
