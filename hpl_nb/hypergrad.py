@@ -47,7 +47,7 @@ def head_matrix(head:nn.Linear)->Tensor:
     bias = head.bias if isinstance(head, nn.Linear) else None
     if bias is None:
         raise HplError(f"head is {head!r}, which is no linear layer with a bias. Make it with nn.Linear(..., bias=True).")
-    return torch.cat((head.weight, bias[:, None]), 1).detach()
+    return torch.cat((head.weight, bias.unsqueeze(1)), 1).detach()
 
 # %% ../nbs/42_hypergrad.ipynb #4b2922d0
 def bias_and_weight(eta:Tensor)->tuple[Tensor, Tensor]:
@@ -66,17 +66,16 @@ def predictions(eta:Tensor, *batches:Tensor)->list[Tensor]:
     return [torch.addmm(bias, features, weight) for features in batches]
 
 # %% ../nbs/42_hypergrad.ipynb #406ebd49
-def head_gradient(losses:Sloped)->Tensor:
-    "Gradient in the head of a sum of losses, given their slopes, shape (K, d + 1)."
-    features, slope = losses
+def head_gradient(slope:Tensor, features:Tensor)->Tensor:
+    "Gradient in the head of a sum of losses, given their slopes (n, K), shape (K, d + 1)."
     slope = slope.T
     return torch.cat((slope @ features, slope.sum(1, keepdim=True)), 1)
 
 # %% ../nbs/42_hypergrad.ipynb #584990cf
-def inner_gradient(labelled:Sloped, unlabelled:Sloped)->Tensor:
-    "Gradient G of the inner loss (eq. 5) in the head, given the slopes of both terms; shape (K, d + 1)."
-    e, s = labelled.slope.T, unlabelled.slope.T
-    weight = (e @ labelled.features).add_(s @ unlabelled.features)
+def inner_gradient(labelled_slope:Tensor, labelled_features:Tensor, slope:Tensor, features:Tensor)->Tensor:
+    "Gradient G of the inner loss (eq. 5) in the head, given the slopes of both its terms; shape (K, d + 1)."
+    e, s = labelled_slope.T, slope.T
+    weight = (e @ labelled_features).add_(s @ features)
     return torch.cat((weight, e.sum(1, keepdim=True).add_(s.sum(1, keepdim=True))), 1)
 
 # %% ../nbs/42_hypergrad.ipynb #fb590322
@@ -175,16 +174,16 @@ def _group_and_state(optimizer:torch.optim.Optimizer, parameter:Tensor)->tuple[d
     raise HplError("optimizer: it does not train this head. Give it head.weight and head.bias, and freeze neither.")
 
 # %% ../nbs/42_hypergrad.ipynb #6cf7ba51
-def _parts(optimizer:torch.optim.Optimizer, head:nn.Linear)->list[tuple[dict[str, Any], dict[str, Any], slice]]:
-    "Group, state as matrices and columns of eta, for each of the one or two parts that step together."
+def _parts(optimizer:torch.optim.Optimizer, head:nn.Linear, eta:Tensor, gradient:Tensor)->list[tuple[dict, dict, Tensor, Tensor]]:
+    "Group, state as matrices, head and gradient of each of the one or two parts that step together."
     weight_group, weight = _group_and_state(optimizer, head.weight)
     bias_group, bias = _group_and_state(optimizer, head.bias)
-    bias = {key: value if key == "step" else value[:, None] for key, value in bias.items()}
+    bias = {key: value if key == "step" else value.unsqueeze(1) for key, value in bias.items()}
     same_steps = weight.keys() == bias.keys() and float(weight.get("step", 0)) == float(bias.get("step", 0))
     if weight_group is bias_group and same_steps:
         joined = {key: value if key == "step" else torch.cat((value, bias[key]), 1) for key, value in weight.items()}
-        return [(weight_group, joined, slice(None))]
-    return [(weight_group, weight, slice(-1)), (bias_group, bias, slice(-1, None))]
+        return [(weight_group, joined, eta, gradient)]
+    return [(weight_group, weight, eta[:, :-1], gradient[:, :-1]), (bias_group, bias, eta[:, -1:], gradient[:, -1:])]
 
 # %% ../nbs/42_hypergrad.ipynb #c4fc3e41
 def optimizer_step(
@@ -201,9 +200,8 @@ def optimizer_step(
         raise HplError(f"optimizer: {type(wrapped).__name__} has no virtual step. Use SGD, Adam or AdamW, "
                        "or give a step of your own: (eta, gradient) -> VirtualStep.")
     if eta is None: eta = head_matrix(head)
-    parts = [update({**group, "eps_first": eps_first}, state, eta[:, columns], gradient[:, columns])
-             for group, state, columns in _parts(wrapped, head)]
-    return VirtualStep(*(torch.cat(part, 1) if len(part) > 1 else part[0] for part in zip(*parts)))
+    parts = [update({**group, "eps_first": eps_first}, *part) for group, *part in _parts(wrapped, head, eta, gradient)]
+    return VirtualStep(*(parts[0] if len(parts) == 1 else (torch.cat(part, 1) for part in zip(*parts))))
 
 # %% ../nbs/42_hypergrad.ipynb #100fbd1f
 def outer_gradient(eta:Tensor, outer:Labelled, reduction:Reduction="mean", processes:int=1)->tuple[Tensor, Tensor, Tensor]:
@@ -212,7 +210,7 @@ def outer_gradient(eta:Tensor, outer:Labelled, reduction:Reduction="mean", proce
     error = _error(prediction, outer.targets, "outer.targets")
     scale = _scale(error.numel(), reduction, processes)
     loss = error.square().sum().mul_(scale)
-    return head_gradient(Sloped(outer.features, error.mul_(2 * scale))), prediction, loss
+    return head_gradient(error.mul_(2 * scale), outer.features), prediction, loss
 
 # %% ../nbs/42_hypergrad.ipynb #d1188361
 class Hypergradient(NamedTuple):
@@ -227,17 +225,17 @@ class Hypergradient(NamedTuple):
 def _same(tensor:Tensor)->Tensor: return tensor
 
 # %% ../nbs/42_hypergrad.ipynb #42a00004
-def _moved(step:Callable[[Tensor, Tensor], VirtualStep], eta:Tensor, prediction:Tensor, labelled:Labelled, unlabelled:Sloped,
+def _moved(step:Callable[[Tensor, Tensor], VirtualStep], eta:Tensor, prediction:Tensor, labelled:Labelled, slope:Tensor, features:Tensor,
            reduction:Reduction, reduce:Callable[[Tensor], Tensor], processes:int)->VirtualStep:
     "The virtual step on the inner loss, given the labelled predictions and the unlabelled slopes, which are scaled."
-    slope = squared_slope(prediction, labelled.targets, "labelled.targets", reduction, processes)
-    return step(eta, reduce(inner_gradient(Sloped(labelled.features, slope), unlabelled)))
+    labelled_slope = squared_slope(prediction, labelled.targets, "labelled.targets", reduction, processes)
+    return step(eta, reduce(inner_gradient(labelled_slope, labelled.features, slope, features)))
 
-def _judged(virtual:VirtualStep, features:Tensor, scale:Tensor, outer:Labelled,
-            reduction:Reduction, reduce:Callable[[Tensor], Tensor], processes:int)->tuple[Tensor, Tensor, Tensor, Tensor]:
-    "What the outer batch says of the step: d L_out / d s for unlabelled features, prediction, loss and the head."
-    v, prediction, loss = outer_gradient(virtual.head, outer, reduction, processes)
-    return apply_head(reduce(v) * virtual.derivative, features).mul_(scale), prediction, loss, virtual.head
+def _judged(eta:Tensor, D:Tensor, features:Tensor, scale:Tensor, outer:Labelled,
+            reduction:Reduction, reduce:Callable[[Tensor], Tensor], processes:int)->tuple[Tensor, Tensor, Tensor]:
+    "What the outer batch says of a step: d L_out / d s for the unlabelled features, its own prediction, and its loss."
+    v, prediction, loss = outer_gradient(eta, outer, reduction, processes)
+    return apply_head(reduce(v).mul_(D), features).mul_(scale), prediction, loss
 
 # %% ../nbs/42_hypergrad.ipynb #121ed055
 @torch.no_grad()
@@ -257,8 +255,8 @@ def slope_hypergradient(
     with full_precision(slope):
         scale = slope.new_full((), unlabelled_weight * _scale(slope.numel(), reduction, processes))
         eta = head_matrix(head)
-        eta = _moved(step, eta, apply_head(eta, labelled.features), labelled, Sloped(features, slope * scale), reduction, reduce, processes)
-        return Hypergradient(None, *_judged(eta, features, scale, outer, reduction, reduce, processes))
+        eta, D = _moved(step, eta, apply_head(eta, labelled.features), labelled, slope * scale, features, reduction, reduce, processes)
+        return Hypergradient(None, *_judged(eta, D, features, scale, outer, reduction, reduce, processes), eta)
 
 # %% ../nbs/42_hypergrad.ipynb #0a671bae
 @torch.no_grad()
@@ -278,15 +276,15 @@ def hypergradient(
     with full_precision(weights):
         eta = head_matrix(head)
         r, prediction = predictions(eta, features, labelled.features)
-        error = _error(r, pseudo_label, "pseudo_label")
-        twice, omega = error.add_(error), _weight_matrix(weights, error)
+        twice = _error(r, pseudo_label, "pseudo_label")
+        twice, omega = twice.add_(twice), _weight_matrix(weights, twice)
         scale = twice.new_full((), unlabelled_weight * _scale(twice.numel(), reduction, processes))
         slope = (omega * twice).mul_(scale)
-        eta = _moved(step, eta, prediction, labelled, Sloped(features, slope), reduction, reduce, processes)
-        slope, *verdict = _judged(eta, features, scale, outer, reduction, reduce, processes)
-        gradient = twice.mul_(slope)
+        eta, D = _moved(step, eta, prediction, labelled, slope, features, reduction, reduce, processes)
+        slope, prediction, loss = _judged(eta, D, features, scale, outer, reduction, reduce, processes)
+    gradient = twice.mul_(slope)
     if omega is not weights: gradient = gradient.sum_to_size(omega.shape).reshape(weights.shape)
-    return Hypergradient(gradient, slope, *verdict)
+    return Hypergradient(gradient, slope, prediction, loss, eta)
 
 # %% ../nbs/42_hypergrad.ipynb #0771f85f
 def hypergradient_autograd(
