@@ -137,10 +137,12 @@ def other_modes()->list[AbstractContextManager]:
     casts = [torch.autocast(device, enabled=False) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
     return casts + ([torch.device("cpu")] if torch.get_default_device().type != "cpu" else [])
 
+NOTHING = nullcontext()
+
 def full_precision(tensor:Tensor)->AbstractContextManager:
     "Autocast off on the tensor's device; where it is off already, nothing, since a switch costs 2 us in each call."
     device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else NOTHING
 
 @contextmanager
 def usual_settings()->Iterator[None]:

@@ -50,33 +50,22 @@ def head_matrix(head:nn.Linear)->Tensor:
     return torch.cat((head.weight, bias.unsqueeze(1)), 1).detach()
 
 # %% ../nbs/42_hypergrad.ipynb #4b2922d0
-def bias_and_weight(eta:Tensor)->tuple[Tensor, Tensor]:
-    "Views of a head as `torch.addmm` takes them: bias (K,) and transposed weight (d, K)."
-    eta = eta.T
-    return eta[-1], eta[:-1]
-
 def apply_head(eta:Tensor, features:Tensor)->Tensor:
     "The prediction eta h~ of a linear head."
-    bias, weight = bias_and_weight(eta)
-    return torch.addmm(bias, features, weight)
-
-def predictions(eta:Tensor, *batches:Tensor)->list[Tensor]:
-    "`apply_head` for the features of several batches."
-    bias, weight = bias_and_weight(eta)
-    return [torch.addmm(bias, features, weight) for features in batches]
+    eta = eta.T
+    return torch.addmm(eta[-1], features, eta[:-1])
 
 # %% ../nbs/42_hypergrad.ipynb #406ebd49
 def head_gradient(slope:Tensor, features:Tensor)->Tensor:
     "Gradient in the head of a sum of losses, given their slopes (n, K), shape (K, d + 1)."
     slope = slope.T
-    return torch.cat((slope @ features, slope.sum(1, keepdim=True)), 1)
+    return torch.cat((slope @ features, slope.sum(1, True)), 1)
 
 # %% ../nbs/42_hypergrad.ipynb #584990cf
-def inner_gradient(labelled_slope:Tensor, labelled_features:Tensor, slope:Tensor, features:Tensor)->Tensor:
-    "Gradient G of the inner loss (eq. 5) in the head, given the slopes of both its terms; shape (K, d + 1)."
-    e, s = labelled_slope.T, slope.T
-    weight = (e @ labelled_features).add_(s @ features)
-    return torch.cat((weight, e.sum(1, keepdim=True).add_(s.sum(1, keepdim=True))), 1)
+def inner_gradient(e:Tensor, h_i:Tensor, s:Tensor, h_j:Tensor)->Tensor:
+    "Gradient G of the inner loss (eq. 5) in the head, given slopes and features of both terms; shape (K, d + 1)."
+    e, s = e.T, s.T
+    return torch.cat(((e @ h_i).add_(s @ h_j), e.sum(1, True).add_(s.sum(1, True))), 1)
 
 # %% ../nbs/42_hypergrad.ipynb #fb590322
 def _scale(count:int, reduction:Reduction, processes:int)->float:
@@ -88,16 +77,9 @@ def _scale(count:int, reduction:Reduction, processes:int)->float:
 # %% ../nbs/42_hypergrad.ipynb #d20f0a41
 def _error(prediction:Tensor, target:Tensor, name:str)->Tensor:
     "The error of a prediction; HplError where the shapes differ."
-    if prediction.shape != target.shape:
-        raise HplError(f"{name}: shape {tuple(target.shape)}, but the predictions have {tuple(prediction.shape)}. "
-                       "Give one row per sample and one column per output.")
-    return prediction - target
-
-# %% ../nbs/42_hypergrad.ipynb #42a00002
-def squared_slope(prediction:Tensor, target:Tensor, name:str, reduction:Reduction, processes:int)->Tensor:
-    "Slope of the squared error in the prediction, (n, K), scaled."
-    error = _error(prediction, target, name)
-    return error.mul_(2 * _scale(error.numel(), reduction, processes))
+    if prediction.shape == target.shape: return prediction - target
+    raise HplError(f"{name}: shape {tuple(target.shape)}, but the predictions have {tuple(prediction.shape)}. "
+                   "Give one row per sample and one column per output.")
 
 # %% ../nbs/42_hypergrad.ipynb #6916259a
 def _weight_matrix(weights:Tensor, like:Tensor)->Tensor:
@@ -206,11 +188,12 @@ def optimizer_step(
 # %% ../nbs/42_hypergrad.ipynb #100fbd1f
 def outer_gradient(eta:Tensor, outer:Labelled, reduction:Reduction="mean", processes:int=1)->tuple[Tensor, Tensor, Tensor]:
     "Gradient v of the outer loss (eq. 6) in a head, the prediction (n, K), and the loss."
-    prediction = apply_head(eta, outer.features)
-    error = _error(prediction, outer.targets, "outer.targets")
+    features, targets = outer
+    prediction = apply_head(eta, features)
+    error = _error(prediction, targets, "outer.targets")
     scale = _scale(error.numel(), reduction, processes)
     loss = error.square().sum().mul_(scale)
-    return head_gradient(error.mul_(2 * scale), outer.features), prediction, loss
+    return head_gradient(error.mul_(2 * scale), features), prediction, loss
 
 # %% ../nbs/42_hypergrad.ipynb #d1188361
 class Hypergradient(NamedTuple):
@@ -225,20 +208,37 @@ class Hypergradient(NamedTuple):
 def _same(tensor:Tensor)->Tensor: return tensor
 
 # %% ../nbs/42_hypergrad.ipynb #42a00004
-def _moved(step:Callable[[Tensor, Tensor], VirtualStep], eta:Tensor, prediction:Tensor, labelled:Labelled, slope:Tensor, features:Tensor,
-           reduction:Reduction, reduce:Callable[[Tensor], Tensor], processes:int)->VirtualStep:
-    "The virtual step on the inner loss, given the labelled predictions and the unlabelled slopes, which are scaled."
-    labelled_slope = squared_slope(prediction, labelled.targets, "labelled.targets", reduction, processes)
-    return step(eta, reduce(inner_gradient(labelled_slope, labelled.features, slope, features)))
+def _slopes(eta:Tensor, labelled:Labelled, unlabelled:PseudoLabelled|Sloped, reduction:Reduction,
+            processes:int)->tuple[Tensor, Tensor, Tensor|None]:
+    "Slopes of the labelled loss, scaled; s of each unlabelled loss; twice the errors of the pseudo-labels where weights are given."
+    (h_i, y_i), eta, twice = labelled, eta.T, None
+    bias, weight = eta[-1], eta[:-1]
+    e = _error(torch.addmm(bias, h_i, weight), y_i, "labelled.targets")
+    e.mul_(2 * _scale(e.numel(), reduction, processes))
+    if isinstance(unlabelled, Sloped): return e, unlabelled.slope, None
+    h_j, pseudo_label, omega = unlabelled
+    twice = _error(torch.addmm(bias, h_j, weight), pseudo_label, "pseudo_label")
+    return e, _weight_matrix(omega, twice) * twice.add_(twice), twice
 
-def _judged(eta:Tensor, D:Tensor, features:Tensor, scale:Tensor, outer:Labelled,
-            reduction:Reduction, reduce:Callable[[Tensor], Tensor], processes:int)->tuple[Tensor, Tensor, Tensor]:
-    "What the outer batch says of a step: d L_out / d s for the unlabelled features, its own prediction, and its loss."
-    v, prediction, loss = outer_gradient(eta, outer, reduction, processes)
-    return apply_head(reduce(v).mul_(D), features).mul_(scale), prediction, loss
+# %% ../nbs/42_hypergrad.ipynb #42a00007
+@torch.no_grad()
+def _look_ahead(head:nn.Linear, step:Callable[[Tensor, Tensor], VirtualStep], labelled:Labelled, unlabelled:PseudoLabelled|Sloped,
+                outer:Labelled, unlabelled_weight:float, reduction:Reduction, reduce:Callable[[Tensor], Tensor],
+                processes:int)->Hypergradient:
+    "The hypergradient, for slopes or weights."
+    h_i, h_j = labelled.features, unlabelled.features
+    with full_precision(h_j):
+        eta = head_matrix(head)
+        e, s, twice = _slopes(eta, labelled, unlabelled, reduction, processes)
+        scale = s.new_full((), unlabelled_weight * _scale(s.numel(), reduction, processes))
+        eta, D = step(eta, reduce(inner_gradient(e, h_i, s * scale, h_j)))
+        v, prediction, loss = outer_gradient(eta, outer, reduction, processes)
+        slope = apply_head(reduce(v).mul_(D), h_j).mul_(scale)
+    if twice is None: return Hypergradient(None, slope, prediction, loss, eta)
+    gradient, shape = twice.mul_(slope), unlabelled.weights.shape
+    return Hypergradient(gradient if gradient.shape == shape else gradient.sum(1).reshape(shape), slope, prediction, loss, eta)
 
 # %% ../nbs/42_hypergrad.ipynb #121ed055
-@torch.no_grad()
 def slope_hypergradient(
     head:nn.Linear, # the live head; only read
     step:Callable[[Tensor, Tensor], VirtualStep], # (eta, G) -> virtual step
@@ -251,15 +251,9 @@ def slope_hypergradient(
     processes:int=1, # their number, which "sum" needs
 )->Hypergradient: # its `slope` goes into slope.backward(...)
     "d L_out / d s for an unlabelled loss of any form: s carries the graph to what made it."
-    features, slope = unlabelled
-    with full_precision(slope):
-        scale = slope.new_full((), unlabelled_weight * _scale(slope.numel(), reduction, processes))
-        eta = head_matrix(head)
-        eta, D = _moved(step, eta, apply_head(eta, labelled.features), labelled, slope * scale, features, reduction, reduce, processes)
-        return Hypergradient(None, *_judged(eta, D, features, scale, outer, reduction, reduce, processes), eta)
+    return _look_ahead(head, step, labelled, unlabelled, outer, unlabelled_weight, reduction, reduce, processes)
 
 # %% ../nbs/42_hypergrad.ipynb #0a671bae
-@torch.no_grad()
 def hypergradient(
     head:nn.Linear, # the live head; only read
     step:Callable[[Tensor, Tensor], VirtualStep], # (eta, G) -> virtual step
@@ -272,19 +266,7 @@ def hypergradient(
     processes:int=1, # their number, which "sum" needs
 )->Hypergradient: # its `weights` go into weights.backward(...)
     "d L_out / d omega through one virtual step of the head (eq. 8), in O((n + m) d) and without a graph."
-    features, pseudo_label, weights = unlabelled
-    with full_precision(weights):
-        eta = head_matrix(head)
-        r, prediction = predictions(eta, features, labelled.features)
-        twice = _error(r, pseudo_label, "pseudo_label")
-        twice, omega = twice.add_(twice), _weight_matrix(weights, twice)
-        scale = twice.new_full((), unlabelled_weight * _scale(twice.numel(), reduction, processes))
-        slope = (omega * twice).mul_(scale)
-        eta, D = _moved(step, eta, prediction, labelled, slope, features, reduction, reduce, processes)
-        slope, prediction, loss = _judged(eta, D, features, scale, outer, reduction, reduce, processes)
-    gradient = twice.mul_(slope)
-    if omega is not weights: gradient = gradient.sum_to_size(omega.shape).reshape(weights.shape)
-    return Hypergradient(gradient, slope, prediction, loss, eta)
+    return _look_ahead(head, step, labelled, unlabelled, outer, unlabelled_weight, reduction, reduce, processes)
 
 # %% ../nbs/42_hypergrad.ipynb #0771f85f
 def hypergradient_autograd(
