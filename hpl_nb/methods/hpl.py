@@ -367,7 +367,7 @@ def virtual_step(method:HPLMethod)->Callable[[Tensor, Tensor], VirtualStep]:
     "The step that is looked ahead, (eta, G) -> eta' and D: eq. 7, or the live optimiser's (D2)."
     ahead, optimizer = method.settings.look_ahead, method.optimizers["regressor"]
     if ahead.virtual_step == "optimizer":
-        return lambda eta, gradient: optimizer_step(optimizer, method.regressor.head, gradient, ahead.virtual_eps == "higher")
+        return lambda eta, gradient: optimizer_step(optimizer, method.regressor.head, gradient, ahead.virtual_eps == "higher", eta)
     return partial(sgd_step, learning_rate=optimizer.param_groups[-1]["lr"] if ahead.virtual_lr is None else ahead.virtual_lr)
 
 # %% ../../nbs/61_methods.hpl.ipynb #d1044141
