@@ -16,7 +16,16 @@ from hpl_nb.hypergrad import Labelled, PseudoLabelled, hypergradient_autograd, s
 from hpl_nb.loss import labelled_loss, pseudo_label_weight, unlabelled_loss
 from hpl_nb.methods.core import FullySupervised, PseudoLabel, Released, Supervised, forward_batches
 from hpl_nb.methods.hpl import (
-    HPL, JointUncertainty, LearnerInputs, batch_weights, log_variance_for_theta, outer_features, step_passes, teach, unlabelled_slope)
+    HPL,
+    JointUncertainty,
+    LearnerInputs,
+    batch_weights,
+    log_variance_for_theta,
+    outer_features,
+    step_passes,
+    teach,
+    unlabelled_slope,
+)
 from hpl_nb.models import Body, Regressor, mlp, small_cnn
 from hpl_nb.settings import as_json, change, digest, from_json, setting_names
 from hpl_nb.settings import differences as setting_differences
