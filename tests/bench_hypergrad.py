@@ -12,6 +12,7 @@ import gc
 import importlib.util
 import itertools
 import math
+import os
 import statistics
 import time
 from functools import partial
@@ -249,6 +250,7 @@ def peak_memory(method) -> int:
     """Most bytes that a call holds at once beyond its arguments, result included."""
     method()
     gc.collect()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler says on every machine without a GPU that it has none
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         method()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
