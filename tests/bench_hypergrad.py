@@ -265,7 +265,7 @@ def seconds_per_call(method, calls: int) -> float:
     return (time.process_time() - start) / calls
 
 
-def in_turns(methods, turns: int = 15, budget: float = 0.004) -> dict[str, list[float]]:
+def in_turns(methods, turns: int = 41, budget: float = 0.001) -> dict[str, list[float]]:
     """Seconds per call of each, in turns of about `budget` seconds, on one thread.
 
     As in `timeit`, no garbage is collected during a turn: `higher` leaves cycles behind, and what collecting them costs
@@ -279,8 +279,9 @@ def in_turns(methods, turns: int = 15, budget: float = 0.004) -> dict[str, list[
     gc.disable()
     for _ in range(turns):
         for name, method in methods.items():
+            gc.collect()
+            seconds_per_call(method, 10)  # a collection leaves the caches cold
             seconds[name].append(seconds_per_call(method, calls[name]))
-        gc.collect()
     gc.enable()
     gc.unfreeze()
     torch.set_num_threads(threads)
