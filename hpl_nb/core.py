@@ -17,7 +17,7 @@ import tempfile
 import threading
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
@@ -130,6 +130,14 @@ class Turns:
 
 TURNS = Turns() # PyTorch's generator and switches are the whole process's, and so is their lock
 if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=TURNS.__init__) # the thread that held it is not in the child
+
+# %% ../nbs/00_core.ipynb #00f00002
+NOTHING = nullcontext()
+
+def full_precision(tensor:Tensor)->AbstractContextManager:
+    "Autocast off on the tensor's device; nothing where it is off already."
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else NOTHING
 
 # %% ../nbs/00_core.ipynb #abb6ed05
 def other_modes()->list[AbstractContextManager]:
