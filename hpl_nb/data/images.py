@@ -49,6 +49,10 @@ class ImageSource(NamedTuple):
 def read_source(source:ImageSource)->bytes:
     "Read a picture's file, or its stretch of a tar file."
     require_file(source.path)
+    return read_bytes(source)
+
+def read_bytes(source:ImageSource)->bytes:
+    "The same, where somebody has looked at the file already."
     with open(source.path, "rb") as file:
         file.seek(source.offset)
         return file.read(source.size)
@@ -80,13 +84,14 @@ def spellings(name:str)->list[str]:
 # %% ../../nbs/11b_data.images.ipynb #69a389b5
 def find_images(root:str|Path, names:Sequence[str], folders:Sequence[str]=("",), tars:str="")->list[ImageSource|None]:
     "Find each picture in `root`'s folders, then in its tar files (a pattern); None: nowhere. Each folder is listed once."
-    root, listings, packed = Path(root), {}, {}
-    for tar in sorted(root.glob(tars)) if tars else (): packed.update(tar_index(tar))
+    tops, listings, packed = [os.path.join(root, folder) for folder in folders], {}, {}
+    for tar in sorted(Path(root).glob(tars)) if tars else (): packed.update(tar_index(tar))
     def place(name):
-        for folder in folders:
-            if not is_below(root, path := root/folder/name): continue
-            if path.parent not in listings: listings[path.parent] = _listing(path.parent)
-            if path.name in listings[path.parent]: return ImageSource(path)
+        path = str(Path(name))
+        for top in tops:
+            parent, last = os.path.split(os.path.join(top, path))
+            if parent not in listings: listings[parent] = _listing(parent) if is_below(root, os.path.join(parent, "any")) else ()
+            if last in listings[parent]: return ImageSource(Path(parent, last))
         return packed.get(name)
     return [next((source for each in spellings(name) if (source := place(each))), None) for name in names]
 
@@ -115,7 +120,7 @@ def to_rgb(image:Image.Image, pixel_range:tuple[float, float]|None=None)->Image.
     "Convert a picture to RGB; one with more than 8 bits by the values that mean black and white."
     halved = image.mode[0] not in "IF" and image.format in ("PNG", "TIFF") and ";16" in str(image.tile[:1]) # Pillow reads one byte of two
     if image.format == "PPM": pixel_range = (0, 65535) # Pillow rescales by the range that the file names
-    image = ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode[0] in "IF": image = Image.fromarray(to_bytes(np.asarray(image), pixel_range))
     if halved and (pixel_range is None or tuple(pixel_range) != (0, 65535)):
         raise HplError("its colours have 16 bits, of which Pillow reads the upper 8. Pass pixel_range=(0, 65535) if they use the whole "
@@ -146,20 +151,28 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp") #
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP") # no format that runs another program, as EPS does
 MOST_PIXELS = 150_000_000 # of one picture; cameras make fewer
 
-def open_image(content:bytes, pixel_range:tuple[float, float]|None=None)->Image.Image:
-    "Decode a picture, unless its format is unusual, or its header claims more pixels than a picture has."
+def open_image(content:bytes, pixel_range:tuple[float, float]|None=None, least:int|None=None)->Image.Image:
+    "Decode a picture, a JPEG as small as its sides stay at `least`; refuses unusual formats, and more pixels than a picture has."
     with Image.open(io.BytesIO(content), formats=FORMATS) as image:
         if image.width*image.height > MOST_PIXELS:
             raise HplError(f"its header claims {image.width} x {image.height} pixels, more than {MOST_PIXELS:,}: make it smaller")
+        if least: image.draft(None, (least, least))
         return to_rgb(image, pixel_range)
 
-def decode_image(source:ImageSource, size:int|None=None, pixel_range:tuple[float, float]|None=None,
-                 advice:str="replace the file, or pass skip_broken=True to leave such rows out.")->Image.Image:
-    "Read and decode a picture, squeezed to `size` pixels a side; an `HplError` names the file that cannot be decoded."
+def read_image(source:ImageSource, pixel_range:tuple[float, float]|None=None, least:int|None=None,
+               advice:str="replace the file, or pass skip_broken=True to leave such rows out.")->tuple[bytes, Image.Image]:
+    "The bytes of a picture's file, and the picture; an `HplError` names the file that cannot be decoded."
     with reading(source.path, lambda why: HplError(f"the picture {source} cannot be read ({why}); {advice}")):
-        image = open_image(read_source(source), pixel_range)
+        content = read_bytes(source)
+        return content, open_image(content, pixel_range, least)
+
+def decode_image(source:ImageSource, size:int|None=None, pixel_range:tuple[float, float]|None=None, draft:bool=False,
+                 **advice:str)->Image.Image:
+    "Read and decode a picture, squeezed to `size` pixels a side."
+    _, image = read_image(source, pixel_range, size if draft else None, **advice)
     if size is None or image.size == (size, size): return image
     return image.resize((size, size), Image.Resampling.BILINEAR)
+
 
 # %% ../../nbs/11b_data.images.ipynb #0cd5dbf1
 class PixelCache:
