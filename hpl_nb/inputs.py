@@ -104,7 +104,7 @@ def picture_paths(X:Any)->list[str|Path]:
 
 def readable_pictures(X:Any, how:Reading, progress:bool)->tuple[ImageFiles, np.ndarray]:
     "Pictures in files, all decoded once and kept, and the rows that can be; another one is refused, unless rows may be skipped."
-    files = ImageFiles(picture_paths(X), how.size, True, how.pixel_range)
+    files = ImageFiles(picture_paths(X), how.size, True, how.pixel_range, how.draft)
     broken = broken_images(files, progress)
     for row, why in ({} if how.skip_broken else broken).items(): raise HplError(f"X, row {row} (the first is 0): {in_reading(why)}")
     return files, np.setdiff1d(np.arange(len(files)), [*broken])

@@ -192,11 +192,13 @@ class ImageFiles:
         size:int|None=None, # squeeze to this side in pixels; None: as they are
         cache_in_memory:bool=False, # keep decoded pictures (len*size*size*3 bytes)
         pixel_range:tuple[float, float]|None=None, # black and white of pictures with more than 8 bits; None: refuse them
+        draft:bool=False, # decode a large JPEG at a half, a quarter or an eighth of its sides; needs a size, and changes pixels
     ):
         self.sources = [source if isinstance(source, ImageSource) else ImageSource(Path(source)) for source in sources]
-        self.size, self.pixel_range = size, known_range(pixel_range)
+        self.size, self.pixel_range, self.draft = size, known_range(pixel_range), draft
         if size is not None and size < 1: raise HplError(f"size is {size}; give a side in pixels.")
-        if cache_in_memory and size is None: raise HplError("cache_in_memory needs a size: give size=200, for example.")
+        for name, wanted in (("cache_in_memory", cache_in_memory), ("draft", draft)):
+            if wanted and size is None: raise HplError(f"{name} needs a size: give size=200, for example.")
         self.cache = PixelCache(len(sources), size) if cache_in_memory else None
 
     def __len__(self)->int: return len(self.sources)
@@ -218,7 +220,9 @@ def known_range(pixel_range:tuple[float, float]|None)->tuple[float, float]|None:
         raise HplError(f"pixel_range is {pixel_range!r:.100}. Give the values that mean black and white, such as (0, 4095).")
     return black, white
 
-def decode_row(files:ImageFiles, row:int)->Image.Image: return decode_image(files.sources[row], files.size, files.pixel_range)
+def decode_row(files:ImageFiles, row:int, **advice:str)->Image.Image:
+    "One picture from its file."
+    return decode_image(files.sources[row], files.size, files.pixel_range, files.draft, **advice)
 
 def load_image(files:ImageFiles, row:int)->Image.Image:
     "One picture, from the cache where there is one."
@@ -460,8 +464,8 @@ def image_data(name:str, files:ImageFiles, labels:np.ndarray, sets:dict[str, np.
         hashes = dict(zip(readable, quick_keys([files.sources[row] for row in readable])))
         repeated = repeated_rows(sets, [hashes.get(row, f"unreadable {row}") for row in range(len(files))]).tolist()
         sets = {split: rows[~np.isin(rows, repeated)] for split, rows in sets.items()}
-    return announce(SemiSupervisedData(name, files, labels, **sets, **views._asdict(), **fields,
-                                       notes={"skipped": skipped, "duplicates": repeated}), compare)
+    notes = {"skipped": skipped, "duplicates": repeated} | ({"draft": True} if files.draft else {})
+    return announce(SemiSupervisedData(name, files, labels, **sets, **views._asdict(), **fields, notes=notes), compare)
 
 def repeated_rows(sets:dict[str, np.ndarray], hashes:Sequence[str])->np.ndarray:
     "Training rows whose content is held out, or stands earlier in training; sorted."
