@@ -265,6 +265,16 @@ def map_samples(method:Method, function:Callable[[Tensor], Tensor], samples:Any,
             parts.append(function(x).double().cpu().numpy())
     return np.concatenate(parts) if parts else np.empty((0, method.regressor.head.out_features))
 
+# %% ../nbs/75_predictor.ipynb #18c0d010
+def in_pieces(function:Callable[[Any], np.ndarray], rows:Any, numbers:int=2**20)->np.ndarray:
+    "A function of each row of an array or a data frame, some rows at a time; where a piece is refused, the error is that of all rows."
+    is_table = isinstance(rows, (np.ndarray, Tensor, pd.DataFrame)) and rows.ndim > 1
+    at_once = max(1, numbers//256//max(1, math.prod(rows.shape[1:])))*256 if is_table else len(rows) # whole batches of `map_samples`
+    if len(rows) <= at_once: return function(rows)
+    cut = rows.iloc if isinstance(rows, pd.DataFrame) else rows
+    try: return np.concatenate([function(cut[start:start + at_once]) for start in range(0, len(rows), at_once)])
+    except ValueError: return function(rows)
+
 # %% ../nbs/75_predictor.ipynb #597d7dcb
 @dataclass(repr=False)
 class Predictor:
@@ -286,8 +296,8 @@ class Predictor:
         inputs:Any, # n new rows, as the data were made of: an array, a data frame, or a list of picture files
     )->np.ndarray: # (n,), or (n, K) for K > 1 outputs, label units
         "Predictions of new rows."
-        samples = self.reader(inputs)
-        return _squeezed(predictions(self, samples, np.arange(len(samples))))
+        def predicted(rows): return predictions(self, samples := self.reader(rows), np.arange(len(samples)))
+        return _squeezed(in_pieces(predicted, inputs))
 
     def predict_interval(self,
         inputs:Any, # as in `predict`

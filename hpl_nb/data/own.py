@@ -153,8 +153,8 @@ def input_tensor(inputs:np.ndarray|Tensor|Sequence, name:str, text:str="from_fra
     check_shape(array.shape, name)
     kind = np.float64 if array.ndim == 2 else np.uint8 if array.dtype == np.uint8 else np.float32
     with np.errstate(over="ignore"): array = array.astype(kind, order="C")
-    bad = np.argwhere(~np.isfinite(array))
-    if len(bad):
+    if not (finite := np.isfinite(array)).all():
+        bad = np.argwhere(~finite)
         raise row_error(f"{name}, inputs", [*dict.fromkeys(bad[:, 0].tolist())], f"position {bad[0][1:].tolist()} is "
                         f"{array[tuple(bad[0])]}", f"Fill or drop them; {gaps}.")
     return torch.from_numpy(array[:, None] if array.ndim == 3 else array)
