@@ -68,11 +68,14 @@ def test_each_picture_is_read_and_decoded_once(tmp_path, monkeypatch):
     "One look at a file gives its pixels and its fingerprint, and each folder is listed once."
     make_own(tmp_path)
     calls = Counter()
-    for name in ("read_bytes", "open_image", "_listing"):
-        def counted(*arguments, name=name, real=getattr(images, name)):
+
+    def counted(name, real):
+        def call(*arguments):
             calls[name] += 1
             return real(*arguments)
-        monkeypatch.setattr(images, name, counted)
+        return call
+
+    for name in ("read_bytes", "open_image", "_listing"): monkeypatch.setattr(images, name, counted(name, getattr(images, name)))
     assert check(tmp_path).ok and calls == {"read_bytes": 10, "open_image": 10, "_listing": 2}
 
 

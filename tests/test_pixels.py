@@ -170,7 +170,7 @@ def test_the_file_follows_the_pictures(tmp_path):
 
 
 def test_a_draft_is_pillows(tmp_path):
-    "A JPEG of twice the side and more is decoded at a half, a quarter ..., in memory, on disk and by a predictor; other pictures are as ever."
+    "A JPEG of at least twice the side is decoded at a half or less: in memory, on disk, by a predictor. Other pictures are as ever."
     make_folder(tmp_path)
     for row, side in enumerate((31, 40, 64, 130, 300)): picture(row, (side, side + 9)).save(tmp_path/"UTKFace"/f"{row}.jpg")
     sources, rows = load(tmp_path).inputs.sources, np.arange(5)

@@ -95,6 +95,14 @@ def _read_text(path, usual):
     header = [name.strip() or f"Unnamed: {place}" for place, name in enumerate(cells.iloc[0])] # as pandas calls a column of row names
     return cells.iloc[1:].set_axis(header, axis=1).reset_index(drop=True)
 
+def _separated(text, usual):
+    "The text, without the line sep=; that Excel reads, and the mark between its columns: the usual one unless the header has none."
+    header = io.StringIO(text, newline="").readline()
+    if header.startswith("sep="): return text[len(header):], header[4:5]
+    counts = {mark: len(next(csv.reader([header], delimiter=mark), ())) for mark in (usual, ";", "\t", ",")}
+    return text, next((mark for mark, count in counts.items() if count > 1), usual)
+
+# %% ../../nbs/10b_data.tables.ipynb #18c0d021
 def _cells(text, separator):
     "Header and rows as text by Arrow, or by Python's slower reader, which says what is wrong with a row and allows more."
     import pyarrow as pa # here: a folder of pictures may have no such table
@@ -102,7 +110,8 @@ def _cells(text, separator):
     fields = io.StringIO(text, newline="").readline().count(separator) + 1
     if 1 < fields <= 10_000:
         names = [str(place) for place in range(fields)]
-        convert, read = arrow.ConvertOptions(column_types=dict.fromkeys(names, "str")), arrow.ReadOptions(column_names=names)
+        convert = arrow.ConvertOptions(column_types=dict.fromkeys(names, "str"))
+        read = arrow.ReadOptions(column_names=names, block_size=csv.field_size_limit()//2) # no row is longer than two blocks
         try:
             parse = arrow.ParseOptions(delimiter=separator, newlines_in_values=True)
             return arrow.read_csv(pa.BufferReader(text.encode("utf-8-sig")), read, parse, convert).to_pandas()
@@ -117,13 +126,6 @@ def _rows(text, separator):
         if len(row) != fields:
             raise ValueError(f"row {number} (the first is 0) has {len(row)} fields, but the header {fields}: is it cut off?")
     return pd.DataFrame(rows, dtype=str)
-
-def _separated(text, usual):
-    "The text, without the line sep=; that Excel reads, and the mark between its columns: the usual one unless the header has none."
-    header = io.StringIO(text, newline="").readline()
-    if header.startswith("sep="): return text[len(header):], header[4:5]
-    counts = {mark: len(next(csv.reader([header], delimiter=mark), ())) for mark in (usual, ";", "\t", ",")}
-    return text, next((mark for mark, count in counts.items() if count > 1), usual)
 
 # %% ../../nbs/10b_data.tables.ipynb #20a6a308
 UNKNOWN = ("", "nan", "na", "n/a", "#n/a", "none", "null", "<na>", "nat") # words for "no value", in upper or lower case
