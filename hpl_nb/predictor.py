@@ -268,8 +268,8 @@ def map_samples(method:Method, function:Callable[[Tensor], Tensor], samples:Any,
 # %% ../nbs/75_predictor.ipynb #18c0d010
 def in_pieces(function:Callable[[Any], np.ndarray], rows:Any, numbers:int=2**20)->np.ndarray:
     "A function of each row of an array or a data frame, some rows at a time; where a piece is refused, the error is that of all rows."
-    is_table = isinstance(rows, (np.ndarray, Tensor, pd.DataFrame)) and rows.ndim > 1
-    at_once = max(1, numbers//256//max(1, math.prod(rows.shape[1:])))*256 if is_table else len(rows) # whole batches of `map_samples`
+    if not isinstance(rows, (np.ndarray, Tensor, pd.DataFrame)) or rows.ndim < 2: return function(rows)
+    at_once = max(1, numbers//256//max(1, math.prod(rows.shape[1:])))*256 # whole batches of `map_samples`
     if len(rows) <= at_once: return function(rows)
     cut = rows.iloc if isinstance(rows, pd.DataFrame) else rows
     try: return np.concatenate([function(cut[start:start + at_once]) for start in range(0, len(rows), at_once)])
