@@ -265,9 +265,9 @@ def quick_keys(sources:Sequence[ImageSource])->list[str]:
 # %% ../../nbs/11b_data.images.ipynb #a143a8d1
 def unlisted_images(root:str|Path, sources:Sequence[ImageSource|None])->list[str]:
     "Paths below a folder of pictures that no row of its table names, sorted within each folder."
-    named = {os.path.abspath(source.path) for source in sources if source is not None}
-    return [os.path.relpath(path, root) for folder, _, names in sorted(os.walk(root)) for name in sorted(names)
-            if name.lower().endswith(SUFFIXES) and os.path.abspath(path := os.path.join(folder, name)) not in named]
+    named = {os.path.abspath(path) for path in {source.path for source in sources if source is not None}}
+    return [os.path.relpath(path, root) for folder, _, names in sorted(os.walk(os.path.abspath(root))) for name in sorted(names)
+            if name.lower().endswith(SUFFIXES) and (path := os.path.join(folder, name)) not in named]
 
 # %% ../../nbs/11b_data.images.ipynb #abbc37bb
 def as_rows(X:Any)->Any:
