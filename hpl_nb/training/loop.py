@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from ..core import PREDICTION_COLUMNS, TURNS, HplError, OwnGenerators, RunFolder, seed_everything
 from ..data.core import SemiSupervisedData, Streams, batch_sizes, fitting_streams
-from ..data.pixels import DeviceView, Pixels
+from ..data.pixels import DeviceView, Pixels, this_process
 from ..settings import change, differences
 from .checkpoint import Checkpoint
 from .guard import Guard
@@ -144,13 +144,12 @@ class Training:
         "Lines 8-11 of Algorithm 1, on this process's batches."
         method, accelerator, count = self.method, self.accelerator, self.settings.accumulate
         method.clock, parts = self.progress.clock, micro_batches(batch, count)
+        backward = Tensor.backward if accelerator.scaler is None else accelerator.backward
         if count > 1:
             with self.guard.blaming_samples(), accelerator.autocast(): method.before_parts(parts)
         for part in parts:
             with self.guard.blaming_samples(), accelerator.autocast(): losses = method.training_step(part)
-            loss = sum(losses.values())/count
-            if accelerator.scaler is None: loss.backward()
-            else: accelerator.backward(loss)
+            backward(sum(losses.values())/count)
             self.keep_record(losses)
         self.guard.watch(average_gradients(accelerator, method.optimizers["regressor"], self.guard.flags()))
         for optimizer in method.optimizers.values(): optimizer.step()
@@ -158,7 +157,6 @@ class Training:
         method.after_step()
         self.progress.step += 1
 
-    def has_ended(self)->bool: return self.progress.has_ended(self.settings)
 
 # %% ../../nbs/51_training.loop.ipynb #75bf5923
 @patch
@@ -168,6 +166,9 @@ def keep_record(self:Training, losses:Mapping[str, Tensor])->None:
     at, count = self.progress, self.settings.accumulate
     for name, loss in losses.items(): at.losses[name] = at.losses.get(name, 0) + loss.detach().float()/count
     for name, values in self.method.record.items(): at.records.setdefault(name, []).append(values.detach())
+
+@patch
+def has_ended(self:Training)->bool: return self.progress.has_ended(self.settings)
 
 @patch
 def end_epoch(self:Training)->None:
@@ -296,6 +297,7 @@ def make_accelerator(precision:str="no", trackers:Sequence[str]=(), folder:RunFo
     shared = AcceleratorState._shared_state
     if shared and shared.get("_mixed_precision", precision) != precision: AcceleratorState._reset_state()
     place = str(folder.path) if folder else None
+    this_process()
     try: accelerator = Accelerator(mixed_precision=precision, log_with=list(trackers) or None, project_dir=place)
     except ValueError as error: raise HplError(f"precision {precision!r} with trackers {trackers}: {error}") from error
     if precision != "no" and not accelerator.native_amp:
@@ -322,6 +324,15 @@ def fitting_schedule(method:Trainable, data:SemiSupervisedData, settings:Train, 
                       "another.", stacklevel=4)
     return change(settings, **smaller)
 
+# %% ../../nbs/51_training.loop.ipynb #a2c1f6e3
+def advise_one_process(method:Trainable, accelerator:Accelerator)->None:
+    "Warn where several processes on the CPU train a small network, which takes longer than one process would."
+    count, weights = accelerator.num_processes, sum(p.numel() for p in method.parameters())
+    if count == 1 or accelerator.device.type != "cpu" or weights >= SMALL or not accelerator.is_main_process: return
+    warnings.warn(f"{count} processes on the CPU train one network of {weights:,} weights, and so small a network usually trains faster in "
+                  "one. Start one process without a launcher, and use the cores for several runs: "
+                  f"hpl_compare --jobs {count}, or run_all(parallel={count}).", stacklevel=4)
+
 # %% ../../nbs/51_training.loop.ipynb #1984b6b2
 def open_training(
     method:Trainable, # what to train
@@ -332,6 +343,7 @@ def open_training(
 )->Training:
     "The method on its device with its optimisers and batches, ready to `step`; nothing is written."
     accelerator = accelerator or make_accelerator(settings.precision)
+    advise_one_process(method, accelerator)
     data = method.prepare(data)
     settings = fitting_schedule(method, data, settings, accelerator)
     batches = method.stream_settings(settings.streams)
