@@ -263,8 +263,12 @@ def content_digest(
     content:Path|bytes, # a file, or what is in it
 )->str: # 64 hexadecimal digits; empty where there is no such file
     "SHA-256 of a file's content."
-    if isinstance(content, Path): content = content.read_bytes() if content.is_file() else None
-    return "" if content is None else hashlib.sha256(content).hexdigest()
+    if isinstance(content, bytes): return hashlib.sha256(content).hexdigest()
+    if not content.is_file(): return ""
+    digest = hashlib.sha256()
+    with open(content, "rb") as file:
+        while piece := file.read(2**18): digest.update(piece)
+    return digest.hexdigest()
 
 # %% ../nbs/00_core.ipynb #e841aca6
 def require_file(

@@ -31,10 +31,11 @@ from .data.views import Views, are_own
 from .defaults import NETWORKS, Trained, method_for, method_of, plain_shape, seed_of, train_twice
 from .estimator_file import NOT_IN_FILES, TRANSFORMERS, estimator_content, fitted_estimator, predictor_in, refuse_untrusted, renamed
 from .estimator_file import the_same
-from .inputs import as_rows, kind_of, label_columns, picture_paths, reading_of, row_count, rows_and_labels, table, training_data
+from .inputs import as_rows, encoded, kind_of, known_columns, label_columns, picture_paths, reading_of, row_count, rows_and_labels
+from .inputs import table, training_data
 from .methods.core import MethodSettings
 from .model_report import held_out_rows, least_pictures, ridge_solution, write_report
-from .predictor import Interval, Pictures, calibrated, check_outputs, interval_of, not_saved
+from .predictor import Interval, Pictures, calibrated, check_outputs, in_pieces, interval_of, not_saved
 from .predictor import predictor_content, read_content, write_content
 from .target import fitted_target, in_label_units, in_target_units
 from .training.run import Run, selected
@@ -132,6 +133,12 @@ def samples_of(model:SemiSupervisedRegressor, X:Any)->Any:
     if (kind := kind_of(X)) != (fitted := fitted_kind(model)): raise HplError(f"X is {kind}, but fit was given {fitted}; give {fitted}.")
     return picture_paths(X) if kind == "picture files" else unmasked(X) if kind == "an array of pictures" else table(model, X)
 
+def predicted(model:SemiSupervisedRegressor, X:Any)->np.ndarray:
+    "Target units; a table goes piece by piece, unless a preprocessor of one's own may compare its rows."
+    if model.preprocessor is not None or not kind_of(X := as_rows(X)) == fitted_kind(model) == "a table":
+        return model.predictor_.predict(samples_of(model, X))
+    return in_pieces(lambda rows: model.predictor_.predict(encoded(model, rows)), known_columns(model, X))
+
 # %% ../nbs/83_estimator.ipynb #36c56cb4
 def as_fitted(model:SemiSupervisedRegressor, values:np.ndarray)->np.ndarray:
     "Label units, and one column (n,) or a table (n, K), as y was."
@@ -154,7 +161,7 @@ def predict(self:SemiSupervisedRegressor,
 )->np.ndarray: # (n,), or (n, K) if y had columns
     "Predictions, label units."
     check_is_fitted(self)
-    return as_fitted(self, self.predictor_.predict(samples_of(self, X)))
+    return as_fitted(self, predicted(self, X))
 
 @patch
 def score(self:SemiSupervisedRegressor,

@@ -57,23 +57,31 @@ def with_names(model:BaseEstimator, X:Any, fitting:bool)->Any:
                        "missing ones for missing values.") from error
     names = getattr(model, "feature_names_in_", None)
     if names is None: return X
-    return X.set_axis(names, axis=1) if isinstance(X, pd.DataFrame) else pd.DataFrame(X, columns=names)
+    return X.set_axis(names, axis=1) if isinstance(X, pd.DataFrame) else pd.DataFrame(X, columns=names, copy=False)
 
 # %% ../nbs/82b_inputs.ipynb #9a35840f
-def table(model:BaseEstimator, X:Any, train:np.ndarray|None=None)->np.ndarray:
-    "A table as numbers (n, d'); with rows that train the preprocessor is fitted, without them X is compared with what was fitted."
-    default, fitting, X = model.preprocessor is None, train is not None, dense(X)
-    if is_array := not isinstance(X, pd.DataFrame):
+def known_columns(model:BaseEstimator, X:Any, fitting:bool=False)->np.ndarray|pd.DataFrame:
+    "A table whose columns are those of `fit`, no copy of it; with the default preprocessor a data frame."
+    default, X = model.preprocessor is None, dense(X)
+    if not isinstance(X, pd.DataFrame):
         numbers = default and fitting
         X = check_array(X, dtype=np.float64 if numbers else None, ensure_all_finite="allow-nan" if numbers else False,
                         ensure_min_samples=1 + numbers, estimator=model, input_name="X")
     X = with_names(model, X, fitting)
-    if default: X = pd.DataFrame(X)
-    if fitting:
+    return pd.DataFrame(X, copy=False) if default else X
+
+def encoded(model:BaseEstimator, X:np.ndarray|pd.DataFrame)->np.ndarray:
+    "Known columns as numbers (n, d')."
+    numbers = check_array(model.preprocessor_.transform(X), accept_sparse=True, dtype=np.float64, input_name="X after the preprocessor")
+    return numbers.toarray() if issparse(numbers) else numbers
+
+def table(model:BaseEstimator, X:Any, train:np.ndarray|None=None)->np.ndarray:
+    "A table as numbers (n, d'); with rows that train the preprocessor is fitted, without them X is compared with what was fitted."
+    default, is_array, X = model.preprocessor is None, not isinstance(X, pd.DataFrame), known_columns(model, X, train is not None)
+    if train is not None:
         unfitted = default_preprocessor(X, train, standardise=not is_array, stacklevel=5) if default else clone(model.preprocessor)
         model.preprocessor_ = unfitted.fit(X.iloc[train] if isinstance(X, pd.DataFrame) else X[train])
-    encoded = check_array(model.preprocessor_.transform(X), accept_sparse=True, dtype=np.float64, input_name="X after the preprocessor")
-    return encoded.toarray() if issparse(encoded) else encoded
+    return encoded(model, X)
 
 # %% ../nbs/82b_inputs.ipynb #79c36597
 def only_column(X:Any)->list:
@@ -104,7 +112,7 @@ def picture_paths(X:Any)->list[str|Path]:
 
 def readable_pictures(X:Any, how:Reading, progress:bool)->tuple[ImageFiles, np.ndarray]:
     "Pictures in files, all decoded once and kept, and the rows that can be; another one is refused, unless rows may be skipped."
-    files = ImageFiles(picture_paths(X), how.size, True, how.pixel_range)
+    files = ImageFiles(picture_paths(X), how.size, True, how.pixel_range, how.draft)
     broken = broken_images(files, progress)
     for row, why in ({} if how.skip_broken else broken).items(): raise HplError(f"X, row {row} (the first is 0): {in_reading(why)}")
     return files, np.setdiff1d(np.arange(len(files)), [*broken])

@@ -28,7 +28,7 @@ from . import __version__
 from .core import HplError, LabelNormalizer, RunFolder, atomic_write, reading, seed_everything, usual_settings
 from .data.columns import FrameEncoder
 from .data.core import SemiSupervisedData, View, plain_view, row_error, row_numbers, row_owners
-from .data.images import ImageFiles, ImageSource, ImageView, decode_image
+from .data.images import ImageFiles, ImageSource, ImageView, decode_row
 from .data.own import Reading, input_tensor
 from .data.views import PixelStrengths, RowStrengths, Standardizer
 from .methods.core import Method
@@ -99,8 +99,7 @@ class Frames:
 class NewPictures(ImageFiles):
     "Pictures of new rows; an error names the row, which nothing can skip here."
     def __getitem__(self, rows:np.ndarray|int)->list[Image.Image]:
-        return [decode_image(self.sources[row], self.size, self.pixel_range, f"replace the file, or leave out new row {row}.")
-                for row in np.atleast_1d(rows)]
+        return [decode_row(self, row, advice=f"replace the file, or leave out new row {row}.") for row in np.atleast_1d(rows)]
 
 # %% ../nbs/75_predictor.ipynb #c0c985f7
 @dataclass(frozen=True)
@@ -108,6 +107,7 @@ class Pictures:
     "New rows as a list of picture files."
     size:int|None # side in pixels, to which they are squeezed
     pixel_range:tuple[float, float]|None=None # black and white of pictures with more than 8 bits
+    draft:bool=False # decode a large JPEG at a half, a quarter or an eighth of its sides, as for training
 
     def __call__(self, inputs:Sequence[str|Path|ImageSource]|ImageFiles)->ImageFiles:
         "The pictures, decoded as they are needed; a missing file is refused."
@@ -118,12 +118,12 @@ class Pictures:
                 raise HplError(f"new row {row} is {type(source).__name__}; the model was trained on picture files: give their paths.")
             if not (path := Path(source.path if isinstance(source, ImageSource) else source)).is_file():
                 raise HplError(f"new row {row}: there is no picture {path}; correct its name, or leave it out.")
-        return NewPictures(sources, self.size, pixel_range=self.pixel_range)
+        return NewPictures(sources, self.size, False, self.pixel_range, self.draft)
 
 def reader_for(data:SemiSupervisedData)->Arrays|Frames|Pictures:
     "The reader that makes samples such as those of `data`."
     if "encoder" in data.notes: return Frames(FrameEncoder(**data.notes["encoder"]))
-    if isinstance(data.inputs, ImageFiles): return Pictures(data.inputs.size, data.inputs.pixel_range)
+    if isinstance(data.inputs, ImageFiles): return Pictures(data.inputs.size, data.inputs.pixel_range, data.inputs.draft)
     if isinstance(data.inputs, Tensor): return Arrays(tuple(data.inputs.shape[1:]), str(data.inputs.dtype).removeprefix("torch."))
     raise HplError(f"{data.name}: a predictor reads tensors, data frames and picture files, and these inputs are "
                    f"{type(data.inputs).__name__}; make the data with hpl_nb.data.own.")
@@ -265,6 +265,16 @@ def map_samples(method:Method, function:Callable[[Tensor], Tensor], samples:Any,
             parts.append(function(x).double().cpu().numpy())
     return np.concatenate(parts) if parts else np.empty((0, method.regressor.head.out_features))
 
+# %% ../nbs/75_predictor.ipynb #18c0d010
+def in_pieces(function:Callable[[Any], np.ndarray], rows:Any, numbers:int=2**20)->np.ndarray:
+    "A function of each row of an array or a data frame, some rows at a time; where a piece is refused, the error is that of all rows."
+    if not isinstance(rows, (np.ndarray, Tensor, pd.DataFrame)) or rows.ndim < 2: return function(rows)
+    at_once = max(1, numbers//256//max(1, math.prod(rows.shape[1:])))*256 # whole batches of `map_samples`
+    if len(rows) <= at_once: return function(rows)
+    cut = rows.iloc if isinstance(rows, pd.DataFrame) else rows
+    try: return np.concatenate([function(cut[start:start + at_once]) for start in range(0, len(rows), at_once)])
+    except ValueError: return function(rows)
+
 # %% ../nbs/75_predictor.ipynb #597d7dcb
 @dataclass(repr=False)
 class Predictor:
@@ -286,8 +296,8 @@ class Predictor:
         inputs:Any, # n new rows, as the data were made of: an array, a data frame, or a list of picture files
     )->np.ndarray: # (n,), or (n, K) for K > 1 outputs, label units
         "Predictions of new rows."
-        samples = self.reader(inputs)
-        return _squeezed(predictions(self, samples, np.arange(len(samples))))
+        def predicted(rows): return predictions(self, samples := self.reader(rows), np.arange(len(samples)))
+        return _squeezed(in_pieces(predicted, inputs))
 
     def predict_interval(self,
         inputs:Any, # as in `predict`

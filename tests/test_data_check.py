@@ -1,6 +1,7 @@
 "The check of a data set's folder: every kind of layout, every kind of problem, and the real faces."
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pandas as pd
@@ -9,6 +10,7 @@ from PIL import Image
 
 from hpl_nb import data
 from hpl_nb.core import HplError, LabelNormalizer
+from hpl_nb.data import images
 from hpl_nb.data.core import SemiSupervisedData, describe, synthetic
 from hpl_nb.data.own import Reading, Split, from_arrays, from_frame, from_images
 
@@ -60,6 +62,21 @@ def test_problems_of_pictures(tmp_path):
     assert str(tmp_path) not in str(report) and "extra.png" in str(report)
     html = report._repr_html_()
     assert html.count("<table") == 1 and "missing picture" in html and "8.png" in html
+
+
+def test_each_picture_is_read_and_decoded_once(tmp_path, monkeypatch):
+    "One look at a file gives its pixels and its fingerprint, and each folder is listed once."
+    make_own(tmp_path)
+    calls = Counter()
+
+    def counted(name, real):
+        def call(*arguments):
+            calls[name] += 1
+            return real(*arguments)
+        return call
+
+    for name in ("read_bytes", "open_image", "_listing"): monkeypatch.setattr(images, name, counted(name, getattr(images, name)))
+    assert check(tmp_path).ok and calls == {"read_bytes": 10, "open_image": 10, "_listing": 2}
 
 
 def test_names_are_escaped_in_html(tmp_path):

@@ -158,6 +158,20 @@ def test_random_state():
     assert np.array_equal(first, prediction(None)) and not np.array_equal(first, second)
 
 
+def test_many_rows_are_predicted_in_pieces_as_a_whole():
+    "Arrays and data frames, with gaps and text, to the bit; a row that is refused has its own number."
+    x = np.random.default_rng(0).normal(size=(2800, 400))
+    x[::50, 3] = np.nan
+    frame = pd.DataFrame(x).rename(columns=str).assign(text=np.where(x[:, 0] > 0, "a", "b"))
+    y = np.where(np.arange(200) < 60, x[:200, 0], np.nan)
+    for X in (x, frame):
+        model = SemiSupervisedRegressor("supervised", epochs=1, random_state=0).fit(X[:200], y)
+        assert np.array_equal(model.predict(X), model.predictor_.predict(table(model, X)))
+    wrong = frame.astype({"5": object})
+    wrong.iloc[2700, 5] = "seven"
+    with pytest.raises(HplError, match="column '5': row 2700 .* 1 such row"): model.predict(wrong)
+
+
 def test_run_folder_is_resumed(tmp_path):
     "A killed fit goes on by the same call, with the bits of one that was not."
     x, y, _ = rows()

@@ -21,7 +21,10 @@ from hpl_nb.data import pixels
 from hpl_nb.data.core import PerSample, Streams, StreamSettings
 from hpl_nb.data.images import RELEASED_OPERATIONS, FlipCrop, ImageFiles, ImageView, RandAugmentMC, image_views, published_views
 from hpl_nb.data.pixels import DeviceView, Pixels, disk_cache, on_device, on_disk, published_step, released_step
+from hpl_nb.data.utkface import UTKFace
+from hpl_nb.experiment import Experiment, run_path
 from hpl_nb.models import small_cnn
+from hpl_nb.predictor import reader_for
 from hpl_nb.training.loop import fit, open_training
 from hpl_nb.training.run import load_run
 from hpl_nb.training.state import Train
@@ -162,7 +165,32 @@ def test_the_file_follows_the_pictures(tmp_path):
     picture(1000).save(tmp_path/"b"/"UTKFace"/"7.jpg")
     sources = data.inputs.sources
     names |= {pixels.cache_name(files) for files in (load(tmp_path/"b").inputs, ImageFiles(sources[::-1], 32), ImageFiles(sources, 31))}
-    assert len(names | {pixels.cache_name(data.inputs, {3})}) == 5
+    names |= {pixels.cache_name(data.inputs, {3}), pixels.cache_name(ImageFiles(sources, 32, draft=True))}
+    assert len(names) == 6
+
+
+def test_a_draft_is_pillows(tmp_path):
+    "A JPEG of at least twice the side is decoded at a half or less: in memory, on disk, by a predictor. Other pictures are as ever."
+    make_folder(tmp_path)
+    for row, side in enumerate((31, 40, 64, 130, 300)): picture(row, (side, side + 9)).save(tmp_path/"UTKFace"/f"{row}.jpg")
+    sources, rows = load(tmp_path).inputs.sources, np.arange(5)
+    drafts, usual = load(tmp_path, draft=True), load(tmp_path)
+    assert drafts.notes["draft"] and "draft" not in usual.notes
+    for row, image in zip(rows, drafts.inputs[rows]):
+        with Image.open(sources[row].path) as file:
+            file.draft("RGB", (32, 32))
+            expected = np.asarray(file.resize((32, 32), Image.Resampling.BILINEAR))
+        assert np.array_equal(image, expected)
+        assert np.array_equal(image, usual.inputs[[row]][0]) == (row < 2)
+    readers = on_disk(drafts, tmp_path/"cache").inputs, reader_for(drafts)([source.path for source in sources])
+    for other in readers: assert all(np.array_equal(*pair) for pair in zip(other[rows], drafts.inputs[rows]))
+    with pytest.raises(HplError, match="draft needs a size"): ImageFiles(sources, draft=True)
+
+
+def test_a_draft_is_another_experiment_and_without_it_old_names_stay():
+    "The folder of a run as versions before `draft` named it."
+    assert run_path(Experiment(UTKFace())).as_posix() == "runs/utkface/0.05/hpl-paper-1c8df162/0"
+    assert run_path(Experiment(UTKFace(draft=True))) != run_path(Experiment(UTKFace()))
 
 
 @pytest.mark.parametrize("damage", ["cut", "longer type", "rubbish", "empty", "zeros", "another's"])

@@ -20,6 +20,7 @@ from hpl_nb.core import HplError
 from hpl_nb.data.own import Reading, Split, from_arrays, from_frame, from_images
 from hpl_nb.methods.core import FullySupervised, Supervised
 from hpl_nb.methods.hpl import HPL
+from hpl_nb.methods.ucvme import UCVME
 from hpl_nb.models import Body, Head, Regressor, mlp, resnet, small_cnn
 from hpl_nb.predictor import Predictor, conformal_radius, read_content
 from hpl_nb.training.loop import fit
@@ -53,6 +54,37 @@ def pictures(tmp_path_factory):
     pd.DataFrame({"file": [f"{row}.png" for row in range(60)], "level": np.where(np.arange(60) < 40, levels, np.nan)}).to_csv(
         root/"table.csv", index=False)
     return root
+
+
+# ---- many rows
+
+def test_pieces_are_whole_batches_and_an_error_is_that_of_all_rows():
+    "So that a row is in the same batch of the network, and its number in a message is its own."
+    sizes = []
+
+    def double(rows):
+        sizes.append(len(rows))
+        if np.isinf(rows := np.asarray(rows)).any(): raise HplError(f"row {np.flatnonzero(np.isinf(rows).any(1))}")
+        return 2*rows[:, 0]
+
+    x = np.arange(3000.*400).reshape(3000, 400)
+    for rows in (x, pd.DataFrame(x), torch.from_numpy(x)): assert np.array_equal(module.in_pieces(double, rows), 2*x[:, 0])
+    assert sizes == [2560, 440]*3
+    x[2700, 3] = np.inf
+    with pytest.raises(HplError, match=r"row \[2700\]"): module.in_pieces(double, x)
+    sizes.clear()
+    assert len(module.in_pieces(double, x[:2560])) == 2560 and sizes == [2560]
+
+
+@pytest.mark.parametrize("settings", [Supervised(), UCVME(test_passes=2)])
+def test_a_table_in_pieces_is_predicted_as_a_whole(settings):
+    "To the bit, also where each batch draws the same masks."
+    x = np.random.default_rng(0).normal(size=(2700, 400))
+    data = from_arrays(x[:100], np.where(np.arange(100) < 60, x[:100, 0], np.nan))
+    predictor = Predictor.from_method(settings.build(*[mlp(400, dropout=.1) for _ in range(settings.networks)]), data)
+    assert np.array_equal(predictor.predict(x), module.predictions(predictor, predictor.reader(x), np.arange(2700))[:, 0])
+    x[2600, 1] = np.nan
+    with pytest.raises(HplError, match="new rows, inputs: row 2600 "): predictor.predict(x)
 
 
 def picture_data(root): return from_images(root, root/"table.csv", "file", "level", reading=Reading(16))

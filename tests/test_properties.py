@@ -1,4 +1,6 @@
 "What must hold for any input: loss, hypergradient, metrics, splits and streams, normaliser, the check of a data set."
+import csv
+import re
 from functools import partial
 
 import numpy as np
@@ -263,3 +265,32 @@ def test_a_table_reads_as_it_was_written(tmp_path_factory, rows):
         path = tmp_path_factory.getbasetemp()/f"table{suffix}"
         table.to_csv(path, sep=separator, index=False, errors="surrogatepass", lineterminator="\n")
         assert read_table(path, ["a", "b"]).values.tolist() == table.values.tolist()
+
+parts = ["a", ",", ",", "\n", "\r", "\r\n", " ", '"', '""', "\ufeff", "é", "nan", "1", "\0", "\x85", "\u2028", "#"]
+texts = some.lists(some.sampled_from(parts), min_size=1, max_size=20).map("".join)
+
+
+@given(texts)
+@settings(max_examples=300)
+def test_arrow_reads_what_python_reads(text):
+    "Whatever Arrow accepts, it reads as Python's reader, blank lines, quotes and all; the rest goes to that reader."
+    from hpl_nb.data import tables
+    try: expected = tables._rows(text, ",")
+    except (ValueError, csv.Error) as error:
+        with pytest.raises(type(error), match=re.escape(str(error))): tables._cells(text, ",")
+    else:
+        found = tables._cells(text, ",")
+        assert found.values.tolist() == expected.values.tolist() and [*found.dtypes] == [*expected.dtypes]
+
+
+def test_python_reads_only_what_arrow_refuses(monkeypatch):
+    from hpl_nb.data import tables
+    monkeypatch.setattr(tables, "_rows", lambda text, separator: "Python's")
+    assert tables._cells('a,b\n1,"2\n"\n', ",").values.tolist() == [["a", "b"], ["1", "2\n"]]
+    assert tables._cells("a,b\n1\n", ",") == tables._cells("a\n1\n", ",") == "Python's"
+
+
+@given(some.sampled_from([np.float64, np.float32, np.int16, np.uint8, np.bool_]).flatmap(lambda kind: arrays.arrays(kind, 4)))
+def test_arrays_of_numbers_are_read_as_lists_are(values):
+    from hpl_nb.data.tables import as_numbers
+    for one, other in zip(as_numbers(values), as_numbers(list(values))): np.testing.assert_array_equal(one, other, strict=True)

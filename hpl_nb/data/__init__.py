@@ -167,14 +167,13 @@ def picture_findings(layout:Layout, progress:bool=True)->tuple[list[Finding], di
     "Errors: missing and broken pictures; of good ones row -> SHA-256."
     from tqdm.auto import tqdm
 
-    from hpl_nb.data.images import decode_image, read_source
+    from hpl_nb.data.images import read_image
     rows, findings, hashes = layout.rows(), [], {}
     for row, source in enumerate(tqdm(layout.sources, desc=f"checking {layout.name}", disable=not progress)):
         kind, detail = "missing picture", f"{rows.names[row]} is nowhere"
         if source is not None:
             try:
-                decode_image(source)
-                hashes[row] = hashlib.sha256(read_source(source)).hexdigest()
+                hashes[row] = hashlib.sha256(read_image(source)[0]).hexdigest()
                 continue
             except HplError as error: kind, detail = "broken picture", str(error)
         detail = detail.replace(f"{layout.path.parent}{os.sep}", "")

@@ -49,6 +49,10 @@ class ImageSource(NamedTuple):
 def read_source(source:ImageSource)->bytes:
     "Read a picture's file, or its stretch of a tar file."
     require_file(source.path)
+    return read_bytes(source)
+
+def read_bytes(source:ImageSource)->bytes:
+    "The same, where somebody has looked at the file already."
     with open(source.path, "rb") as file:
         file.seek(source.offset)
         return file.read(source.size)
@@ -80,13 +84,14 @@ def spellings(name:str)->list[str]:
 # %% ../../nbs/11b_data.images.ipynb #69a389b5
 def find_images(root:str|Path, names:Sequence[str], folders:Sequence[str]=("",), tars:str="")->list[ImageSource|None]:
     "Find each picture in `root`'s folders, then in its tar files (a pattern); None: nowhere. Each folder is listed once."
-    root, listings, packed = Path(root), {}, {}
-    for tar in sorted(root.glob(tars)) if tars else (): packed.update(tar_index(tar))
+    tops, listings, packed = [os.path.join(root, folder) for folder in folders], {}, {}
+    for tar in sorted(Path(root).glob(tars)) if tars else (): packed.update(tar_index(tar))
     def place(name):
-        for folder in folders:
-            if not is_below(root, path := root/folder/name): continue
-            if path.parent not in listings: listings[path.parent] = _listing(path.parent)
-            if path.name in listings[path.parent]: return ImageSource(path)
+        path = str(Path(name))
+        for top in tops:
+            parent, last = os.path.split(os.path.join(top, path))
+            if parent not in listings: listings[parent] = _listing(parent) if is_below(root, os.path.join(parent, "any")) else ()
+            if last in listings[parent]: return ImageSource(Path(parent, last))
         return packed.get(name)
     return [next((source for each in spellings(name) if (source := place(each))), None) for name in names]
 
@@ -115,7 +120,7 @@ def to_rgb(image:Image.Image, pixel_range:tuple[float, float]|None=None)->Image.
     "Convert a picture to RGB; one with more than 8 bits by the values that mean black and white."
     halved = image.mode[0] not in "IF" and image.format in ("PNG", "TIFF") and ";16" in str(image.tile[:1]) # Pillow reads one byte of two
     if image.format == "PPM": pixel_range = (0, 65535) # Pillow rescales by the range that the file names
-    image = ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode[0] in "IF": image = Image.fromarray(to_bytes(np.asarray(image), pixel_range))
     if halved and (pixel_range is None or tuple(pixel_range) != (0, 65535)):
         raise HplError("its colours have 16 bits, of which Pillow reads the upper 8. Pass pixel_range=(0, 65535) if they use the whole "
@@ -146,20 +151,28 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp") #
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP") # no format that runs another program, as EPS does
 MOST_PIXELS = 150_000_000 # of one picture; cameras make fewer
 
-def open_image(content:bytes, pixel_range:tuple[float, float]|None=None)->Image.Image:
-    "Decode a picture, unless its format is unusual, or its header claims more pixels than a picture has."
+def open_image(content:bytes, pixel_range:tuple[float, float]|None=None, least:int|None=None)->Image.Image:
+    "Decode a picture, a JPEG as small as its sides stay at `least`; refuses unusual formats, and more pixels than a picture has."
     with Image.open(io.BytesIO(content), formats=FORMATS) as image:
         if image.width*image.height > MOST_PIXELS:
             raise HplError(f"its header claims {image.width} x {image.height} pixels, more than {MOST_PIXELS:,}: make it smaller")
+        if least: image.draft(None, (least, least))
         return to_rgb(image, pixel_range)
 
-def decode_image(source:ImageSource, size:int|None=None, pixel_range:tuple[float, float]|None=None,
-                 advice:str="replace the file, or pass skip_broken=True to leave such rows out.")->Image.Image:
-    "Read and decode a picture, squeezed to `size` pixels a side; an `HplError` names the file that cannot be decoded."
+def read_image(source:ImageSource, pixel_range:tuple[float, float]|None=None, least:int|None=None,
+               advice:str="replace the file, or pass skip_broken=True to leave such rows out.")->tuple[bytes, Image.Image]:
+    "The bytes of a picture's file, and the picture; an `HplError` names the file that cannot be decoded."
     with reading(source.path, lambda why: HplError(f"the picture {source} cannot be read ({why}); {advice}")):
-        image = open_image(read_source(source), pixel_range)
+        content = read_bytes(source)
+        return content, open_image(content, pixel_range, least)
+
+def decode_image(source:ImageSource, size:int|None=None, pixel_range:tuple[float, float]|None=None, draft:bool=False,
+                 **advice:str)->Image.Image:
+    "Read and decode a picture, squeezed to `size` pixels a side."
+    _, image = read_image(source, pixel_range, size if draft else None, **advice)
     if size is None or image.size == (size, size): return image
     return image.resize((size, size), Image.Resampling.BILINEAR)
+
 
 # %% ../../nbs/11b_data.images.ipynb #0cd5dbf1
 class PixelCache:
@@ -179,11 +192,13 @@ class ImageFiles:
         size:int|None=None, # squeeze to this side in pixels; None: as they are
         cache_in_memory:bool=False, # keep decoded pictures (len*size*size*3 bytes)
         pixel_range:tuple[float, float]|None=None, # black and white of pictures with more than 8 bits; None: refuse them
+        draft:bool=False, # decode a large JPEG at a half, a quarter or an eighth of its sides; needs a size, and changes pixels
     ):
         self.sources = [source if isinstance(source, ImageSource) else ImageSource(Path(source)) for source in sources]
-        self.size, self.pixel_range = size, known_range(pixel_range)
+        self.size, self.pixel_range, self.draft = size, known_range(pixel_range), draft
         if size is not None and size < 1: raise HplError(f"size is {size}; give a side in pixels.")
-        if cache_in_memory and size is None: raise HplError("cache_in_memory needs a size: give size=200, for example.")
+        for name, wanted in (("cache_in_memory", cache_in_memory), ("draft", draft)):
+            if wanted and size is None: raise HplError(f"{name} needs a size: give size=200, for example.")
         self.cache = PixelCache(len(sources), size) if cache_in_memory else None
 
     def __len__(self)->int: return len(self.sources)
@@ -205,7 +220,9 @@ def known_range(pixel_range:tuple[float, float]|None)->tuple[float, float]|None:
         raise HplError(f"pixel_range is {pixel_range!r:.100}. Give the values that mean black and white, such as (0, 4095).")
     return black, white
 
-def decode_row(files:ImageFiles, row:int)->Image.Image: return decode_image(files.sources[row], files.size, files.pixel_range)
+def decode_row(files:ImageFiles, row:int, **advice:str)->Image.Image:
+    "One picture from its file."
+    return decode_image(files.sources[row], files.size, files.pixel_range, files.draft, **advice)
 
 def load_image(files:ImageFiles, row:int)->Image.Image:
     "One picture, from the cache where there is one."
@@ -248,9 +265,9 @@ def quick_keys(sources:Sequence[ImageSource])->list[str]:
 # %% ../../nbs/11b_data.images.ipynb #a143a8d1
 def unlisted_images(root:str|Path, sources:Sequence[ImageSource|None])->list[str]:
     "Paths below a folder of pictures that no row of its table names, sorted within each folder."
-    named = {os.path.abspath(source.path) for source in sources if source is not None}
-    return [os.path.relpath(path, root) for folder, _, names in sorted(os.walk(root)) for name in sorted(names)
-            if name.lower().endswith(SUFFIXES) and os.path.abspath(path := os.path.join(folder, name)) not in named]
+    named = {os.path.abspath(path) for path in {source.path for source in sources if source is not None}}
+    return [os.path.relpath(path, root) for folder, _, names in sorted(os.walk(os.path.abspath(root))) for name in sorted(names)
+            if name.lower().endswith(SUFFIXES) and (path := os.path.join(folder, name)) not in named]
 
 # %% ../../nbs/11b_data.images.ipynb #abbc37bb
 def as_rows(X:Any)->Any:
@@ -447,8 +464,8 @@ def image_data(name:str, files:ImageFiles, labels:np.ndarray, sets:dict[str, np.
         hashes = dict(zip(readable, quick_keys([files.sources[row] for row in readable])))
         repeated = repeated_rows(sets, [hashes.get(row, f"unreadable {row}") for row in range(len(files))]).tolist()
         sets = {split: rows[~np.isin(rows, repeated)] for split, rows in sets.items()}
-    return announce(SemiSupervisedData(name, files, labels, **sets, **views._asdict(), **fields,
-                                       notes={"skipped": skipped, "duplicates": repeated}), compare)
+    notes = {"skipped": skipped, "duplicates": repeated} | ({"draft": True} if files.draft else {})
+    return announce(SemiSupervisedData(name, files, labels, **sets, **views._asdict(), **fields, notes=notes), compare)
 
 def repeated_rows(sets:dict[str, np.ndarray], hashes:Sequence[str])->np.ndarray:
     "Training rows whose content is held out, or stands earlier in training; sorted."

@@ -68,6 +68,7 @@ def imdb_wiki(
     deduplicate:bool=False, # drop repeated and held-out pictures from training (rule: `image_data`)
     skip_broken:bool=False, # leave out pictures that cannot be decoded
     cache_in_memory:bool=False, # keep decoded pictures
+    draft:bool=False, # decode a large JPEG at a half, a quarter or an eighth of its sides: quicker, other pixels
     progress:bool=False, # show progress bars
 )->SemiSupervisedData: # one output, in years
     "IMDB-WIKI with DIR's split and the release's labelled rows."
@@ -75,7 +76,7 @@ def imdb_wiki(
     paths = table["path"].tolist()
     ages, splits = checked_columns(table, "age", "SPLIT", Path(root)/"imdb_wiki.csv", *AGES)
     order = released_order(np.flatnonzero(splits == "train"), split_seed)
-    files = ImageFiles(require_images(sources, paths, root, HINT), size, cache_in_memory)
+    files = ImageFiles(require_images(sources, paths, root, HINT), size, cache_in_memory, draft=draft)
     return image_data("IMDB-WIKI", files, ages, prefix_sets(order, splits, label_ratio, labelled_count),
                       views or released_views(size), deduplicate, skip_broken, progress, normalizer=normalizer,
                       unit="years", label_ratio=label_ratio, sample_names=paths)

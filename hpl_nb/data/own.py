@@ -153,8 +153,8 @@ def input_tensor(inputs:np.ndarray|Tensor|Sequence, name:str, text:str="from_fra
     check_shape(array.shape, name)
     kind = np.float64 if array.ndim == 2 else np.uint8 if array.dtype == np.uint8 else np.float32
     with np.errstate(over="ignore"): array = array.astype(kind, order="C")
-    bad = np.argwhere(~np.isfinite(array))
-    if len(bad):
+    if not (finite := np.isfinite(array)).all():
+        bad = np.argwhere(~finite)
         raise row_error(f"{name}, inputs", [*dict.fromkeys(bad[:, 0].tolist())], f"position {bad[0][1:].tolist()} is "
                         f"{array[tuple(bad[0])]}", f"Fill or drop them; {gaps}.")
     return torch.from_numpy(array[:, None] if array.ndim == 3 else array)
@@ -269,6 +269,7 @@ class Reading(Settings):
     skip_broken:bool=False # leave out, with a warning, rows whose picture is missing or cannot be read
     deduplicate:bool=False # leave out training rows that are repeated or held out
     missing_label:float=np.nan # a number that says that a row has no label, as NaN always does
+    draft:bool=False # decode a JPEG whose sides are twice `size` or more at a half, a quarter or an eighth of them: quicker, other pixels
 
     def check(self)->None:
         whole_number("size", self.size)
@@ -338,7 +339,7 @@ def from_images(
     how = Reading(size=224) if reading is None else reading
     labels, split, _ = frame_labels(frame, target, split, source, how.missing_label)
     sets = make_sets(labels, split, source)
-    files = ImageFiles(picture_sources(folder, names, how.skip_broken), how.size, cache_in_memory, how.pixel_range)
+    files = ImageFiles(picture_sources(folder, names, how.skip_broken), how.size, cache_in_memory, how.pixel_range, how.draft)
     refuse_twice(files.sources, names, source)
     if extra := unlisted_images(folder, files.sources):
         warnings.warn(f"{name}: {len(extra):,} pictures in {folder} are in no row of the table and are left out, for example {extra[0]}; "

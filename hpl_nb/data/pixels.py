@@ -33,7 +33,8 @@ __all__ = ['DeviceView', 'on_disk', 'on_device', 'PictureSettings']
 # %% ../../nbs/11c_data.pixels.ipynb #59296b3b
 def cache_name(files:ImageFiles, skipped:Collection[int]=(), progress:bool=False)->str:
     "A file name made of the content of all pictures."
-    parts = [str(files.size), *map(str, files.pixel_range or ()), *map(str, sorted(skipped)), *content_hashes(files.sources, progress)]
+    how = [str(files.size), *map(str, files.pixel_range or ()), *["draft"]*files.draft]
+    parts = [*how, *map(str, sorted(skipped)), *content_hashes(files.sources, progress)]
     return f"pixels-{files.size}-{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:16]}.npy"
 
 # %% ../../nbs/11c_data.pixels.ipynb #eb8ebcd3
@@ -280,7 +281,7 @@ def on_disk(
 )->SemiSupervisedData: # the same pictures and views
     "Decode all pictures once, into a file that later runs open."
     cache = disk_cache(data.inputs, folder, data.notes.get("skipped", ()), progress)
-    inputs = ImageFiles(data.inputs.sources, data.inputs.size, pixel_range=data.inputs.pixel_range)
+    inputs = ImageFiles(data.inputs.sources, data.inputs.size, pixel_range=data.inputs.pixel_range, draft=data.inputs.draft)
     inputs.cache = cache
     return replace(data, inputs=inputs)
 
@@ -315,6 +316,7 @@ class PictureSettings(FolderSettings):
     deduplicate:bool=False # drop training pictures that are in validation or test too
     pixels:Literal["memory", "disk", "device"]="memory" # decoded as needed, once into a file, or views there, too
     cache:str=field(default="", compare=False) # folder of decoded pictures; empty: `root`/cache
+    draft:bool=field(default=False, kw_only=True) # decode a large JPEG at a half, a quarter or an eighth: quicker, other pixels
     labelled_count:ClassVar[str] = "released"
 
     def check(self)->None:
@@ -325,7 +327,7 @@ class PictureSettings(FolderSettings):
         "What a dataset's loader makes of the settings, its pixels where they are wanted."
         views = published_views(self.size) if self.views == "published" else None
         data = loader(self.require_root(), self.label_ratio, size=self.size, views=views, deduplicate=self.deduplicate,
-                      cache_in_memory=self.pixels == "memory", progress=True, **extra)
+                      cache_in_memory=self.pixels == "memory", draft=self.draft, progress=True, **extra)
         data.notes |= {name: getattr(self, name) for name in ("views", "size", "deduplicate", "labelled_count")}
         folder = self.cache or Path(self.root)/"cache"
         if self.pixels == "disk": return on_disk(data, folder, progress=True)

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..core import HplError, reading
+from ..core import HplError, content_digest, reading
 from .core import DataSettings, Problem
 
 # %% auto #0
@@ -35,11 +35,8 @@ def registry()->dict[str, dict[str, str]]:
 
 # %% ../../nbs/10b_data.tables.ipynb #86e5ed7c
 def sha256(path:str|Path)->str:
-    "Checksum of a file (64 hexadecimal digits), read in pieces."
-    digest = hashlib.sha256()
-    with reading(path, lambda why: HplError(f"{path} cannot be read ({why}); put the file there again.")), open(path, "rb") as file:
-        while piece := file.read(2**20): digest.update(piece)
-    return digest.hexdigest()
+    "Checksum of a file (64 hexadecimal digits); one that cannot be read is an `HplError`."
+    with reading(path, lambda why: HplError(f"{path} cannot be read ({why}); put the file there again.")): return content_digest(Path(path))
 
 # %% ../../nbs/10b_data.tables.ipynb #7ce24dec
 def fetch(
@@ -94,15 +91,9 @@ def listed(names:Iterable[str])->str:
 def _read_text(path, usual):
     content = path.read_bytes()
     text = content.decode("utf-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
-    text, separator = _separated(text.lstrip("\r\n"), usual)
-    rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=separator) if len(row) > 1 or "".join(row).strip()]
-    if not rows: raise ValueError("it is empty")
-    if len(rows[0]) > 10_000: raise ValueError(f"its header has {len(rows[0]):,} columns")
-    header = [name.strip() or f"Unnamed: {place}" for place, name in enumerate(rows[0])] # as pandas calls a column of row names
-    for number, row in enumerate(rows[1:]): # pandas fills a short row, and moves the columns where all rows are long
-        if len(row) != len(header):
-            raise ValueError(f"row {number} (the first is 0) has {len(row)} fields, but the header {len(header)}: is it cut off?")
-    return pd.DataFrame(rows[1:], columns=header, dtype=str)
+    cells = _cells(*_separated(text.lstrip("\r\n"), usual))
+    header = [name.strip() or f"Unnamed: {place}" for place, name in enumerate(cells.iloc[0])] # as pandas calls a column of row names
+    return cells.iloc[1:].set_axis(header, axis=1).reset_index(drop=True)
 
 def _separated(text, usual):
     "The text, without the line sep=; that Excel reads, and the mark between its columns: the usual one unless the header has none."
@@ -110,6 +101,31 @@ def _separated(text, usual):
     if header.startswith("sep="): return text[len(header):], header[4:5]
     counts = {mark: len(next(csv.reader([header], delimiter=mark), ())) for mark in (usual, ";", "\t", ",")}
     return text, next((mark for mark, count in counts.items() if count > 1), usual)
+
+# %% ../../nbs/10b_data.tables.ipynb #18c0d021
+def _cells(text, separator):
+    "Header and rows as text by Arrow, or by Python's slower reader, which says what is wrong with a row and allows more."
+    import pyarrow as pa # here: a folder of pictures may have no such table
+    import pyarrow.csv as arrow
+    fields = io.StringIO(text, newline="").readline().count(separator) + 1
+    if 1 < fields <= 10_000:
+        names = [str(place) for place in range(fields)]
+        convert = arrow.ConvertOptions(column_types=dict.fromkeys(names, "str"))
+        read = arrow.ReadOptions(column_names=names, block_size=csv.field_size_limit()//2) # no row is longer than two blocks
+        try:
+            parse = arrow.ParseOptions(delimiter=separator, newlines_in_values=True)
+            return arrow.read_csv(pa.BufferReader(text.encode("utf-8-sig")), read, parse, convert).to_pandas()
+        except (pa.ArrowException, ValueError): pass # a row that is short, a mark that is no byte
+    return _rows(text, separator)
+
+def _rows(text, separator):
+    rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=separator) if len(row) > 1 or "".join(row).strip()]
+    if not rows: raise ValueError("it is empty")
+    if (fields := len(rows[0])) > 10_000: raise ValueError(f"its header has {fields:,} columns")
+    for number, row in enumerate(rows[1:]): # pandas fills a short row, and moves the columns where all rows are long
+        if len(row) != fields:
+            raise ValueError(f"row {number} (the first is 0) has {len(row)} fields, but the header {fields}: is it cut off?")
+    return pd.DataFrame(rows, dtype=str)
 
 # %% ../../nbs/10b_data.tables.ipynb #20a6a308
 UNKNOWN = ("", "nan", "na", "n/a", "#n/a", "none", "null", "<na>", "nat") # words for "no value", in upper or lower case
@@ -124,6 +140,9 @@ def _number(value):
 
 def as_numbers(values:Iterable)->tuple[np.ndarray, np.ndarray]:
     "Values as float64, NaN where one is no real number, and which of them say that there is no value."
+    if type(values) is np.ndarray and values.dtype.kind in "biuf":
+        numbers = values.astype(np.float64)
+        return numbers, np.isnan(numbers)
     raw = pd.Series([None if value is np.ma.masked else value for value in values], dtype=object)
     unknown = raw.isna() | raw.astype(str).str.strip().str.lower().isin(UNKNOWN)
     numbers = pd.to_numeric(raw.map(_number).where(~unknown, None), errors="coerce")
@@ -137,7 +156,7 @@ def unmasked(values:Any)->Any:
 # %% ../../nbs/10b_data.tables.ipynb #965bf6e8
 def label_problems(labels:Iterable, low:float=-np.inf, high:float=np.inf, unknown_ok:bool=False)->tuple[np.ndarray, list[Problem]]:
     "Labels as float64 (NaN where they are not a number), and those that are text, missing, infinite or out of range."
-    raw = list(labels)
+    raw = labels if isinstance(labels, np.ndarray) else list(labels)
     values, empty = as_numbers(raw)
     text, outside = np.isnan(values) & ~empty, (values < low) | (values > high)
     wrong = [(text, "text label", "is not a number"), (np.isinf(values), "infinite label", "is infinite"),

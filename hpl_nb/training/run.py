@@ -89,7 +89,7 @@ def read_table(path:Path)->pd.DataFrame:
         if path.suffix == ".csv":
             check_header(path, b",")
             return pd.read_csv(path)
-        table = pd.read_parquet(BytesIO(path.read_bytes())) # arrow opens no path that is not UTF-8
+        with open(path, "rb") as file: table = pd.read_parquet(file) # arrow opens no path that is not UTF-8
         if missing := [name for name in PREDICTION_COLUMNS if name not in (*table, "weight")]:
             raise damaged(path, f"it has no column {missing[0]!r}")
         return table.reindex(columns=PREDICTION_COLUMNS)
