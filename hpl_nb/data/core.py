@@ -361,18 +361,23 @@ def batches_per_pass(rows:int, batch_size:int, drop_last:bool=True)->int:
     "How many batches there are in a pass; without `drop_last` the last one may be smaller."
     return rows//batch_size if drop_last else -(-rows//batch_size)
 
-def stream_rows(rows:np.ndarray, batch_size:int, step:int, seed:int, stream:str, copies:int=1, drop_last:bool=True)->np.ndarray:
+def pass_order(count:int, seed:int, stream:str, number:int)->np.ndarray:
+    "The order of a pass through a stream."
+    return np.random.default_rng(derive_seed(seed, stream, number)).permutation(count)
+
+def stream_rows(rows:np.ndarray, batch_size:int, step:int, seed:int, stream:str, copies:int=1, drop_last:bool=True,
+                order:Callable[[int, int, str, int], np.ndarray]=pass_order)->np.ndarray:
     "Rows of batch `step` of an endless shuffled stream."
-    per_pass = batches_per_pass(len(rows)*copies, batch_size, drop_last)
-    pass_number, position = divmod(step, per_pass)
-    order = np.random.default_rng(derive_seed(seed, stream, pass_number)).permutation(len(rows)*copies)
-    return rows[order[position*batch_size:(position + 1)*batch_size] % len(rows)]
+    count = len(rows)*copies
+    number, position = divmod(step, batches_per_pass(count, batch_size, drop_last))
+    return rows[order(count, seed, stream, number)[position*batch_size:(position + 1)*batch_size] % len(rows)]
 
 # %% ../../nbs/10_data.core.ipynb #32d792a6
 def outer_rows(rows:np.ndarray, inner:np.ndarray, batch_size:int, step:int, seed:int)->np.ndarray:
-    "A labelled batch that shares no row with the inner one."
-    others = np.setdiff1d(rows, inner)
-    return np.random.default_rng(derive_seed(seed, "outer", step)).choice(others, batch_size, replace=False)
+    "A labelled batch that shares no row with the inner one; `rows` are sorted, so that this costs no more where there are many."
+    taken = np.unique(np.searchsorted(rows, inner))
+    place = np.random.default_rng(derive_seed(seed, "outer", step)).choice(len(rows) - len(taken), batch_size, replace=False)
+    return rows[place + np.searchsorted(taken - np.arange(len(taken)), place, side="right")] # past the taken ones
 
 # %% ../../nbs/10_data.core.ipynb #10df7e65
 @dataclass(frozen=True)
@@ -406,7 +411,14 @@ class Streams(Dataset):
     ):
         self.data, self.needs, self.settings, self.steps, self.seed = data, needs, settings, steps, seed
         self.process, self.processes = process, processes
+        self.sorted, self.orders = np.sort(data.labelled), {}
         check_streams(self)
+
+    def order(self, count:int, seed:int, stream:str, number:int)->np.ndarray:
+        "`pass_order`, of which the last one of each stream is kept: a step costs the same for any number of rows."
+        kept = self.orders.get(stream)
+        if kept is None or kept[0] != number: kept = self.orders[stream] = number, pass_order(count, seed, stream, number)
+        return kept[1]
 
     def __len__(self)->int: return self.steps
 
@@ -418,12 +430,11 @@ class Streams(Dataset):
 def batch_rows(streams:Streams, step:int)->dict[str, np.ndarray]:
     "Which rows are in the batches of `step`."
     data, s, seed = streams.data, streams.settings, streams.seed
-    rows = {"labelled": stream_rows(data.labelled, s.labelled_batch, step, seed, "labelled", s.labelled_copies, s.drop_last)}
-    if "unlabelled" in streams.needs:
-        rows["unlabelled"] = stream_rows(data.unlabelled, s.unlabelled_batch, step, seed, "unlabelled", 1, s.drop_last)
-    if "outer" in streams.needs:
-        rows["outer"] = (stream_rows(data.labelled, s.outer, step, seed, "outer", s.labelled_copies, s.drop_last) if s.outer_overlap
-                         else outer_rows(data.labelled, rows["labelled"], s.outer, step, seed))
+    def next_rows(stream, rows, batch, copies): return stream_rows(rows, batch, step, seed, stream, copies, s.drop_last, streams.order)
+    rows = {"labelled": next_rows("labelled", data.labelled, s.labelled_batch, s.labelled_copies)}
+    if "unlabelled" in streams.needs: rows["unlabelled"] = next_rows("unlabelled", data.unlabelled, s.unlabelled_batch, 1)
+    if "outer" in streams.needs and s.outer_overlap: rows["outer"] = next_rows("outer", data.labelled, s.outer, s.labelled_copies)
+    elif "outer" in streams.needs: rows["outer"] = outer_rows(streams.sorted, rows["labelled"], s.outer, step, seed)
     return rows
 
 # %% ../../nbs/10_data.core.ipynb #40965a0a

@@ -73,21 +73,21 @@ def map_rows(self:Evaluator, rows:np.ndarray, views:Sequence[str], function:Call
     with evaluating(self.method), accelerator.autocast():
         for start in tqdm(starts, "predicting", leave=False, disable=not self.show or len(starts) < 10):
             some = mine[start:start + 256]
-            seeds = np.array([derive_seed(self.seed, "evaluation", row) for row in some])
-            inputs = data.inputs[some]
+            inputs, seeds = data.inputs[some], evaluation_seeds(self.seed, some) if {*views} != {"plain"} else None
             tensors = [getattr(data, view)(inputs, None if view == "plain" else seeds) for view in views]
             tensors = [tensor.to(accelerator.device) for tensor in tensors]
             parts.append((some, {name: t.double().cpu().numpy() for name, t in function(*tensors).items()}))
     return in_order(rows, gather_object(parts))
 
+def evaluation_seeds(seed:int, rows:np.ndarray)->np.ndarray: return np.array([derive_seed(seed, "evaluation", row) for row in rows])
+
 def in_order(rows:np.ndarray, parts:Sequence[tuple[np.ndarray, dict[str, np.ndarray]]])->dict[str, np.ndarray]:
     "Join what the processes have computed."
-    place = {row: i for i, row in enumerate(rows.tolist())}
-    out = {name: np.empty((len(rows), *values.shape[1:])) for name, values in (parts[0][1].items() if parts else ())}
-    for some, values in parts:
-        at = [place[row] for row in some.tolist()]
-        for name in out: out[name][at] = values[name]
-    return out
+    if not parts: return {}
+    order, made = np.argsort(rows), np.argsort(np.concatenate([some for some, _ in parts])) # both of the same rows
+    place = np.empty_like(order)
+    place[order] = made
+    return {name: np.concatenate([values[name] for _, values in parts])[place] for name in parts[0][1]}
 
 # %% ../../nbs/50c_training.predict.ipynb #98efa584
 @patch
