@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -42,8 +42,11 @@ class Standardizer:
     def __call__(self, samples:Any, seeds:np.ndarray|None=None)->Tensor:
         "Standardise a batch (b, d) or (b, C, H, W), or a list of decoded pictures."
         x = as_tensor(samples).double()
-        shape = (-1, *[1]*(x.ndim - 2))
-        return ((x - x.new_tensor(self.mean).view(shape))/x.new_tensor(self.scale).view(shape)).float()
+        mean, scale = (values.to(x.device).view(-1, *[1]*(x.ndim - 2)) for values in self.tensors)
+        return ((x - mean)/scale).float()
+
+    @cached_property
+    def tensors(self)->tuple[Tensor, Tensor]: return torch.tensor(self.mean, dtype=torch.float64), torch.tensor(self.scale, dtype=torch.float64)
 
 # %% ../../nbs/14c_data.views.ipynb #545ce38a
 @usual_settings()
@@ -69,7 +72,7 @@ def perturb_rows(x:Tensor, generator:torch.Generator, standardizer:Standardizer,
     "Standardise, add noise, and set some features to their mean."
     x = standardizer(x)
     x = x + noise*torch.randn(x.shape, generator=generator)
-    return x.masked_fill(torch.rand(x.shape, generator=generator) < dropout, 0.)
+    return x.masked_fill(torch.rand(x.shape, generator=generator) < dropout, 0.) if dropout else x
 
 # %% ../../nbs/14c_data.views.ipynb #7e0eaa94
 @dataclass(frozen=True)

@@ -135,7 +135,9 @@ class Training:
             with self.guard.blaming_samples(), accelerator.autocast(): method.before_parts(parts)
         for part in parts:
             with self.guard.blaming_samples(), accelerator.autocast(): losses = method.training_step(part)
-            accelerator.backward(sum(losses.values())/count)
+            loss = sum(losses.values())/count
+            if accelerator.scaler is None: loss.backward()
+            else: accelerator.backward(loss)
             self.keep_record(losses)
         self.guard.watch(average_gradients(accelerator, method.optimizers["regressor"], self.guard.flags()))
         for optimizer in method.optimizers.values(): optimizer.step()
@@ -165,6 +167,7 @@ def end_epoch(self:Training)->None:
 # %% ../../nbs/51_training.loop.ipynb #cb66a16a
 def micro_batches(batch:Mapping[str, Mapping[str, Tensor]], count:int)->list[dict[str, dict[str, Tensor]]]:
     "Cut every stream's batch into `count` equal parts."
+    if count == 1: return [batch]
     return [{stream: {key: value[i*len(value)//count:(i + 1)*len(value)//count] for key, value in tensors.items()}
              for stream, tensors in batch.items()} for i in range(count)]
 
@@ -331,13 +334,14 @@ def place_method(method:Trainable, settings:Train, accelerator:Accelerator)->dic
     method.to(accelerator.device).train()
     for tensor in [*method.parameters(), *method.buffers()]:
         if accelerator.num_processes > 1: torch.distributed.broadcast(tensor.data, 0)
-    method.processes, method.gather = accelerator.num_processes, accelerator.gather
-    method.reduce = lambda tensor: accelerator.reduce(tensor, "mean")
+    if accelerator.num_processes > 1:
+        method.processes, method.gather = accelerator.num_processes, accelerator.gather
+        method.reduce = lambda tensor: accelerator.reduce(tensor, "mean")
     method.optimizers = method.make_optimizers(settings.optimizer)
     every, decay = settings.optimizer.decay_every, settings.optimizer.decay
     schedulers = {name: torch.optim.lr_scheduler.StepLR(optimizer, every, decay) if every else
                   torch.optim.lr_scheduler.ConstantLR(optimizer, 1.) for name, optimizer in method.optimizers.items()}
-    method.optimizers["regressor"] = accelerator.prepare_optimizer(method.optimizers["regressor"])
+    if accelerator.scaler: method.optimizers["regressor"] = accelerator.prepare_optimizer(method.optimizers["regressor"])
     return schedulers
 
 # %% ../../nbs/51_training.loop.ipynb #db6cab58
