@@ -9,13 +9,14 @@ __all__ = ['Labelled', 'PseudoLabelled', 'Sloped', 'VirtualStep', 'sgd_step', 'o
 # %% ../nbs/42_hypergrad.ipynb #6acf5480
 import math
 from collections.abc import Callable
+from functools import partial
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import HplError
+from .core import HplError, full_precision
 from .loss import Reduction
 
 # %% ../nbs/42_hypergrad.ipynb #bc01c84b
@@ -43,14 +44,28 @@ def append_one(features:Tensor)->Tensor:
 # %% ../nbs/42_hypergrad.ipynb #2980c88f
 def head_matrix(head:nn.Linear)->Tensor:
     "The head's weight and bias as one detached matrix, shape (K, d + 1)."
-    if not isinstance(head, nn.Linear) or head.bias is None:
+    bias = head.bias if isinstance(head, nn.Linear) else None
+    if bias is None:
         raise HplError(f"head is {head!r}, which is no linear layer with a bias. Make it with nn.Linear(..., bias=True).")
-    return torch.cat([head.weight.detach(), head.bias.detach()[:, None]], 1)
+    return torch.cat((head.weight, bias.unsqueeze(1)), 1).detach()
 
 # %% ../nbs/42_hypergrad.ipynb #4b2922d0
 def apply_head(eta:Tensor, features:Tensor)->Tensor:
     "The prediction eta h~ of a linear head."
-    return F.linear(features, eta[:, :-1], eta[:, -1])
+    eta = eta.T
+    return torch.addmm(eta[-1], features, eta[:-1])
+
+# %% ../nbs/42_hypergrad.ipynb #406ebd49
+def head_gradient(slope:Tensor, features:Tensor)->Tensor:
+    "Gradient in the head of a sum of losses, given their slopes (n, K), shape (K, d + 1)."
+    slope = slope.T
+    return torch.cat((slope @ features, slope.sum(1, True)), 1)
+
+# %% ../nbs/42_hypergrad.ipynb #584990cf
+def inner_gradient(e:Tensor, h_i:Tensor, s:Tensor, h_j:Tensor)->Tensor:
+    "Gradient G of the inner loss (eq. 5) in the head, given slopes and features of both terms; shape (K, d + 1)."
+    e, s = e.T, s.T
+    return torch.cat(((e @ h_i).add_(s @ h_j), e.sum(1, True).add_(s.sum(1, True))), 1)
 
 # %% ../nbs/42_hypergrad.ipynb #fb590322
 def _scale(count:int, reduction:Reduction, processes:int)->float:
@@ -59,42 +74,27 @@ def _scale(count:int, reduction:Reduction, processes:int)->float:
     if count == 0: raise HplError("A batch is empty. Give at least one labelled, one unlabelled and one outer sample.")
     return 1 / count if reduction == "mean" else float(processes)
 
-# %% ../nbs/42_hypergrad.ipynb #406ebd49
-def head_gradient(slope:Tensor, features:Tensor, scale:float=1.)->Tensor:
-    "Gradient in the head of a loss, given its slopes: the scaled sum over samples of slope times h~."
-    slope = (scale * slope).T
-    return torch.cat([slope @ features, slope.sum(1, keepdim=True)], 1)
-
 # %% ../nbs/42_hypergrad.ipynb #d20f0a41
 def _error(prediction:Tensor, target:Tensor, name:str)->Tensor:
     "The error of a prediction; HplError where the shapes differ."
-    if prediction.shape != target.shape:
-        raise HplError(f"{name}: shape {tuple(target.shape)}, but the predictions have {tuple(prediction.shape)}. "
-                       "Give one row per sample and one column per output.")
-    return prediction - target
-
-# %% ../nbs/42_hypergrad.ipynb #584990cf
-def inner_gradient(eta:Tensor, labelled:Labelled, unlabelled:Sloped, unlabelled_weight:float, reduction:Reduction="mean",
-                   processes:int=1)->Tensor:
-    "Gradient G of the inner loss (eq. 5) in the head, shape (K, d + 1)."
-    error = _error(apply_head(eta, labelled.features), labelled.targets, "labelled.targets")
-    G = head_gradient(error, labelled.features, 2 * _scale(error.numel(), reduction, processes))
-    return G + head_gradient(unlabelled.slope, unlabelled.features,
-                             unlabelled_weight * _scale(unlabelled.slope.numel(), reduction, processes))
+    if prediction.shape == target.shape: return prediction - target
+    raise HplError(f"{name}: shape {tuple(target.shape)}, but the predictions have {tuple(prediction.shape)}. "
+                   "Give one row per sample and one column per output.")
 
 # %% ../nbs/42_hypergrad.ipynb #6916259a
 def _weight_matrix(weights:Tensor, like:Tensor)->Tensor:
     "The weights as a matrix that multiplies `like` row by row."
+    if weights.shape == like.shape: return weights
     m, outputs = like.shape
-    if tuple(weights.shape) not in {(m,), (m, 1), (m, outputs)}:
+    if tuple(weights.shape) not in {(m,), (m, 1)}:
         raise HplError(f"weights: shape {tuple(weights.shape)}. Give ({m},), ({m}, 1) or ({m}, {outputs}).")
-    return weights.reshape(m, -1)
+    return weights.reshape(m, 1)
 
 # %% ../nbs/42_hypergrad.ipynb #84a69131
 class VirtualStep(NamedTuple):
     "A step of the head that is computed but not taken; both of shape (K, d + 1)."
     head:Tensor # eta', the head after the step
-    derivative:Tensor # D = d eta' / d G, one number per parameter (the Jacobian is diagonal)
+    derivative:Tensor # D = d eta' / d G, one number per parameter (the Jacobian is diagonal); it may be an expanded view
 
 # %% ../nbs/42_hypergrad.ipynb #e3bb8547
 def sgd_step(
@@ -103,21 +103,23 @@ def sgd_step(
     learning_rate:float, # alpha
 )->VirtualStep: # eta' = eta - alpha G and D = -alpha
     "One step of gradient descent (eq. 7)."
-    return VirtualStep(eta - learning_rate * gradient, torch.full_like(gradient, -learning_rate))
+    D = gradient.new_full((), -learning_rate)
+    return VirtualStep((gradient * D).add_(eta), D.expand_as(gradient))
 
 # %% ../nbs/42_hypergrad.ipynb #684f0d5d
 def _sgd_parameter(group:dict[str, Any], state:dict[str, Any], parameter:Tensor, gradient:Tensor)->tuple[Tensor, Tensor]:
-    "A parameter after one step of SGD, and its derivative in the gradient; nothing changed in place."
-    rate, momentum, factor = float(group["lr"]), group["momentum"], 1.0
-    g = torch.add(-gradient if group["maximize"] else gradient, parameter, alpha=group["weight_decay"])
+    "A parameter after one step of SGD, and its derivative in the gradient; nothing given is changed."
+    rate, momentum, decay, factor = float(group["lr"]), group["momentum"], group["weight_decay"], 1.0
+    g = -gradient if group["maximize"] else gradient
+    if decay: g = torch.add(g, parameter, alpha=decay)
     if momentum:
         direction, buffer = g, state.get("momentum_buffer")
         if buffer is not None:
             factor = 1 - group["dampening"]
             direction = momentum * buffer + factor * g
         g, factor = (g + momentum * direction, 1 + momentum * factor) if group["nesterov"] else (direction, factor)
-    derivative = rate * factor if group["maximize"] else -rate * factor
-    return parameter - rate * g, torch.full_like(gradient, derivative)
+    D = gradient.new_full((), rate * factor if group["maximize"] else -rate * factor)
+    return (g * -rate).add_(parameter), D.expand_as(gradient)
 
 # %% ../nbs/42_hypergrad.ipynb #09a6b3e8
 def _adam_parameter(group:dict[str, Any], state:dict[str, Any], parameter:Tensor, gradient:Tensor)->tuple[Tensor, Tensor]:
@@ -130,11 +132,12 @@ def _adam_parameter(group:dict[str, Any], state:dict[str, Any], parameter:Tensor
     m, u = (state["exp_avg"], b2 * state["exp_avg_sq"]) if state else (torch.zeros_like(eta), torch.zeros_like(eta))
     u_new, c2 = torch.addcmul(u, g, g, value=1 - b2), math.sqrt(1 - b2**t)
     largest = torch.maximum(state.get("max_exp_avg_sq", u_new), u_new) if group["amsgrad"] else u_new
-    root, epsilon, a = largest.sqrt(), group["eps"] * (1 if group["eps_first"] else c2), rate * c2 / (1 - b1**t)
-    q, kappa = root + epsilon, b1 * (1 - b2) / (1 - b1)
-    bracket = torch.addcmul(u, m, g, value=-kappa) / root.clamp_min(torch.finfo(root.dtype).tiny) + epsilon
+    root, a = largest.sqrt(), rate * c2 / (1 - b1**t)
+    epsilon, kappa = g.new_full((), group["eps"] * (1 if group["eps_first"] else c2)), b1 * (1 - b2) / (1 - b1)
+    q, bracket = root + epsilon, u.addcmul_(m, g, value=-kappa) # u is no longer needed
+    bracket = bracket.div_(root.clamp_min(torch.finfo(root.dtype).tiny)).add_(epsilon)
     if group["amsgrad"]: bracket = torch.where(largest > u_new, q, bracket)
-    D = bracket / (q * q) * (a * (1 - b1) if group["maximize"] else -a * (1 - b1))
+    D = bracket.div_(q * q).mul_(a * (1 - b1) if group["maximize"] else -a * (1 - b1))
     return torch.addcdiv(eta, torch.lerp(m, g, 1 - b1), q, value=-a), D
 
 # %% ../nbs/42_hypergrad.ipynb #630e1473
@@ -146,23 +149,23 @@ _PARAMETER_STEPS = {torch.optim.SGD: _sgd_parameter, torch.optim.Adam: _adam_par
 
 # %% ../nbs/42_hypergrad.ipynb #4175adc0
 def _group_and_state(optimizer:torch.optim.Optimizer, parameter:Tensor)->tuple[dict[str, Any], dict[str, Any]]:
-    "A parameter's group, and its state with every tensor as a matrix; HplError where the optimiser does not train it."
+    "A parameter's group and state; HplError where the optimiser does not train it."
     for group in optimizer.param_groups:
-        if any(p is parameter for p in group["params"]):
-            state = {key: value for key, value in optimizer.state.get(parameter, {}).items() if value is not None}
-            return group, {key: value[:, None] if key != "step" and value.dim() == 1 else value for key, value in state.items()}
+        if any(map(partial(is_, parameter), group["params"])):
+            return group, {key: value for key, value in optimizer.state.get(parameter, {}).items() if value is not None}
     raise HplError("optimizer: it does not train this head. Give it head.weight and head.bias, and freeze neither.")
 
 # %% ../nbs/42_hypergrad.ipynb #6cf7ba51
-def _parts(optimizer:torch.optim.Optimizer, head:nn.Linear)->list[tuple[dict[str, Any], dict[str, Any], slice]]:
-    "Group, state and columns of eta, for each of the one or two parts that step together."
+def _parts(optimizer:torch.optim.Optimizer, head:nn.Linear, eta:Tensor, gradient:Tensor)->list[tuple[dict, dict, Tensor, Tensor]]:
+    "Group, state as matrices, head and gradient of each of the one or two parts that step together."
     weight_group, weight = _group_and_state(optimizer, head.weight)
     bias_group, bias = _group_and_state(optimizer, head.bias)
+    bias = {key: value if key == "step" else value.unsqueeze(1) for key, value in bias.items()}
     same_steps = weight.keys() == bias.keys() and float(weight.get("step", 0)) == float(bias.get("step", 0))
     if weight_group is bias_group and same_steps:
-        joined = {key: value if key == "step" else torch.cat([value, bias[key]], 1) for key, value in weight.items()}
-        return [(weight_group, joined, slice(None))]
-    return [(weight_group, weight, slice(-1)), (bias_group, bias, slice(-1, None))]
+        joined = {key: value if key == "step" else torch.cat((value, bias[key]), 1) for key, value in weight.items()}
+        return [(weight_group, joined, eta, gradient)]
+    return [(weight_group, weight, eta[:, :-1], gradient[:, :-1]), (bias_group, bias, eta[:, -1:], gradient[:, -1:])]
 
 # %% ../nbs/42_hypergrad.ipynb #c4fc3e41
 def optimizer_step(
@@ -170,6 +173,7 @@ def optimizer_step(
     head:nn.Linear, # its weight and bias are trained by the optimiser
     gradient:Tensor, # G, shape (K, d + 1)
     eps_first:bool=False, # Adam adds eps before its bias correction, as the package `higher` does; torch adds it after
+    eta:Tensor|None=None, # the head's matrix, shape (K, d + 1); None: read from the head, a copy more
 )->VirtualStep: # what `optimizer.step()` would make of the head with this gradient, and D
     "The optimiser's next step of the head, with its live state. HplError for any other optimiser."
     wrapped = getattr(optimizer, "optimizer", optimizer)
@@ -177,18 +181,19 @@ def optimizer_step(
     if update is None:
         raise HplError(f"optimizer: {type(wrapped).__name__} has no virtual step. Use SGD, Adam or AdamW, "
                        "or give a step of your own: (eta, gradient) -> VirtualStep.")
-    eta = head_matrix(head)
-    parts = [update({**group, "eps_first": eps_first}, state, eta[:, columns], gradient[:, columns])
-             for group, state, columns in _parts(wrapped, head)]
-    return VirtualStep(*(torch.cat(part, 1) if len(part) > 1 else part[0] for part in zip(*parts)))
+    if eta is None: eta = head_matrix(head)
+    parts = [update({**group, "eps_first": eps_first}, *part) for group, *part in _parts(wrapped, head, eta, gradient)]
+    return VirtualStep(*(parts[0] if len(parts) == 1 else (torch.cat(part, 1) for part in zip(*parts))))
 
 # %% ../nbs/42_hypergrad.ipynb #100fbd1f
 def outer_gradient(eta:Tensor, outer:Labelled, reduction:Reduction="mean", processes:int=1)->tuple[Tensor, Tensor, Tensor]:
     "Gradient v of the outer loss (eq. 6) in a head, the prediction (n, K), and the loss."
-    prediction = apply_head(eta, outer.features)
-    error = _error(prediction, outer.targets, "outer.targets")
+    features, targets = outer
+    prediction = apply_head(eta, features)
+    error = _error(prediction, targets, "outer.targets")
     scale = _scale(error.numel(), reduction, processes)
-    return head_gradient(error, outer.features, 2 * scale), prediction, scale * error.square().sum()
+    loss = error.square().sum().mul_(scale)
+    return head_gradient(error.mul_(2 * scale), features), prediction, loss
 
 # %% ../nbs/42_hypergrad.ipynb #d1188361
 class Hypergradient(NamedTuple):
@@ -202,8 +207,38 @@ class Hypergradient(NamedTuple):
 # %% ../nbs/42_hypergrad.ipynb #66501b79
 def _same(tensor:Tensor)->Tensor: return tensor
 
-# %% ../nbs/42_hypergrad.ipynb #121ed055
+# %% ../nbs/42_hypergrad.ipynb #42a00004
+def _slopes(eta:Tensor, labelled:Labelled, unlabelled:PseudoLabelled|Sloped, reduction:Reduction,
+            processes:int)->tuple[Tensor, Tensor, Tensor|None]:
+    "Slopes of the labelled loss, scaled; s of each unlabelled loss; twice the errors of the pseudo-labels where weights are given."
+    (h_i, y_i), eta, twice = labelled, eta.T, None
+    bias, weight = eta[-1], eta[:-1]
+    e = _error(torch.addmm(bias, h_i, weight), y_i, "labelled.targets")
+    e.mul_(2 * _scale(e.numel(), reduction, processes))
+    if isinstance(unlabelled, Sloped): return e, unlabelled.slope, None
+    h_j, pseudo_label, omega = unlabelled
+    twice = _error(torch.addmm(bias, h_j, weight), pseudo_label, "pseudo_label")
+    return e, _weight_matrix(omega, twice) * twice.add_(twice), twice
+
+# %% ../nbs/42_hypergrad.ipynb #42a00007
 @torch.no_grad()
+def _look_ahead(head:nn.Linear, step:Callable[[Tensor, Tensor], VirtualStep], labelled:Labelled, unlabelled:PseudoLabelled|Sloped,
+                outer:Labelled, unlabelled_weight:float, reduction:Reduction, reduce:Callable[[Tensor], Tensor],
+                processes:int)->Hypergradient:
+    "The hypergradient, for slopes or weights."
+    h_i, h_j = labelled.features, unlabelled.features
+    with full_precision(h_j):
+        eta = head_matrix(head)
+        e, s, twice = _slopes(eta, labelled, unlabelled, reduction, processes)
+        scale = s.new_full((), unlabelled_weight * _scale(s.numel(), reduction, processes))
+        eta, D = step(eta, reduce(inner_gradient(e, h_i, s * scale, h_j)))
+        v, prediction, loss = outer_gradient(eta, outer, reduction, processes)
+        slope = apply_head(reduce(v).mul_(D), h_j).mul_(scale)
+    if twice is None: return Hypergradient(None, slope, prediction, loss, eta)
+    gradient, shape = twice.mul_(slope), unlabelled.weights.shape
+    return Hypergradient(gradient if gradient.shape == shape else gradient.sum(1).reshape(shape), slope, prediction, loss, eta)
+
+# %% ../nbs/42_hypergrad.ipynb #121ed055
 def slope_hypergradient(
     head:nn.Linear, # the live head; only read
     step:Callable[[Tensor, Tensor], VirtualStep], # (eta, G) -> virtual step
@@ -216,17 +251,9 @@ def slope_hypergradient(
     processes:int=1, # their number, which "sum" needs
 )->Hypergradient: # its `slope` goes into slope.backward(...)
     "d L_out / d s for an unlabelled loss of any form: s carries the graph to what made it."
-    scale = unlabelled_weight * _scale(unlabelled.slope.numel(), reduction, processes)
-    with torch.autocast(unlabelled.slope.device.type, enabled=False):
-        eta = head_matrix(head)
-        G = inner_gradient(eta, labelled, unlabelled, unlabelled_weight, reduction, processes)
-        eta, D = step(eta, reduce(G))
-        v, prediction, loss = outer_gradient(eta, outer, reduction, processes)
-        cotangent = scale * apply_head(reduce(v) * D, unlabelled.features)
-    return Hypergradient(None, cotangent, prediction, loss, eta)
+    return _look_ahead(head, step, labelled, unlabelled, outer, unlabelled_weight, reduction, reduce, processes)
 
 # %% ../nbs/42_hypergrad.ipynb #0a671bae
-@torch.no_grad()
 def hypergradient(
     head:nn.Linear, # the live head; only read
     step:Callable[[Tensor, Tensor], VirtualStep], # (eta, G) -> virtual step
@@ -239,13 +266,7 @@ def hypergradient(
     processes:int=1, # their number, which "sum" needs
 )->Hypergradient: # its `weights` go into weights.backward(...)
     "d L_out / d omega through one virtual step of the head (eq. 8), in O((n + m) d) and without a graph."
-    features, pseudo_label, weights = unlabelled
-    with torch.autocast(weights.device.type, enabled=False): r = apply_head(head_matrix(head), features)
-    twice = 2 * _error(r, pseudo_label, "pseudo_label")
-    omega = _weight_matrix(weights, twice)
-    result = slope_hypergradient(head, step, labelled, Sloped(features, omega * twice), outer, unlabelled_weight, reduction, reduce,
-                                 processes)
-    return result._replace(weights=(twice * result.slope).sum_to_size(omega.shape).reshape(weights.shape))
+    return _look_ahead(head, step, labelled, unlabelled, outer, unlabelled_weight, reduction, reduce, processes)
 
 # %% ../nbs/42_hypergrad.ipynb #0771f85f
 def hypergradient_autograd(
