@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 
 from .core import HplError, seed_everything, whole_number
 from .data.core import SemiSupervisedData, Streams, StreamSettings, noise_view
-from .data.own import from_arrays
+from .data.own import Split, from_arrays
 from .data.utkface import UTKFace, utkface
 from .experiment import Experiment, benchmark_of
 from .methods.core import FullySupervised, Method, MethodSettings
@@ -337,7 +337,8 @@ def end_to_end_table(rows:pd.DataFrame, batch:int)->pd.DataFrame: # by loop, in 
 def table_loop(bench:Bench, method:MethodSettings, rows:int=10_000)->Loop: # a tenth of them labelled
     "A method as the estimator trains it on a table of 20 columns."
     draw = np.random.default_rng(0)
-    data = from_arrays(draw.normal(size=(rows, 20)), np.where(np.arange(rows) < rows//10, draw.normal(size=rows), np.nan))
+    y = np.where(np.arange(rows) < rows//10, draw.normal(size=rows), np.nan)
+    data = from_arrays(draw.normal(size=(rows, 20)), y, split=Split(val_share=.2, test_share=0.))
     train = Train(1, iterations_per_epoch=MANY, optimizer=OptimizerSettings(1e-3, 1e-3, 0.))
     networks = [mlp(20, dropout=.05*method.needs_dropout, linear_path=True) for _ in range(method.networks)]
     return training_loop(method.build(*networks), data, change(train, labelled_batch=bench.batch, unlabelled_batch=bench.batch))

@@ -1,11 +1,11 @@
 """How time and memory grow with a table, a network, a batch and the outputs: the estimator beside what one would use instead.
 
-    python tests/bench_growth.py            # measures the rows that data/results/bench/growth.csv lacks; remove it to measure all anew
-    python tests/bench_growth.py FILE ROUNDS
+    python tests/bench_growth.py                  # what growth.csv and hypergradient.csv in data/results/bench lack; remove them for all
+    python tests/bench_growth.py FOLDER ROUNDS
 
 Each fit has a process of its own with one thread; fits of one size take turns. A step lasts from one `optimizer.step()` to the next.
-Peers that are not installed are left out; no other file needs them: `pip install skorch lamda-ssl torch-geometric torchtext`, in an
-environment of its own.
+Peers that are not installed are left out. No other file needs them, so they are best in an environment of their own, beside the package:
+`pip install skorch optree tabulate torchopt higher` and `pip install --no-deps lamda-ssl` (it asks for torchtext and torch-geometric, and uses neither).
 """
 import copy
 import os
@@ -29,13 +29,17 @@ from sklearn.multioutput import MultiOutputRegressor # noqa: E402
 from torch.nn.functional import mse_loss # noqa: E402
 from torch.optim.optimizer import register_optimizer_step_post_hook # noqa: E402
 
+sys.path.insert(0, str(Path(__file__).parent))
+from bench_hypergrad import contenders, in_turns, peers, problem, ratio # noqa: E402
+from bench_hypergrad import peak_memory as peak_bytes # noqa: E402
+
 from hpl_nb.bench import peak_memory # noqa: E402
 from hpl_nb.data.core import StreamSettings # noqa: E402
 from hpl_nb.estimator import SemiSupervisedRegressor # noqa: E402
 from hpl_nb.models import mlp # noqa: E402
 from hpl_nb.training.state import OptimizerSettings, Train # noqa: E402
 
-FILE = Path(__file__).resolve().parents[1]/"data"/"results"/"bench"/"growth.csv"
+FOLDER = Path(__file__).resolve().parents[1]/"data"/"results"/"bench"
 COLUMNS, STEPS, TREES, RATE = 20, 300, 100, 1e-3
 
 
@@ -48,6 +52,7 @@ class Size(NamedTuple):
 
 
 GROWTH = {"rows": (1_000, 100_000, 1_000_000), "width": (16, 256, 1024), "batch": (8, 128, 256), "outputs": (4, 16)}
+HEADS = [(512, 32, 1), (16, 32, 1), (64, 32, 1), (2048, 32, 1), (512, 8, 1), (512, 256, 1), (512, 32, 4), (512, 32, 16)] # d, n, K
 SIZES = [Size(), *(Size(**{name: value}) for name, values in GROWTH.items() for value in values)]
 
 
@@ -180,8 +185,6 @@ def now(): return np.array([time.perf_counter(), time.process_time()])
 
 def measure(name, size):
     "Milliseconds of a step (of boosting: of a tree), seconds of the fit, microseconds of predicting a row, MB that the fit needs."
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
     (X, y), steps = table(size), defaultdict(list)
     register_optimizer_step_post_hook(lambda optimizer, *_: steps[id(optimizer)].append(now())) # HPL has two, each of which steps once
     memory, start = peak_memory(), now()
@@ -201,17 +204,36 @@ def in_fork(*arguments):
 
 def warm_up():
     "What is imported or allocated by a first fit is none of what the measured ones cost: the processes of these begin after it."
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
     for fit in FITS.values(): fit(*table(Size(1000)), Size(1000))
 
 
-def add_missing(file, rounds, sizes=SIZES):
+def there(file, columns):
+    "What a file holds already, by some of its columns."
+    return {*pd.read_csv(file)[columns].itertuples(index=False, name=None)} if file.exists() else set()
+
+
+def append(file, rows): pd.DataFrame(rows).to_csv(file, mode="a", header=not file.exists(), index=False, float_format="%.4g")
+
+
+def add_fits(file, rounds, sizes=SIZES):
     "Measure what a file lacks, row by row, each size with all contestants in turns."
     keys = ["round", "name", *Size._fields]
-    there = {*pd.read_csv(file)[keys].itertuples(index=False, name=None)} if file.exists() else set()
+    done = there(file, keys)
     for turn, size, name in product(range(rounds), sizes, FITS):
-        if (key := (turn, name, *size)) in there: continue
-        pd.DataFrame([dict(zip(keys, key)) | in_fork(name, size)]).to_csv(
-            file, mode="a", header=not file.exists(), index=False, float_format="%.4g")
+        if (key := (turn, name, *size)) not in done: append(file, [dict(zip(keys, key)) | in_fork(name, size)])
+
+
+def add_hypergradients(file, sizes=HEADS):
+    "The same for one hypergradient by the closed form, by the fewest operations that give its numbers, and by its peers."
+    names, done = ["ours", "fewest", *peers()], there(file, ["optimizer", "d", "n", "K"])
+    for kind, size in product((torch.optim.SGD, torch.optim.Adam), sizes):
+        if (kind.__name__, *size) in done: continue
+        timed = contenders(problem(*size, kind), peers(), None)
+        seconds = in_turns({name: timed[name] for name in names})
+        append(file, [dict(zip(("optimizer", "d", "n", "K", "name"), (kind.__name__, *size, name))) | {
+            "us": 1e6*np.median(seconds[name]), "ratio": ratio(seconds, name, "ours"), "KB": peak_bytes(timed[name])/2**10} for name in names])
 
 
 def ratios(file):
@@ -220,9 +242,11 @@ def ratios(file):
     return rows.div(rows["bare loop"], axis=0).groupby(level=[*Size._fields]).median().round(2)
 
 
-def main(file=FILE, rounds=3):
-    add_missing(Path(file), int(rounds))
-    print(ratios(file).to_string())
+def main(folder=FOLDER, rounds=3):
+    warm_up()
+    add_fits(Path(folder)/"growth.csv", int(rounds))
+    add_hypergradients(Path(folder)/"hypergradient.csv")
+    print(ratios(Path(folder)/"growth.csv").to_string())
 
 
 if __name__ == "__main__": main(*sys.argv[1:])
