@@ -24,14 +24,17 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 import torch
 from PIL import Image
+from plotly.subplots import make_subplots
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from . import figures
 from .core import HplError, seed_everything, whole_number
 from .data.core import SemiSupervisedData, Streams, StreamSettings, noise_view
 from .data.own import Split, from_arrays
@@ -373,6 +376,33 @@ def measure_profiles(bench:Bench)->pd.DataFrame: # one below the other, with the
         loops = {name: our_loop(bench, benched()[name], root, folder) if bench.end_to_end else table_loop(bench, benched()[name])
                  for name in names}
         return pd.concat({name: step_profile(loop) for name, loop in loops.items()}, names=["method"]).reset_index("method")
+
+
+# %% ../nbs/82_bench.ipynb #82f00007
+def grown(table:pd.DataFrame, base:Mapping[str, int], size:str)->pd.DataFrame: # by name and size
+    "Medians over the rounds where all sizes but one are the base's."
+    same = [name for name in base if name != size]
+    some = table[(table[same] == pd.Series(base)[same]).all(axis=1)]
+    return some.groupby(["name", size]).median(numeric_only=True)
+
+def relative(table:pd.DataFrame, base:Mapping[str, int], to:str="bare loop", measure:str="cpu_ms")->pd.DataFrame: # sizes x names
+    "Medians over the rounds of a measure over that of another name in the same round."
+    values = table.pivot(index=["round", *base], columns="name", values=measure)
+    return values.div(values[to], axis=0).groupby(level=[*base]).median()
+
+def growth_chart(table:pd.DataFrame, base:Mapping[str, int], measures:Mapping[str, str], title:str)->go.Figure: # measures: column, axis
+    "A line for each name, logarithmic in both directions."
+    figure = make_subplots(len(measures), len(base), shared_xaxes="columns", shared_yaxes="rows", horizontal_spacing=.03,
+                           vertical_spacing=.06)
+    for (column, size), (name, style) in itertools.product(enumerate(base, 1), figures.method_styles(table["name"]).items()):
+        some = grown(table, base, size).loc[name]
+        for row, measure in enumerate(measures, 1):
+            figure.add_scatter(x=[*some.index], y=[float(f"{value:.4g}") for value in some[measure]], name=name, legendgroup=name,
+                               mode="lines+markers", line=dict(color=style.colour, dash=style.dash), marker_symbol=style.symbol,
+                               showlegend=column == row == 1, row=row, col=column)
+        figure.update_xaxes(title_text=size, row=len(measures), col=column)
+    for row, words in enumerate(measures.values(), 1): figure.update_yaxes(title_text=words, row=row, col=1)
+    return figures.finish(figure.update_xaxes(type="log", dtick=1).update_yaxes(type="log", dtick=1), title, 240*len(measures))
 
 
 # %% ../nbs/82_bench.ipynb #22016354

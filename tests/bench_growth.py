@@ -5,7 +5,7 @@
 
 Each fit has a process of its own with one thread; fits of one size take turns. A step lasts from one `optimizer.step()` to the next.
 Peers that are not installed are left out. No other file needs them, so they are best in an environment of their own, beside the package:
-`pip install skorch optree tabulate torchopt higher` and `pip install --no-deps lamda-ssl` (it asks for torchtext and torch-geometric, and uses neither).
+`pip install skorch torchopt higher` and `pip install --no-deps lamda-ssl`, which asks for torchtext and torch-geometric, and uses neither.
 """
 import copy
 import os
@@ -20,24 +20,24 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TQDM_DISABLE": "1"} # before NumPy and PyTorch
-import numpy as np # noqa: E402
-import pandas as pd # noqa: E402
-import torch # noqa: E402
-from sklearn.ensemble import HistGradientBoostingRegressor # noqa: E402
-from sklearn.multioutput import MultiOutputRegressor # noqa: E402
-from torch.nn.functional import mse_loss # noqa: E402
-from torch.optim.optimizer import register_optimizer_step_post_hook # noqa: E402
+os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TQDM_DISABLE": "1", "KINETO_LOG_LEVEL": "9"} # before NumPy, PyTorch
+import numpy as np  # noqa: E402
+import pandas as pd  # noqa: E402
+import torch  # noqa: E402
+from sklearn.ensemble import HistGradientBoostingRegressor  # noqa: E402
+from sklearn.multioutput import MultiOutputRegressor  # noqa: E402
+from torch.nn.functional import mse_loss  # noqa: E402
+from torch.optim.optimizer import register_optimizer_step_post_hook  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
-from bench_hypergrad import contenders, in_turns, peers, problem, ratio # noqa: E402
-from bench_hypergrad import peak_memory as peak_bytes # noqa: E402
+from bench_hypergrad import contenders, in_turns, peers, problem, ratio  # noqa: E402
+from bench_hypergrad import peak_memory as peak_bytes  # noqa: E402
 
-from hpl_nb.bench import peak_memory # noqa: E402
-from hpl_nb.data.core import StreamSettings # noqa: E402
-from hpl_nb.estimator import SemiSupervisedRegressor # noqa: E402
-from hpl_nb.models import mlp # noqa: E402
-from hpl_nb.training.state import OptimizerSettings, Train # noqa: E402
+from hpl_nb.bench import peak_memory, relative  # noqa: E402
+from hpl_nb.data.core import StreamSettings  # noqa: E402
+from hpl_nb.estimator import SemiSupervisedRegressor  # noqa: E402
+from hpl_nb.models import mlp  # noqa: E402
+from hpl_nb.training.state import OptimizerSettings, Train  # noqa: E402
 
 FOLDER = Path(__file__).resolve().parents[1]/"data"/"results"/"bench"
 COLUMNS, STEPS, TREES, RATE = 20, 300, 100, 1e-3
@@ -157,7 +157,8 @@ def lamda_ssl(X, y, size):
     def sampler(): return RandomSampler(replacement=True, num_samples=STEPS*size.batch)
     model = MeanTeacherReg(network=network(size), optimizer=Adam(lr=RATE), scheduler=None, lambda_u=1., ema_decay=.99, epoch=1,
                            num_it_epoch=STEPS, labeled_sampler=sampler(), unlabeled_sampler=sampler(),
-                           labeled_dataloader=LabeledDataLoader(batch_size=size.batch, **loader), unlabeled_dataloader=UnlabeledDataLoader(**loader),
+                           labeled_dataloader=LabeledDataLoader(batch_size=size.batch, **loader),
+                           unlabeled_dataloader=UnlabeledDataLoader(**loader),
                            test_dataloader=UnlabeledDataLoader(batch_size=4096, num_workers=0, prefetch_factor=None))
     return model.fit(X[known], y[known], X[~known]).predict
 
@@ -190,7 +191,7 @@ def measure(name, size):
     memory, start = peak_memory(), now()
     predict = FITS[name](X, y, size)
     memory, end = peak_memory() - memory, now()
-    predict(X := X[:20_000])
+    predict(X := X[:100_000])
     predicting = 1e6*(now() - end)/len(X)
     step = np.median(np.concatenate([np.diff(times, axis=0) for times in steps.values()]), axis=0) if steps else (end - start)/TREES
     pairs = {"ms": 1e3*step, "fit_seconds": end - start, "predict_us": predicting}
@@ -232,21 +233,16 @@ def add_hypergradients(file, sizes=HEADS):
         if (kind.__name__, *size) in done: continue
         timed = contenders(problem(*size, kind), peers(), None)
         seconds = in_turns({name: timed[name] for name in names})
-        append(file, [dict(zip(("optimizer", "d", "n", "K", "name"), (kind.__name__, *size, name))) | {
-            "us": 1e6*np.median(seconds[name]), "ratio": ratio(seconds, name, "ours"), "KB": peak_bytes(timed[name])/2**10} for name in names])
-
-
-def ratios(file):
-    "Medians over the rounds of processor time a step over that of the bare loop in the same round."
-    rows = pd.read_csv(file).pivot(index=["round", *Size._fields], columns="name", values="cpu_ms")
-    return rows.div(rows["bare loop"], axis=0).groupby(level=[*Size._fields]).median().round(2)
+        common = dict(zip(("optimizer", "d", "n", "K"), (kind.__name__, *size)))
+        append(file, [common | {"name": name, "us": 1e6*np.median(seconds[name]), "ratio": ratio(seconds, name, "ours"),
+                                "KB": peak_bytes(timed[name])/2**10} for name in names])
 
 
 def main(folder=FOLDER, rounds=3):
     warm_up()
     add_fits(Path(folder)/"growth.csv", int(rounds))
     add_hypergradients(Path(folder)/"hypergradient.csv")
-    print(ratios(Path(folder)/"growth.csv").to_string())
+    print(relative(pd.read_csv(Path(folder)/"growth.csv"), Size()._asdict()).round(2).to_string())
 
 
 if __name__ == "__main__": main(*sys.argv[1:])
