@@ -46,7 +46,7 @@ class Standardizer:
         return ((x - mean)/scale).float()
 
     @cached_property
-    def tensors(self)->tuple[Tensor, Tensor]: return torch.tensor(self.mean, dtype=torch.float64), torch.tensor(self.scale, dtype=torch.float64)
+    def tensors(self)->tuple[Tensor, ...]: return tuple(torch.tensor(values, dtype=torch.float64) for values in (self.mean, self.scale))
 
 # %% ../../nbs/14c_data.views.ipynb #545ce38a
 @usual_settings()

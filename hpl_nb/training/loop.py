@@ -59,13 +59,13 @@ def fit(
     settings, folder, place = settings or Train(), RunFolder(folder) if folder else None, next(method.parameters()).device
     check_place(data, settings, folder, workers)
     try:
-        with OwnGenerators() as own:
+        with OwnGenerators() as own, cpu_threads(method, settings.threads, place) as fewer:
             as_trainable(method, data)
             training = open_training(method, data, settings, seed, make_accelerator(settings.precision, trackers, folder))
             accelerator, at, guard = training.accelerator, training.progress, training.guard
             config = run_config(method, training.data, training.settings, seed, accelerator.num_processes, experiment)
             evaluator = Evaluator(method, training.data, accelerator, seed, guard.refuse, progress and accelerator.is_main_process)
-            log = Log(evaluator, at, folder, config, settings.record_every)
+            log = Log(evaluator, at, folder, config, settings.record_every, fewer)
             checkpoint = Checkpoint(folder, method, training.schedulers, accelerator, at, config, checkpoint_seconds)
             with explain_lost_processes(accelerator, workers), claimed(folder, config, accelerator, trackers, method.share_of_run):
                 seed_everything(seed, accelerator.process_index)
@@ -113,6 +113,19 @@ def save(guard:Guard, checkpoint:Checkpoint, log:Log)->None:
     guard.check()
     checkpoint.save()
     log.write()
+
+# %% ../../nbs/51_training.loop.ipynb #51a4c0de
+SMALL = 1_000_000 # weights
+
+@contextmanager
+def cpu_threads(method:Trainable, asked:int|None, device:torch.device)->Iterator[str]:
+    "So many threads within the block, and what there is to say of it; a small network on the CPU takes one unless more are asked for."
+    before, weights = torch.get_num_threads(), sum(p.numel() for p in method.parameters())
+    small = device.type == "cpu" and not torch.cuda.is_available() and weights < SMALL
+    torch.set_num_threads(asked or (1 if small else before))
+    try: yield ", one thread" if asked is None and small and before > 1 else ""
+    finally: torch.set_num_threads(before)
+
 
 # %% ../../nbs/51_training.loop.ipynb #0880beee
 @dataclass
@@ -189,12 +202,13 @@ class Log:
     folder:RunFolder|None # None: nothing is written
     config:Mapping[str, Any] # the run's
     record_every:int=0 # epochs
+    remark:str="" # beside the bar
 
     @contextmanager
     def bar(self)->Iterator[Callable[[], None]]:
         "A progress bar, to be called after each step."
         at = self.progress
-        with tqdm(total=at.steps, initial=at.step, desc=self.config["method"], disable=not self.evaluator.show,
+        with tqdm(total=at.steps, initial=at.step, desc=self.config["method"] + self.remark, disable=not self.evaluator.show,
                   delay=1) as bar: # shorter runs need none
             def advance():
                 bar.update()
@@ -334,9 +348,9 @@ def place_method(method:Trainable, settings:Train, accelerator:Accelerator)->dic
     method.to(accelerator.device).train()
     for tensor in [*method.parameters(), *method.buffers()]:
         if accelerator.num_processes > 1: torch.distributed.broadcast(tensor.data, 0)
-    if accelerator.num_processes > 1:
-        method.processes, method.gather = accelerator.num_processes, accelerator.gather
-        method.reduce = lambda tensor: accelerator.reduce(tensor, "mean")
+    method.processes, several = accelerator.num_processes, accelerator.num_processes > 1
+    method.gather = accelerator.gather if several else lambda tensor: tensor
+    method.reduce = (lambda tensor: accelerator.reduce(tensor, "mean")) if several else lambda tensor: tensor
     method.optimizers = method.make_optimizers(settings.optimizer)
     every, decay = settings.optimizer.decay_every, settings.optimizer.decay
     schedulers = {name: torch.optim.lr_scheduler.StepLR(optimizer, every, decay) if every else

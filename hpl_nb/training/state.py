@@ -89,9 +89,10 @@ class Train(Settings):
     accumulate:int=1 # micro-batches per step: each step's batches are cut into so many
     patience:int|None=None # stop after so many epochs without a better validation MSE
     record_every:int=0 # save predictions every N epochs (0: of the selected and the last epoch only)
+    threads:int|None=field(default=None, compare=False) # of the CPU; None: one for a small network, PyTorch's number for others
 
     def check(self)->None:
-        for name in ("epochs", "accumulate", "iterations_per_epoch", "patience"):
+        for name in ("epochs", "accumulate", "iterations_per_epoch", "patience", "threads"):
             if (value := getattr(self, name)) is not None: whole_number(name, value)
         if self.record_every < 0: raise HplError(f"record_every is {self.record_every}; give 0 (never) or a number of epochs.")
 
