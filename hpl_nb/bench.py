@@ -63,7 +63,7 @@ class Bench(Settings):
     threads:int=1 # CPU threads
     methods:tuple[str, ...]=() # names of the table's first column; empty: all
     end_to_end:bool=False # not the methods, but HPL with its input from files, beside a loop like the release's
-    profile:bool=False # where a step's processor time goes: of methods on a table, or with end_to_end on pictures from files
+    profile:bool=False # where a step's time goes: of methods on a table, or with end_to_end on pictures from files
     root:str="" # end to end: a folder of UTKFace; empty: made-up pictures
     pixels:Literal["memory", "disk", "device"]="device" # end to end: where ours keeps pictures
     precision:Literal["no", "bf16", "fp16"]="no" # end to end: of ours
@@ -348,10 +348,10 @@ def table_loop(bench:Bench, method:MethodSettings, rows:int=10_000)->Loop: # a t
 
 
 # %% ../nbs/82_bench.ipynb #82f00004
-def step_profile(loop:Loop, steps:int=200, most:int=5)->pd.DataFrame: # part, calls and microseconds a step, share of the time
+def step_profile(loop:Loop, steps:int, most:int=5)->pd.DataFrame: # part, calls and microseconds a step, share of the time
     "Tensor maths, what is outside, and the costliest `most` of either."
     loop = replace(loop, clock=time.perf_counter) # as the profilers
-    loop.run(10)
+    loop.run(5)
     with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as operators: whole, _ = loop.run(steps)
     with cProfile.Profile() as functions: slowed, _ = loop.run(steps)
     maths = [(event.key, event.count, event.self_cpu_time_total/1e6) for event in operators.key_averages()
@@ -375,7 +375,7 @@ def measure_profiles(bench:Bench)->pd.DataFrame: # one below the other, with the
         if bench.end_to_end: root = bench.root or made_up_faces(Path(folder), 40*bench.batch)
         loops = {name: our_loop(bench, benched()[name], root, folder) if bench.end_to_end else table_loop(bench, benched()[name])
                  for name in names}
-        return pd.concat({name: step_profile(loop) for name, loop in loops.items()}, names=["method"]).reset_index("method")
+        return pd.concat({name: step_profile(loop, 5*bench.rounds) for name, loop in loops.items()}, names=["method"]).reset_index("method")
 
 
 # %% ../nbs/82_bench.ipynb #82f00007
