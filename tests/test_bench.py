@@ -101,11 +101,10 @@ def test_what_is_wrong_is_said(settings, says, tmp_path, capsys):
 
 # ---- profile
 
-@pytest.mark.parametrize("settings", [{}, {"end_to_end": True, "depth": 18, "size": 16}], ids=["table", "pictures"])
-def test_profile_of_a_step(settings, tmp_path, capsys, monkeypatch):
+def test_profile_of_a_step(tmp_path, capsys, monkeypatch):
     "Tensor maths and what is outside make the whole; the operators that are named are part of the former."
     monkeypatch.setattr("hpl_nb.bench.alone", lambda threads, function, *arguments: function(*arguments))
-    command(profile=True, batch=4, rounds=1, methods="MeanTeacher", out=tmp_path/"profile.csv", **settings)
+    command(profile=True, batch=4, rounds=1, methods="MeanTeacher", out=tmp_path/"profile.csv")
     table, printed = pd.read_csv(tmp_path/"profile.csv"), capsys.readouterr().out
     assert [*table["method"].unique()] == ["PseudoLabel", "MeanTeacher"] and "a step" in printed
     for _, rows in table.set_index("part").groupby("method"):
