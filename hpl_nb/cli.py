@@ -5,6 +5,7 @@
 # %% ../nbs/90_cli.ipynb #356b29d8
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import sys
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, 
 from importlib.resources import files
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -33,12 +34,13 @@ if TYPE_CHECKING:
 # %% ../nbs/90_cli.ipynb #5910435e
 _FLAT = tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff, tyro.conf.SuppressFixed # fixed: what is no text, such as a class
 
-def _command(name:str, words:Sequence[str], made:Callable[[], Any], about:str="")->None: # about: of one with subcommands
+def _command(name:str, words:Sequence[str], made:Callable[[_Known|_Stored], Any], about:str="")->None: # about: of one with subcommands
     "Parse a command line and carry it out; an `HplError` is printed without a traceback, Ctrl-C says how to go on."
     kind = None
     if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="backslashreplace") # a terminal may lack a folder's letters
     try:
-        kind = _subcommands(name, words, made) if about else made()
+        kind = made(_Stored() if words[-1:] in (["-h"], ["--help"]) else _Known())
+        if about: kind = _subcommands(name, words, kind)
         _parsed(kind, name, words, about).run()
     except KeyboardInterrupt: sys.exit("Interrupted. What was checkpointed is kept; the same command goes on from there.")
     except ValueError as error:
@@ -81,15 +83,68 @@ def _with_parts(name:str, about:str, flags:Any, **parts:Any)->type:
     return make_dataclass(name, given, frozen=True, namespace={"__doc__": about, "run": lambda self, *more: self.flags.run(self, *more)})
 
 # %% ../nbs/90_cli.ipynb #2607e3bf
-def _listed(name:str)->dict[str, str]:
-    "What is known about a command's subcommands without importing them."
-    return json.loads((files("hpl_nb")/"resources"/"commands.json").read_text(encoding="utf-8"))[name]
+class _Known:
+    "The settings that commands are made from. Each is imported when a command needs it, because its module imports PyTorch."
+    def methods(self)->dict[str, Any]:
+        from hpl_nb.methods.known import known_methods
+        return known_methods()
 
-def _subcommands(name:str, words:Sequence[str], made:Callable[[], Mapping[str, type]])->Any:
-    "All subcommands of a command; where only their list is wanted, empty ones."
-    if words in (["-h"], ["--help"]): return _choice({word: make_dataclass(word, (), namespace={"__doc__": about})
-                                                      for word, about in _listed(name).items()})
-    kinds = made()
+    def datasets(self)->dict[str, dict[str, Any]]:
+        from hpl_nb.experiment import DATASETS
+        return {known.data.short: {"data": known.data, "model": known.model, "train": known.train} for known in DATASETS}
+
+    def files(self)->Any:
+        from hpl_nb.protocols import Files
+        return Files()
+
+    def bench(self)->Any:
+        from hpl_nb.bench import Bench
+        return Bench()
+
+# %% ../nbs/90_cli.ipynb #2607e3c0
+_TYPES = {inspect.formatannotation(kind): kind for kind in (bool, int, float, str, int|None, float|None, tuple[str, ...])}
+
+def _shown(value:Any)->dict[str, Any]:
+    "What help shows of settings, as JSON. A field that the command line cannot set, such as a class, is left out."
+    kind, shown = type(value), {}
+    comments = {name: said for base in reversed(kind.__mro__) if is_dataclass(base)
+                for name, said in re.findall(r"^    (\w+):.* # (.*)$", inspect.getsource(base), re.MULTILINE)}
+    for name, given in get_type_hints(kind).items():
+        default, text, said = getattr(value, name), inspect.formatannotation(given), {"help": comments.get(name)}
+        if is_dataclass(default): shown[name] = said | {"type": _shown(default)}
+        elif get_origin(given) is Literal: shown[name] = said | {"type": [*get_args(given)], "default": default}
+        elif text in _TYPES: shown[name] = said | {"type": text, "default": default}
+    return {"about": kind.__doc__, "fields": shown}
+
+# %% ../nbs/90_cli.ipynb #2607e3c1
+def _stand_in(shown:Mapping[str, Any])->Any:
+    "The inverse of `_shown`: settings of the same fields, which help cannot tell from the true ones."
+    def given(name:str, kind:Any, said:str|None, default:Any)->tuple[str, Any, Any]:
+        if isinstance(kind, dict): kind, default = type(made := _stand_in(kind)), made
+        else: kind = Literal[tuple(kind)] if isinstance(kind, list) else _TYPES[kind]
+        if isinstance(default, list): default = tuple(default)
+        alone = object() # equal to nothing else, or typing would take Literal["b", "a"] for an earlier Literal["a", "b"]
+        return name, Annotated[kind, tyro.conf.arg(help=said), alone], field(default=default)
+    parts = [given(name, part["type"], part["help"], part.get("default")) for name, part in shown["fields"].items()]
+    return make_dataclass("Settings", parts, frozen=True, namespace={"__doc__": shown["about"]})()
+
+# %% ../nbs/90_cli.ipynb #2607e3c3
+class _Stored:
+    "What help is made from instead of `_Known`."
+    def __init__(self): self.shown = json.loads((files("hpl_nb")/"resources"/"commands.json").read_text(encoding="utf-8"))
+
+    def methods(self)->dict[str, Any]: return {name: _stand_in(shown) for name, shown in self.shown["methods"].items()}
+
+    def datasets(self)->dict[str, dict[str, Any]]:
+        return {name: {part: _stand_in(shown) for part, shown in parts.items()} for name, parts in self.shown["datasets"].items()}
+
+    def files(self)->Any: return _stand_in(self.shown["files"])
+
+    def bench(self)->Any: return _stand_in(self.shown["bench"])
+
+# %% ../nbs/90_cli.ipynb #2607e3c2
+def _subcommands(name:str, words:Sequence[str], kinds:Mapping[str, type])->Any:
+    "All subcommands of a command; an unknown one is answered with the nearest."
     if words[0].startswith("-") or words[0] in kinds: return _choice(kinds)
     from hpl_nb.settings import unknown_name
     raise unknown_name(words[0], [*kinds], name, "command")
@@ -168,20 +223,17 @@ def _described(run:Run, folder:str|Path)->str:
             f"Predictions: {Path(folder)/'predictions.parquet'}. Figures: hpl_figures {folder}")
 
 # %% ../nbs/90_cli.ipynb #53e1bef6
-def _on_each_dataset(flags:Any)->dict[str, type]:
+def _on_each_dataset(flags:Any, known:_Known|_Stored)->dict[str, type]:
     "A command for each known dataset, with its own defaults."
-    from hpl_nb.experiment import DATASETS
-    return {known.data.short: _with_parts(known.data.short, type(known.data).__doc__, flags, data=known.data, model=known.model,
-                                          train=known.train) for known in DATASETS}
+    return {name: _with_parts(name, type(parts["data"]).__doc__, flags, **parts) for name, parts in known.datasets().items()}
 
-def _of_each_method()->dict[str, type]:
+def _of_each_method(known:_Known|_Stored)->dict[str, type]:
     "A command for each known method, with all datasets."
-    from hpl_nb.methods.known import known_methods
-    datasets = _choice(_on_each_dataset(_TrainFlags()))
-    def command(method:MethodSettings):
-        return make_dataclass(method.short, [("on", datasets), ("method", type(method), field(default=method))], frozen=True,
+    datasets = _choice(_on_each_dataset(_TrainFlags(), known))
+    def command(name:str, method:MethodSettings):
+        return make_dataclass(name, [("on", datasets), ("method", type(method), field(default=method))], frozen=True,
                               namespace={"__doc__": type(method).__doc__, "run": lambda self: self.on.run(self.method)})
-    return {name: command(method) for name, method in known_methods().items()}
+    return {name: command(name, method) for name, method in known.methods().items()}
 
 # %% ../nbs/90_cli.ipynb #d5fce4d2
 def hpl_train(
@@ -235,14 +287,16 @@ def hpl_compare(
     arguments:Sequence[str]|None=None, # as typed; None: of this process
 )->None:
     "Methods x label ratios x seeds as a table beside the paper's numbers; what is done is skipped."
-    _command("hpl_compare", _typed(arguments), lambda: _on_each_dataset(_CompareFlags()), hpl_compare.__doc__)
+    _command("hpl_compare", _typed(arguments), lambda known: _on_each_dataset(_CompareFlags(), known), hpl_compare.__doc__)
 
 # %% ../nbs/90_cli.ipynb #8d07a1aa
 def write_commands(path:str|Path="")->None: # empty: where help reads it
-    "Write the list of methods and datasets that help reads."
-    made = {"hpl_train": _of_each_method(), "hpl_compare": _on_each_dataset(_CompareFlags())}
-    sentences = {command: {name: _about(kind) for name, kind in kinds.items()} for command, kinds in made.items()}
-    Path(path or files("hpl_nb")/"resources"/"commands.json").write_text(json.dumps(sentences, indent=1) + "\n", encoding="utf-8")
+    "Write what help shows of all settings."
+    known = _Known()
+    stored = {"methods": {name: _shown(method) for name, method in known.methods().items()},
+              "datasets": {name: {part: _shown(value) for part, value in parts.items()} for name, parts in known.datasets().items()},
+              "files": _shown(known.files()), "bench": _shown(known.bench())}
+    Path(path or files("hpl_nb")/"resources"/"commands.json").write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
 
 # %% ../nbs/90_cli.ipynb #2b310ba7
 @dataclass(frozen=True)
@@ -277,9 +331,7 @@ def hpl_queue(
     arguments:Sequence[str]|None=None, # as typed; None: of this process
 )->None:
     "Train what is missing of a protocol, the most valuable first."
-    def command():
-        from hpl_nb.protocols import Files
-        return _with_parts("hpl_queue", hpl_queue.__doc__, _QueueFlags(), files=Files())
+    def command(known): return _with_parts("hpl_queue", hpl_queue.__doc__, _QueueFlags(), files=known.files())
     _command("hpl_queue", _typed(arguments, ""), command)
 
 # %% ../nbs/90_cli.ipynb #beb564cc
@@ -302,7 +354,7 @@ def hpl_store(
     arguments:Sequence[str]|None=None, # as typed; None: of this process
 )->None:
     "Gather runs that were made elsewhere, or convert those of an earlier version."
-    _command("hpl_store", _typed(arguments), lambda: _Store)
+    _command("hpl_store", _typed(arguments), lambda _: _Store)
 
 # %% ../nbs/90_cli.ipynb #d90d08c1
 @dataclass(frozen=True)
@@ -323,7 +375,7 @@ def hpl_figures(
     arguments:Sequence[str]|None=None, # as typed; None: of this process
 )->None:
     "The paper's figures of finished runs, in one self-contained file."
-    _command("hpl_figures", _typed(arguments), lambda: _Figures)
+    _command("hpl_figures", _typed(arguments), lambda _: _Figures)
 
 # %% ../nbs/90_cli.ipynb #299dc93c
 @dataclass(frozen=True)
@@ -352,7 +404,7 @@ def hpl_demo(
     arguments:Sequence[str]|None=None, # as typed; None: of this process
 )->None:
     "Six methods (or all) on rotated digits."
-    _command("hpl_demo", _typed(arguments, ""), lambda: _Demo)
+    _command("hpl_demo", _typed(arguments, ""), lambda _: _Demo)
 
 # %% ../nbs/90_cli.ipynb #e3fc4a3a
 @dataclass(frozen=True)
@@ -371,7 +423,5 @@ def hpl_bench(
     arguments:Sequence[str]|None=None, # as typed; None: of this process
 )->None:
     "Time and memory per iteration of each method beside the paper's (Table 5), or the speed of the whole loop."
-    def command():
-        from hpl_nb.bench import Bench
-        return _with_parts("hpl_bench", hpl_bench.__doc__, _BenchFlags(), bench=Bench())
+    def command(known): return _with_parts("hpl_bench", hpl_bench.__doc__, _BenchFlags(), bench=known.bench())
     _command("hpl_bench", _typed(arguments, ""), command)

@@ -63,9 +63,14 @@ def starting_point(model:BaseEstimator, settings:MethodSettings, data:SemiSuperv
     is_table = isinstance(data.inputs, Tensor) and data.inputs.ndim == 2
     return ridge_of(data) if is_table and model.network is None and settings.predicts_by_head else None
 
+def normalised_rows(data:SemiSupervisedData)->tuple[np.ndarray, np.ndarray]:
+    "Labelled rows in the plain view, (n, d), and their normalised labels, (n, K)."
+    x = data.plain(data.inputs[data.labelled], None).flatten(1).double().numpy()
+    return x, data.normalizer.normalize(data.targets[data.labelled])
+
 def ridge_of(data:SemiSupervisedData)->RidgeCV:
     "Ridge regression of the normalised labels on the plain view of the labelled rows; leave-one-out errors choose the penalty."
-    x, y = data.plain(data.inputs[data.labelled], None).flatten(1).double().numpy(), data.normalizer.normalize(data.targets[data.labelled])
+    x, y = normalised_rows(data)
     return RidgeCV(PENALTIES if len(x) > 2 else PENALTIES[-1:]).fit(x, y)
 
 @torch.no_grad()
@@ -167,13 +172,18 @@ def with_validation_rows(data:SemiSupervisedData)->SemiSupervisedData:
     "All labelled rows train."
     return replace(data, labelled=np.sort(np.concatenate([data.labelled, data.val])), val=data.val[:0], normalizer=None, label_ratio=None)
 
-def epochs_worth(run:Run, data:SemiSupervisedData, ridge:RidgeCV)->int:
+def left_out_errors(data:SemiSupervisedData, ridge:RidgeCV)->np.ndarray:
+    "Squared errors of ridge regression of this penalty on each labelled row, fitted to all the others: (n, K), label units squared."
+    x, y = normalised_rows(data)
+    errors = RidgeCV([ridge.alpha_], store_cv_results=True).fit(x, y).cv_results_
+    return errors.reshape(y.shape)*np.square(data.normalizer.scale)
+
+def epochs_worth(run:Run, data:SemiSupervisedData, everything:SemiSupervisedData, ridge:RidgeCV)->int:
     "The selected epoch, or 0 where its squared errors on the validation rows are not clearly smaller than those of ridge regression."
     table = selected(run)
     found = table[table["split"] == "val"].pivot(index="index", columns="output", values="y_pred").loc[data.val].to_numpy()
-    x, y = data.plain(data.inputs[data.val], None).double().numpy(), data.targets[data.val]
-    linear = data.normalizer.denormalize(ridge.predict(x).reshape(len(x), -1))
-    better = (((linear - y)**2 - (found - y)**2)/np.square(data.normalizer.scale)).mean(axis=1)
+    linear = left_out_errors(everything, ridge)[np.searchsorted(everything.labelled, data.val)]
+    better = ((linear - (found - data.targets[data.val])**2)/np.square(data.normalizer.scale)).mean(axis=1)
     return run.metrics["epoch"] if len(better) > 1 and ttest_1samp(better, 0, alternative="greater").pvalue < .05 else 0
 
 # %% ../nbs/82c_defaults.ipynb #5a20d007
@@ -217,8 +227,9 @@ def train_twice(model:BaseEstimator, settings:MethodSettings, data:SemiSupervise
     first, predictor = Trained(method, data, run, target), Predictor.from_method(method, data)
     with OwnGenerators(): warn_of_views(data, predictor)
     if not run.finished or not len(data.val) or ridge is None: return predictor, first, first
-    if (epochs := epochs_worth(run, data, ridge)) and method.share_of_run: return predictor, first, first
     everything = with_validation_rows(data)
-    method, run = train_once(model, settings, everything, seed, starting_point(model, settings, everything), epochs)
+    ridge = ridge_of(everything)
+    if (epochs := epochs_worth(run, data, everything, ridge)) and method.share_of_run: return predictor, first, first
+    method, run = train_once(model, settings, everything, seed, ridge, epochs)
     again = Predictor.from_method(method, everything)
     return replace(again, errors=predictor.errors, deviations=predictor.deviations), first, Trained(method, everything, run, target)

@@ -12,6 +12,7 @@ import json
 import re
 from collections import namedtuple
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +35,15 @@ DASHED = dict(color=GREY, dash="dash") # of a line to compare with
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "x", "star")
 _AXIS = dict(gridcolor=GRID, zeroline=False, linecolor=GREY, ticks="outside", tickcolor=GREY, automargin=True,
              title=dict(standoff=8, font=dict(size=13)))
-_TEMPLATE = go.layout.Template(layout=dict(
-    paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", colorway=palette, xaxis=_AXIS, yaxis=_AXIS,
-    font=dict(color="#767676", size=13, family="system-ui, sans-serif"), showlegend=True, hovermode="closest",
-    legend=dict(orientation="h", x=0, y=1, yanchor="bottom"), dragmode=False, autosize=True, margin=dict(l=8, r=8, t=64, b=8),
-    modebar=dict(bgcolor="rgba(0,0,0,0)", color=GREY, activecolor=palette.blue)))
+
+@cache
+def _template():
+    "The common look. It is made with the first figure, because it makes plotly load its validators."
+    return go.layout.Template(layout=dict(
+        paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", colorway=palette, xaxis=_AXIS, yaxis=_AXIS,
+        font=dict(color="#767676", size=13, family="system-ui, sans-serif"), showlegend=True, hovermode="closest",
+        legend=dict(orientation="h", x=0, y=1, yanchor="bottom"), dragmode=False, autosize=True, margin=dict(l=8, r=8, t=64, b=8),
+        modebar=dict(bgcolor="rgba(0,0,0,0)", color=GREY, activecolor=palette.blue)))
 
 def short(values):
     "Numbers to four digits, which is finer than a screen; they take half the space."
@@ -58,7 +63,7 @@ def finish(
     if y: figure.update_yaxes(title_text=y)
     heading = dict(text=title, x=0, xref="container", y=1, yref="container", yanchor="top", pad=dict(t=8, l=8), font_size=16)
     legend = dict(yref="container", y=1 - 36 / height, yanchor="top") # below the title, however many lines it takes
-    return figure.update_layout(template=_TEMPLATE, height=height, title=heading, legend=legend)
+    return figure.update_layout(template=_template(), height=height, title=heading, legend=legend)
 
 def reference(
     figure:go.Figure, # any

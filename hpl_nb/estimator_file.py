@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import skops.io
 import torch
 from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.compose import ColumnTransformer
@@ -48,8 +47,8 @@ def as_frame(columns:Mapping[str, Tensor|list[str]])->pd.DataFrame:
 @usual_settings()
 def estimator_content(model:BaseEstimator)->dict[str, Any]:
     "What an estimator's file holds: that of its predictor, and what is the estimator's own."
-    names = getattr(model, "feature_names_in_", None)
-    parts = {name: getattr(model, f"{name}_") for name in TRANSFORMERS}
+    import skops.io # here, because importing it takes .5 s, and only files need it
+    names, parts = getattr(model, "feature_names_in_", None), {name: getattr(model, f"{name}_") for name in TRANSFORMERS}
     written = {name: None if part is None else torch.tensor(bytearray(skops.io.dumps(part)), dtype=torch.uint8)
                for name, part in parts.items()}
     return predictor_content(model.predictor_) | {"estimator": {
@@ -106,12 +105,14 @@ HARMLESS = ("hpl_nb.data.columns.ColumnReader", "numpy.dtype", "sklearn.compose.
 
 def refuse_untrusted(content:bytes, part:str, path:str|Path, trusted:Sequence[str], call:str)->None:
     "Name the types of a preprocessor or a target that are not trusted; nothing is built."
+    import skops.io # here: see `estimator_content`
     if others := [name for name in skops.io.get_untrusted_types(data=content) if name not in (*HARMLESS, *trusted)]:
         raise HplError(f"the {part} in {path} is made of {', '.join(others)}, which might do anything when it is read. If you know "
                        f"where it comes from: {call}(path, trusted={others}).")
 
 def read_transformer(content:bytes, part:str, path:str|Path, trusted:Sequence[str])->TransformerMixin:
     "A transformer of trusted types."
+    import skops.io # here: see `estimator_content`
     refuse_untrusted(content, part, path, trusted, "load")
     return skops.io.loads(content, trusted=[*HARMLESS, *trusted])
 

@@ -3,7 +3,7 @@
     python tests/check.py                     # everything
     python tests/check.py --only ruff pytest  # some steps
     python tests/check.py --changed           # in three minutes: what your change can break, the nearest first
-    python tests/check.py --fix               # first clean, export and write README.md, as nbdev_prepare would; then check
+    python tests/check.py --fix               # first clean, export, write README.md and what help shows; then check
 """
 import argparse
 import difflib
@@ -150,14 +150,15 @@ def run_item(path, tests, until):
 
 
 def fix():
-    "What `nbdev_prepare` does, without tests and without Quarto."
-    return run(SCRIPTS/"nbdev_clean") + run(SCRIPTS/"nbdev_export") + run(sys.executable, "tests/pages.py", "--write")
+    "What `nbdev_prepare` does, without tests and without Quarto, and what help shows of all settings."
+    written = run(SCRIPTS/"nbdev_clean") + run(SCRIPTS/"nbdev_export") + run(sys.executable, "tests/pages.py", "--write")
+    return written + run(sys.executable, "-c", "from hpl_nb.cli import write_commands; write_commands()")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=list(STEPS), default=list(STEPS), metavar="STEP", help="some of: " + ", ".join(STEPS))
-    parser.add_argument("--fix", action="store_true", help="first clean the notebooks, export the modules and write README.md")
+    parser.add_argument("--fix", action="store_true", help="first clean, export, write README.md and what help shows")
     parser.add_argument("--changed", nargs="?", const="HEAD", metavar="COMMIT",
                         help="run only what differences from this commit (the last one) can break, as long as --minutes allow")
     parser.add_argument("--minutes", type=float, default=3, help="of --changed")

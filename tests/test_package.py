@@ -47,6 +47,25 @@ for module in {LIGHT}:
     assert not python(code)
 
 
+def test_the_estimator_imports_what_tables_need(tmp_path):
+    "Pictures, files, figures and notebooks import their own libraries, when they are used."
+    later = {*HEAVY, "skops", "plotly.graph_objs.layout", "pytest", "gpytorch"} - {"plotly"}
+    code = f"""
+import sys
+from hpl_nb import SemiSupervisedRegressor
+print(*{{"torch._dynamo", *{later}}} & set(sys.modules))
+import numpy as np
+X = np.random.default_rng(0).normal(size=(60, 3))
+model = SemiSupervisedRegressor(epochs=1, random_state=0, verbose=False).fit(X, np.where(np.arange(60) < 30, X[:, 0], np.nan))
+model.predict(X), model.predict_interval(X, .5)
+print(*{later} & set(sys.modules))
+model.save({str(tmp_path/"model.safetensors")!r})
+print(*{{"skops", "torchvision"}} & set(sys.modules))
+"""
+    at_first, after_fit, after_save = python(code).splitlines()
+    assert (at_first, after_fit, after_save) == ("", "", "skops")
+
+
 def test_import_is_quick():
     "`import hpl_nb` beside `import torch`, in turn; the quicker of two of each."
     def seconds(module):
@@ -59,17 +78,16 @@ def test_import_is_quick():
 
 
 COMMANDS = [line.partition("=")[0] for line in settings()["console_scripts"].split()]
-PAGES = {f"{name} --help": {"torch", *HEAVY, *LARGE} for name in COMMANDS} | {"hpl_train": {"torch", *HEAVY, *LARGE}} | {
-    line: {*HEAVY, *LARGE} - {"pandas", "accelerate"}
-    for line in ("hpl_queue --help", "hpl_bench --help", "hpl_train hpl_paper utkface --help")}
+PAGES = ["hpl_train", *(f"{name} --help" for name in COMMANDS), "hpl_train hpl_paper --help", "hpl_train hpl_paper utkface --help",
+         "hpl_compare stsb -h"]
 
 
 @pytest.mark.parametrize("line", PAGES)
 def test_help_is_light(line):
-    "What a help text imports: never what trains or draws, and PyTorch only where it shows the fields of a class that needs it."
+    "A help text imports neither PyTorch nor anything else that is large."
     command, *words = line.split()
     printed = python(f"import sys\nfrom hpl_nb.cli import {command}\ntry: {command}({words})\nexcept SystemExit: print(*sys.modules)")
-    assert printed.startswith(f"usage: {command}") and not set(printed.splitlines()[-1].split()) & PAGES[line]
+    assert printed.startswith(f"usage: {command}") and not set(printed.splitlines()[-1].split()) & {"torch", "numpy", *HEAVY, *LARGE}
 
 
 def test_help_is_quick():
@@ -81,7 +99,7 @@ def test_help_is_quick():
     def help_of(*words): return f"from hpl_nb.cli import hpl_train\ntry: hpl_train({[*words, '--help']})\nexcept SystemExit: pass"
     times = [[seconds(code) for code in ("import torch", help_of(), help_of("hpl_paper", "utkface"))] for _ in range(3)]
     ratios = [sorted(row[i]/row[0] for row in times)[1] for i in (1, 2)]
-    assert ratios[0] < .6 and ratios[1] < 2.5, f"help takes {ratios[0]:.2f}, of a method {ratios[1]:.2f} times as long as importing torch"
+    assert max(ratios) < .6, f"help takes {ratios[0]:.2f}, of a method {ratios[1]:.2f} times as long as importing torch"
 
 
 def test_commands_are_imported_without_effect():

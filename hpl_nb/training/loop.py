@@ -144,13 +144,12 @@ class Training:
         "Lines 8-11 of Algorithm 1, on this process's batches."
         method, accelerator, count = self.method, self.accelerator, self.settings.accumulate
         method.clock, parts = self.progress.clock, micro_batches(batch, count)
+        backward = Tensor.backward if accelerator.scaler is None else accelerator.backward
         if count > 1:
             with self.guard.blaming_samples(), accelerator.autocast(): method.before_parts(parts)
         for part in parts:
             with self.guard.blaming_samples(), accelerator.autocast(): losses = method.training_step(part)
-            loss = sum(losses.values())/count
-            if accelerator.scaler is None: loss.backward()
-            else: accelerator.backward(loss)
+            backward(sum(losses.values())/count)
             self.keep_record(losses)
         self.guard.watch(average_gradients(accelerator, method.optimizers["regressor"], self.guard.flags()))
         for optimizer in method.optimizers.values(): optimizer.step()
@@ -158,7 +157,6 @@ class Training:
         method.after_step()
         self.progress.step += 1
 
-    def has_ended(self)->bool: return self.progress.has_ended(self.settings)
 
 # %% ../../nbs/51_training.loop.ipynb #75bf5923
 @patch
@@ -168,6 +166,9 @@ def keep_record(self:Training, losses:Mapping[str, Tensor])->None:
     at, count = self.progress, self.settings.accumulate
     for name, loss in losses.items(): at.losses[name] = at.losses.get(name, 0) + loss.detach().float()/count
     for name, values in self.method.record.items(): at.records.setdefault(name, []).append(values.detach())
+
+@patch
+def has_ended(self:Training)->bool: return self.progress.has_ended(self.settings)
 
 @patch
 def end_epoch(self:Training)->None:
