@@ -1,7 +1,7 @@
 """How time and memory grow with a table, a network, a batch and the outputs: the estimator beside what one would use instead.
 
     python tests/bench_growth.py                  # what growth.csv and hypergradient.csv in data/results/bench lack; remove them for all
-    python tests/bench_growth.py FOLDER ROUNDS
+    python tests/bench_growth.py FOLDER ROUNDS    # with PYTHONPATH=CHECKOUT: of another version
 
 Each fit has a process of its own with one thread; fits of one size take turns. A step lasts from one `optimizer.step()` to the next.
 Peers that are not installed are left out. No other file needs them, so they are best in an environment of their own, beside the package:
@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from bench_hypergrad import contenders, in_turns, peers, problem, ratio  # noqa: E402
 from bench_hypergrad import peak_memory as peak_bytes  # noqa: E402
 
-from hpl_nb.bench import peak_memory, relative  # noqa: E402
+from hpl_nb.bench import peak_memory  # noqa: E402
 from hpl_nb.data.core import StreamSettings  # noqa: E402
 from hpl_nb.estimator import SemiSupervisedRegressor  # noqa: E402
 from hpl_nb.models import mlp  # noqa: E402
@@ -242,6 +242,7 @@ def main(folder=FOLDER, rounds=3):
     warm_up()
     add_fits(Path(folder)/"growth.csv", int(rounds))
     add_hypergradients(Path(folder)/"hypergradient.csv")
+    from hpl_nb.bench import relative # which an earlier checkout lacks
     print(relative(pd.read_csv(Path(folder)/"growth.csv"), Size()._asdict()).round(2).to_string())
 
 
