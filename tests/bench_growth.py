@@ -242,7 +242,7 @@ def main(folder=FOLDER, rounds=3):
     warm_up()
     add_fits(Path(folder)/"growth.csv", int(rounds))
     add_hypergradients(Path(folder)/"hypergradient.csv")
-    from hpl_nb.bench import relative # which an earlier checkout lacks
+    from hpl_nb.bench import relative  # which an earlier checkout lacks
     print(relative(pd.read_csv(Path(folder)/"growth.csv"), Size()._asdict()).round(2).to_string())
 
 
