@@ -131,18 +131,19 @@ class Turns:
 TURNS = Turns() # PyTorch's generator and switches are the whole process's, and so is their lock
 if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=TURNS.__init__) # the thread that held it is not in the child
 
+# %% ../nbs/00_core.ipynb #00f00002
+NOTHING = nullcontext()
+
+def full_precision(tensor:Tensor)->AbstractContextManager:
+    "Autocast off on the tensor's device; nothing where it is off already."
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else NOTHING
+
 # %% ../nbs/00_core.ipynb #abb6ed05
 def other_modes()->list[AbstractContextManager]:
     "What undoes a default device, and autocast, of the caller's; empty where there is none, since a device costs time in each call."
     casts = [torch.autocast(device, enabled=False) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
     return casts + ([torch.device("cpu")] if torch.get_default_device().type != "cpu" else [])
-
-NOTHING = nullcontext()
-
-def full_precision(tensor:Tensor)->AbstractContextManager:
-    "Autocast off on the tensor's device; where it is off already, nothing, since a switch costs 2 us in each call."
-    device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else NOTHING
 
 @contextmanager
 def usual_settings()->Iterator[None]:

@@ -211,7 +211,7 @@ def _same(tensor:Tensor)->Tensor: return tensor
 def _slopes(eta:Tensor, labelled:Labelled, unlabelled:PseudoLabelled|Sloped, reduction:Reduction,
             processes:int)->tuple[Tensor, Tensor, Tensor|None]:
     "Slopes of the labelled loss, scaled; s of each unlabelled loss; twice the errors of the pseudo-labels where weights are given."
-    (h_i, y_i), eta, twice = labelled, eta.T, None
+    (h_i, y_i), eta = labelled, eta.T
     bias, weight = eta[-1], eta[:-1]
     e = _error(torch.addmm(bias, h_i, weight), y_i, "labelled.targets")
     e.mul_(2 * _scale(e.numel(), reduction, processes))

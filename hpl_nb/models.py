@@ -23,7 +23,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from .core import HplError, check_archive, check_pickles, reading, reason
+from .core import HplError, check_archive, check_pickles, full_precision, reading, reason
 from .data.core import SemiSupervisedData
 from .data.stsb import load_vectors
 from .settings import FILE, Settings
@@ -35,7 +35,7 @@ class Head(nn.Linear):
     def forward(self,
         features:Tensor, # body's features, shape (B, d), any floating type
     )->Tensor: # predictions, normalised units, shape (B, K)
-        with torch.autocast(features.device.type, enabled=False):
+        with full_precision(features):
             return super().forward(features.to(self.weight.dtype))
 
 # %% ../nbs/30_models.ipynb #e4fa260d

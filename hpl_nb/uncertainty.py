@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import HplError
+from .core import HplError, full_precision
 
 # %% auto #0
 __all__ = ['learner_input', 'UncertaintyLearner']
@@ -59,5 +59,5 @@ class UncertaintyLearner(nn.Module):
 
     def forward(self, pair:Tensor)->Tensor:
         "Log-variance z of shape (m, K) for inputs of shape (m, 2K + e), in float32 also under autocast."
-        with torch.autocast(pair.device.type, enabled=False): z = self.layers(pair.to(next(self.parameters()).dtype))
+        with full_precision(pair): z = self.layers(pair.to(next(self.parameters()).dtype))
         return z if self.bound is None else self.bound*torch.tanh(z/self.bound)

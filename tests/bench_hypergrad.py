@@ -12,6 +12,7 @@ import gc
 import importlib.util
 import itertools
 import math
+import os
 import statistics
 import time
 from functools import partial
@@ -249,6 +250,7 @@ def peak_memory(method) -> int:
     """Most bytes that a call holds at once beyond its arguments, result included."""
     method()
     gc.collect()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler says on every machine without a GPU that it has none
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         method()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -263,7 +265,7 @@ def seconds_per_call(method, calls: int) -> float:
     return (time.process_time() - start) / calls
 
 
-def in_turns(methods, turns: int = 15, budget: float = 0.004) -> dict[str, list[float]]:
+def in_turns(methods, turns: int = 41, budget: float = 0.001) -> dict[str, list[float]]:
     """Seconds per call of each, in turns of about `budget` seconds, on one thread.
 
     As in `timeit`, no garbage is collected during a turn: `higher` leaves cycles behind, and what collecting them costs
@@ -277,8 +279,9 @@ def in_turns(methods, turns: int = 15, budget: float = 0.004) -> dict[str, list[
     gc.disable()
     for _ in range(turns):
         for name, method in methods.items():
+            gc.collect()
+            seconds_per_call(method, 10)  # a collection leaves the caches cold
             seconds[name].append(seconds_per_call(method, calls[name]))
-        gc.collect()
     gc.enable()
     gc.unfreeze()
     torch.set_num_threads(threads)

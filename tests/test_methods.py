@@ -15,7 +15,17 @@ from hpl_nb.data.core import Streams, StreamSettings
 from hpl_nb.hypergrad import Labelled, PseudoLabelled, hypergradient_autograd, sgd_step
 from hpl_nb.loss import labelled_loss, pseudo_label_weight, unlabelled_loss
 from hpl_nb.methods.core import FullySupervised, PseudoLabel, Released, Supervised, forward_batches
-from hpl_nb.methods.hpl import HPL, JointUncertainty, LearnerInputs, outer_features, step_passes, teach
+from hpl_nb.methods.hpl import (
+    HPL,
+    JointUncertainty,
+    LearnerInputs,
+    batch_weights,
+    log_variance_for_theta,
+    outer_features,
+    step_passes,
+    teach,
+    unlabelled_slope,
+)
 from hpl_nb.models import Body, Regressor, mlp, small_cnn
 from hpl_nb.settings import as_json, change, digest, from_json, setting_names
 from hpl_nb.settings import differences as setting_differences
@@ -143,6 +153,20 @@ class TestPhi:
             s.reduction)
         expected = torch.autograd.grad(omega, list(method.learner.parameters()), result.weights)
         for actual, correct in zip(taught, expected): torch.testing.assert_close(actual, correct, rtol=1e-9, atol=1e-15)
+
+    @pytest.mark.parametrize("changes", [{}, {"half_weight": True, "residual_input": True}, {"normalize_weights": True}], ids=changed)
+    def test_closed_slope_is_autograds_to_the_bit(self, changes):
+        "The slope of a detached learner and phi's gradient from it, against a double backward pass; theta's z, against functional_call."
+        method, batch = prepared(change(FAST, **changes), 2)
+        passes, (s, phi) = forward_batches(method.regressor, batch), (method.settings, [*method.learner.parameters()])
+        r, verdict = passes.prediction.detach().requires_grad_(), torch.randn_like(passes.prediction)
+        z = method.learner(learner_input(r, passes.pseudo_label, s.learner.residual_input))
+        loss = unlabelled_loss(r, passes.pseudo_label, batch_weights(method, z), z, "sum")
+        expected = torch.autograd.grad(loss, r, create_graph=True)[0]
+        slope = unlabelled_slope(method, passes)
+        assert torch.equal(slope, expected)
+        assert all(map(torch.equal, torch.autograd.grad(slope, phi, verdict), torch.autograd.grad(expected, phi, verdict)))
+        assert torch.equal(log_variance_for_theta(method, passes), z) and not log_variance_for_theta(method, passes).requires_grad
 
     @pytest.mark.parametrize("outputs", [1, 2])
     @pytest.mark.parametrize("detach", [True, False])

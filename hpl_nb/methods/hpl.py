@@ -357,8 +357,9 @@ def learner_reads(method:HPLMethod, prediction:Tensor, passes:Passes, further:Te
 
 def unlabelled_slope(method:HPLMethod, passes:Passes, further:Tensor|None=None)->Tensor:
     "Derivative s of the unlabelled losses in each prediction r, (m, K), differentiable in phi."
-    r = passes.prediction.detach().requires_grad_()
-    z = method.learner(learner_reads(method, r, passes, further))
+    r, attached = passes.prediction.detach(), not method.settings.learner.detach_input
+    z = method.learner(learner_reads(method, r.requires_grad_(attached), passes, further))
+    if not attached: return batch_weights(method, z)*(2*(r - passes.pseudo_label))
     loss = unlabelled_loss(r, passes.pseudo_label, batch_weights(method, z), z if method.settings.weights.log_term else None, "sum")
     return torch.autograd.grad(loss, r, create_graph=True)[0]
 
@@ -366,7 +367,7 @@ def virtual_step(method:HPLMethod)->Callable[[Tensor, Tensor], VirtualStep]:
     "The step that is looked ahead, (eta, G) -> eta' and D: eq. 7, or the live optimiser's (D2)."
     ahead, optimizer = method.settings.look_ahead, method.optimizers["regressor"]
     if ahead.virtual_step == "optimizer":
-        return lambda eta, gradient: optimizer_step(optimizer, method.regressor.head, gradient, ahead.virtual_eps == "higher")
+        return lambda eta, gradient: optimizer_step(optimizer, method.regressor.head, gradient, ahead.virtual_eps == "higher", eta)
     return partial(sgd_step, learning_rate=optimizer.param_groups[-1]["lr"] if ahead.virtual_lr is None else ahead.virtual_lr)
 
 # %% ../../nbs/61_methods.hpl.ipynb #d1044141
@@ -416,8 +417,10 @@ def regularise(method:HPLMethod, result:Hypergradient, outer:Labelled)->None:
 # %% ../../nbs/61_methods.hpl.ipynb #228d27ed
 def log_variance_for_theta(method:HPLMethod, passes:Passes, further:Tensor|None=None)->Tensor:
     "The log-variances that weigh this step's pseudo-labels, (m, K); no gradient in phi."
-    fixed = {name: p.detach() for name, p in method.learner.named_parameters()}
-    return functional_call(method.learner, fixed, learner_reads(method, passes.prediction, passes, further))
+    read = learner_reads(method, passes.prediction, passes, further)
+    if method.settings.learner.detach_input:
+        with torch.no_grad(): return method.learner(read)
+    return functional_call(method.learner, {name: p.detach() for name, p in method.learner.named_parameters()}, read)
 
 # %% ../../nbs/61_methods.hpl.ipynb #31d81f3f
 def inner_losses(method:HPLMethod, passes:Passes, weight:Tensor, log_variance:Tensor)->dict[str, Tensor]:
