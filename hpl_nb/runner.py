@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from multiprocessing import get_context, parent_process
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from joblib import wrap_non_picklable_objects
+from joblib import cpu_count, wrap_non_picklable_objects
 from tqdm.auto import tqdm
 
 from .core import HplError, RunFolder, atomic_write
@@ -83,12 +84,13 @@ Backend = Callable[[Sequence[Job], int, float | None], Iterator[Job]] # (jobs, h
 
 # %% ../nbs/77_runner.ipynb #5ae8762d
 def local_processes(jobs:Sequence[Job], parallel:int, until:float|None=None)->Iterator[Job]:
-    "Train in processes of this machine, each with its share of the cores; `parallel` 1: in this process."
-    if parallel == 1:
+    "Train in processes of this machine, each with its share of the cores; one at a time in this process."
+    parallel = min(parallel, len(jobs))
+    if parallel <= 1:
         yield from (job for job in jobs if train_quietly(job, until))
         return
-    threads = max(1, (os.cpu_count() or 1)//parallel)
-    with ProcessPoolExecutor(parallel, get_context("spawn"), initializer=begin_worker, initargs=(threads,)) as pool:
+    prepared = max(1, cpu_count()//parallel), dict(os.environ) # joblib counts the cores that this process may use
+    with ProcessPoolExecutor(parallel, worker_context(), initializer=begin_worker, initargs=prepared) as pool:
         with patch.multiple(sys.modules["__main__"], create=True, __file__=None, __spec__=None): # which new processes would import
             futures = {pool.submit(train_quietly, wrap_non_picklable_objects(job, keep_wrapper=False), until): job for job in jobs}
         for future in as_completed(futures):
@@ -100,8 +102,16 @@ def train_quietly(job:Job, until:float|None)->bool:
     return (until is None or time.time() < until) and train_experiment(*job, progress=False, until=until).finished
 
 # %% ../nbs/77_runner.ipynb #665fdc43
-def begin_worker(threads:int)->None:
-    "Prepare a process that trains: its share of the cores, and an end with its parent."
+def worker_context()->BaseContext:
+    "How workers start: forked from a process that has imported what a run needs, or each by itself."
+    if sys.platform != "linux" or torch.cuda.is_available(): return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__, "torch._dynamo", "sklearn.metrics"])
+    return context
+
+def begin_worker(threads:int, environment:Mapping[str, str])->None:
+    "Prepare a process that trains: its share of the cores, the environment of now, and an end with its parent."
+    os.environ.clear(), os.environ.update(environment)
     torch.set_num_threads(threads)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,23 +16,28 @@ import pandas as pd
 import pytest
 import torch
 from small_runs import METHODS, SETTINGS, differences, digits, make, vectors
+from test_utkface import make_folder
+from torch import nn
 
 from hpl_nb.core import seed_everything
 from hpl_nb.data.core import StreamSettings
+from hpl_nb.data.utkface import UTKFace
 from hpl_nb.methods import hpl
 from hpl_nb.methods.hpl import HPL
 from hpl_nb.methods.simregmatch import SimRegMatch
 from hpl_nb.methods.ucvme import UCVME
-from hpl_nb.models import mlp
+from hpl_nb.models import Body, Head, Regressor, mlp
 from hpl_nb.training.loop import fit
 from hpl_nb.training.state import OptimizerSettings, Train
 
 # no batch statistics and no dropout that ever drops: nothing random but the views, which are seeded by sample
 DENSE = partial(mlp, 3, (16,), 2, dropout=1e-12)
 FEW = Train(epochs=3, iterations_per_epoch=6, streams=StreamSettings(8, 16), optimizer=OptimizerSettings(1e-2, 1e-2))
+FACES = "HPL, pixels on the device" # first: the loader asks for the device before a trainer has made the group
 # (UCVME by the strong view: without dropout its predictions on the weak view are the pseudo-labels, and their ranks are rounding)
-CASES = {**METHODS, "UCVME": UCVME(passes=2, student_view="strong"), "HPL sum": HPL.paper(reduction="sum", virtual_lr=1e-3),
-         "HPL release, sum": HPL.release(reduction="sum"), "SimRegMatch, all pass": SimRegMatch(percentile=None, unlabelled_weight=1.),
+CASES = {FACES: HPL.paper(), **METHODS, "UCVME": UCVME(passes=2, student_view="strong"),
+         "HPL sum": HPL.paper(reduction="sum", virtual_lr=1e-3), "HPL release, sum": HPL.release(reduction="sum"),
+         "SimRegMatch, all pass": SimRegMatch(percentile=None, unlabelled_weight=1.),
          "HPL attached": HPL.paper(detach_input=False, learner_lr=1e-2),
          "HPL normalised, attached": HPL.paper(detach_input=False, learner_lr=1e-2, normalize_weights=True)}
 
@@ -41,7 +47,7 @@ def main(out):
     torch.set_num_threads(1)
     rank, written = int(os.environ.get("RANK", 0)), []
     sys.addaudithook(lambda event, args: written.append(str(args[0])) if event == "open" and writes(args, out) else None)
-    for name in CASES: torch.save(joined(name, rank), out/f"{name}-{rank}.pt")
+    for name in CASES: torch.save(joined(name, rank, out.parent/"faces"), out/f"{name}-{rank}.pt")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         for name in METHODS: torch.save(resumed(name, rank, out/name), out/f"{name}-{rank}-resumed.pt")
     torch.save({"written": [path for path in written if not path.endswith(f"-{rank}.pt")], "random": random_streams(rank, out/"random"),
@@ -53,10 +59,18 @@ def writes(args, folder):
     return str(args[0]).startswith(str(folder)) and bool(args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
 
 
-def joined(name, rank):
+def parts(name, faces):
+    "A case's data and network: vectors, or pictures whose views are made on the device."
+    if name != FACES: return vectors(2), DENSE()
+    data = UTKFace(label_ratio=.5, root=str(faces), size=8, pixels="device", labelled_count="exact").load()
+    return data, Regressor(Body(nn.Sequential(nn.Flatten(), nn.Linear(3*8*8, 16), nn.ReLU()), 16), Head(16, 1))
+
+
+def joined(name, rank, faces):
     "Gradients and hypergradients of each step, final weights, predictions; the processes start with different weights."
     seed_everything(0, rank)
-    method, steps, hypergradients = CASES[name].build(DENSE()), [], []
+    data, network = parts(name, faces)
+    method, steps, hypergradients = CASES[name].build(network), [], []
     make_optimizers, look_ahead = method.make_optimizers, hpl.slope_hypergradient
     def watched(settings):
         optimizers = make_optimizers(settings)
@@ -66,12 +80,14 @@ def joined(name, rank):
         hypergradients.append(look_ahead(*args, **kwargs))
         return hypergradients[-1]
     method.make_optimizers, hpl.slope_hypergradient = watched, kept
-    run = fit(method, vectors(2), FEW, progress=False)
+    with warnings.catch_warnings(record=True) as said: run = fit(method, data, FEW, progress=False)
     hpl.slope_hypergradient = look_ahead
     run.metrics.pop("seconds")
     return {"weights": dict(method.state_dict()), "gradients": steps, "slopes": [h.slope for h in hypergradients],
             "heads": [h.head for h in hypergradients], "predictions": run.predictions, "log": run.log.drop(columns="seconds"),
-            "metrics": run.metrics, "tolerance": 1e-3 if name == "SSDKL" else 1e-5} # roots of matrices in float32
+            "metrics": run.metrics, "processes": run.config["processes"],
+            "said": [str(each.message) for each in said if "processes" in str(each.message)],
+            "tolerance": 1e-3 if name == "SSDKL" else 1e-5} # roots of matrices in float32
 
 
 def gradients(optimizer):
@@ -119,6 +135,7 @@ def random_streams(rank, folder):
 def results(tmp_path_factory):
     "What one process and two processes saw; all of them at the same time, and only over the loopback interface."
     out, here = tmp_path_factory.mktemp("processes"), Path(__file__)
+    make_folder(out/"faces", rows=60)
     environ = {**os.environ, "PYTHONPATH": str(here.parents[1]), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true",
                "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
     launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2",
@@ -161,6 +178,18 @@ def test_head_and_learner(case):
     assert {"regressor.head.weight", "regressor.head.bias"} <= set(parameters)
     for name in parameters: close(two[0]["weights"][name], one["weights"][name], one["tolerance"])
     assert not differences({k: two[0]["weights"][k] for k in parameters}, {k: two[1]["weights"][k] for k in parameters})
+
+
+def test_they_train_together(results):
+    "Also where the loader has asked for the device before the trainer."
+    for name in CASES: assert [read(results/"two"/f"{name}-{rank}.pt")["processes"] for rank in range(2)] == [2, 2]
+
+
+def test_a_small_network_is_advised_against(case):
+    "By the main process alone."
+    one, (main, other) = case
+    assert not one["said"] and not other["said"] and len(main["said"]) == 1
+    assert "2 processes on the CPU train one network of" in main["said"][0] and "hpl_compare --jobs 2" in main["said"][0]
 
 
 def test_gradients(case):

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from joblib import cpu_count
 from small_runs import differences, on_cpu  # noqa: F401
 
 from hpl_nb import report, runner
@@ -33,8 +34,11 @@ EXPERIMENTS = [Experiment(RotatedDigits(), method, train=TRAIN, seed=seed) for s
 
 SCRIPT = """from __future__ import annotations
 import json
+import os
+import sys
 from dataclasses import dataclass
 from typing import ClassVar
+import torch
 from torch import nn
 from hpl_nb import HPL, run_all
 from hpl_nb.data.rotated_digits import RotatedDigits
@@ -54,13 +58,19 @@ class AgreementMethod(PseudoLabelMethod):
 
 @dataclass(frozen=True)
 class Digits(RotatedDigits):
-    "Of this script."
+    "Of this script; says which process trains, and in what surroundings."
+    def load(self):
+        said = os.getpid(), os.getppid(), "torch._dynamo" in sys.modules, torch.get_num_threads(), os.environ["CALL"]
+        with open("said.jsonl", "a") as file: file.write(json.dumps(said) + "\\n")
+        return super().load()
 
 def learner(inputs): return nn.Sequential(nn.Linear(inputs, 4), nn.Tanh(), nn.Linear(4, 1))
 
 short = change(DATASETS[0].train, epochs=1, iterations_per_epoch=3)
 mine = [Experiment(Digits(), method, DATASETS[0].model, short) for method in (Agreement(), HPL.paper(learner=learner))]
-for jobs in (1, 2): print(json.dumps([run.metrics["test_mae"] for run in run_all(mine, f"runs{jobs}", jobs, progress=False)]))
+for call, jobs in (("first", 2), ("second", 2), ("alone", 1)):
+    os.environ["CALL"] = call
+    print(json.dumps([run.metrics["test_mae"] for run in run_all(mine, call, jobs, progress=False)]))
 """
 
 
@@ -171,13 +181,25 @@ class TestTraining:
             assert not differences(run.predictions, load_run(run_path(each, out)).predictions)
 
     def test_classes_of_a_script(self, tmp_path):
-        "Its own method, dataset and learner train in two processes, without a guard, and as they do in one."
+        """Its own method, dataset and learner train in two processes, without a guard, and as they do in one. On Linux the workers of both
+        calls are forked from one process that has imported all, and have the cores and the environment of the call."""
         script = tmp_path/"mine.py"
         script.write_text(SCRIPT)
-        done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
+        environ = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, env=environ)
         assert done.returncode == 0, done.stderr
-        one, two = map(json.loads, done.stdout.splitlines()) # printed once: no process runs the script again
-        assert one == two and len(one) == len({*one}) == 2
+        one, two, alone = map(json.loads, done.stdout.splitlines()) # printed once: no process runs the script again
+        assert one == two == alone and len(one) == len({*one}) == 2
+        said = [json.loads(line) for line in (tmp_path/"said.jsonl").read_text().splitlines()]
+        main, (*workers, _, _) = said[-1][0], said
+        assert [call for *_, call in said] == ["first"]*2 + ["second"]*2 + ["alone"]*2 and main not in {pid for pid, *_ in workers}
+        assert {threads for *_, threads, _ in workers} == {max(1, cpu_count()//2)}
+        if sys.platform == "linux":
+            assert len({above for _, above, *_ in workers} - {main}) == 1 and all(ready for _, _, ready, *_ in workers)
+
+    def test_a_single_run_needs_no_other_process(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(runner, "ProcessPoolExecutor", None)
+        assert len(run_all(EXPERIMENTS[:1], tmp_path, 4, progress=False)) == 1
 
     def test_workers_make_no_batches_on_the_device(self, tmp_path):
         faces = Experiment(replace(DATASETS[1].data, pixels="device"), Supervised())

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -294,6 +295,17 @@ def on_device(
     views = {name: device_view(getattr(data, name), name, size) for name in ("weak", "strong", "plain")}
     return replace(data, inputs=Pixels(on_disk(data, folder, progress).inputs.cache, device), **views)
 
+# %% ../../nbs/11c_data.pixels.ipynb #a2c1f6e1
+def this_process()->Any: # accelerate's `PartialState`
+    "Where this process trains, in one group with the others of `accelerate launch` or torchrun; without a GPU they meet on the CPU."
+    from accelerate import PartialState # here: only training needs it
+    from accelerate.utils import parse_flag_from_env
+    state = PartialState(parse_flag_from_env("ACCELERATE_USE_CPU")) # as `Accelerator` makes it
+    if state.num_processes == 1 and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        PartialState._reset_state()
+        state = PartialState(True)
+    return state
+
 # %% ../../nbs/11c_data.pixels.ipynb #18634ce3
 @dataclass(frozen=True)
 class PictureSettings(FolderSettings):
@@ -318,6 +330,5 @@ class PictureSettings(FolderSettings):
         folder = self.cache or Path(self.root)/"cache"
         if self.pixels == "disk": return on_disk(data, folder, progress=True)
         if self.pixels == "memory": return data
-        from accelerate import PartialState # here: only training on a device needs it
-        device = PartialState().device
+        device = this_process().device
         return on_device(data, folder, device if device.type == "cuda" else "cpu", progress=True)

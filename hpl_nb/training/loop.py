@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from ..core import PREDICTION_COLUMNS, TURNS, HplError, OwnGenerators, RunFolder, seed_everything
 from ..data.core import SemiSupervisedData, Streams, batch_sizes, fitting_streams
-from ..data.pixels import DeviceView, Pixels
+from ..data.pixels import DeviceView, Pixels, this_process
 from ..settings import change, differences
 from .checkpoint import Checkpoint
 from .guard import Guard
@@ -297,6 +297,7 @@ def make_accelerator(precision:str="no", trackers:Sequence[str]=(), folder:RunFo
     shared = AcceleratorState._shared_state
     if shared and shared.get("_mixed_precision", precision) != precision: AcceleratorState._reset_state()
     place = str(folder.path) if folder else None
+    this_process()
     try: accelerator = Accelerator(mixed_precision=precision, log_with=list(trackers) or None, project_dir=place)
     except ValueError as error: raise HplError(f"precision {precision!r} with trackers {trackers}: {error}") from error
     if precision != "no" and not accelerator.native_amp:
@@ -323,6 +324,15 @@ def fitting_schedule(method:Trainable, data:SemiSupervisedData, settings:Train, 
                       "another.", stacklevel=4)
     return change(settings, **smaller)
 
+# %% ../../nbs/51_training.loop.ipynb #a2c1f6e3
+def advise_one_process(method:Trainable, accelerator:Accelerator)->None:
+    "Warn where several processes on the CPU train a small network, which takes longer than one process would."
+    count, weights = accelerator.num_processes, sum(p.numel() for p in method.parameters())
+    if count == 1 or accelerator.device.type != "cpu" or weights >= SMALL or not accelerator.is_main_process: return
+    warnings.warn(f"{count} processes on the CPU train one network of {weights:,} weights, and so small a network usually trains faster in "
+                  "one. Start one process without a launcher, and use the cores for several runs: "
+                  f"hpl_compare --jobs {count}, or run_all(parallel={count}).", stacklevel=4)
+
 # %% ../../nbs/51_training.loop.ipynb #1984b6b2
 def open_training(
     method:Trainable, # what to train
@@ -333,6 +343,7 @@ def open_training(
 )->Training:
     "The method on its device with its optimisers and batches, ready to `step`; nothing is written."
     accelerator = accelerator or make_accelerator(settings.precision)
+    advise_one_process(method, accelerator)
     data = method.prepare(data)
     settings = fitting_schedule(method, data, settings, accelerator)
     batches = method.stream_settings(settings.streams)
