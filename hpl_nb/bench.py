@@ -405,6 +405,24 @@ def growth_chart(table:pd.DataFrame, base:Mapping[str, int], measures:Mapping[st
     return figures.finish(figure.update_xaxes(type="log", dtick=1).update_yaxes(type="log", dtick=1), title, 240*len(measures))
 
 
+# %% ../nbs/82_bench.ipynb #82f0000a
+def steps_in_words(ratio:pd.DataFrame)->str: # what `relative` returned, with a column for each name
+    "How far each is from the bare loop, over all sizes."
+    spans = {name: f"{ratio[name].min():.1f} to {ratio[name].max():.1f}, median {ratio[name].median():.2f}" for name in ratio}
+    ahead = {name: f"{(ratio['MeanTeacher'] < ratio[name]).sum()} of {ratio[name].count()}" for name in ("skorch", "LAMDA-SSL")}
+    return (f"A step of our Mean Teacher takes {spans['MeanTeacher']} times the bare loop's, skorch's {spans['skorch']}, LAMDA-SSL's "
+            f"{spans['LAMDA-SSL']}. Ours is ahead of skorch at {ahead['skorch']} sizes, and of LAMDA-SSL at {ahead['LAMDA-SSL']}. HPL takes "
+            f"{spans['HPL']}: it learns a second network, and looks ahead with an outer batch. The wider the network, the more alike are all.")
+
+def peers_in_words(heads:pd.DataFrame)->str: # a row for each size and way, with its time over ours
+    "The times of a hypergradient over ours."
+    share = heads.groupby("name")["ratio"].agg(["min", "max"])
+    told = [f"{name} {low:.1f} to {high:.1f}" for name, low, high in share.drop(["ours", "fewest"]).itertuples()]
+    low, high = share.loc["fewest"]
+    return (f"Times over ours, over all sizes, with SGD and Adam: {'; '.join(told)}. The fewest operations take {low:.2f} to {high:.2f} "
+            "of our time.")
+
+
 # %% ../nbs/82_bench.ipynb #22016354
 def alone(threads:int, function:Callable, *arguments:Any)->Any:
     "Call a function in a process of its own."
