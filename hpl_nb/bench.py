@@ -410,9 +410,10 @@ def steps_in_words(ratio:pd.DataFrame)->str: # what `relative` returned, with a 
     "How far each is from the bare loop, over all sizes."
     spans = {name: f"{ratio[name].min():.1f} to {ratio[name].max():.1f}, median {ratio[name].median():.2f}" for name in ratio}
     ahead = {name: f"{(ratio['MeanTeacher'] < ratio[name]).sum()} of {ratio[name].count()}" for name in ("skorch", "LAMDA-SSL")}
-    return (f"A step of our Mean Teacher takes {spans['MeanTeacher']} times the bare loop's, skorch's {spans['skorch']}, LAMDA-SSL's "
-            f"{spans['LAMDA-SSL']}. Ours is ahead of skorch at {ahead['skorch']} sizes, and of LAMDA-SSL at {ahead['LAMDA-SSL']}. HPL takes "
-            f"{spans['HPL']}: it learns a second network, and looks ahead with an outer batch. The wider the network, the more alike are all.")
+    return (f"A step of our Mean Teacher takes {spans['MeanTeacher']} times the bare loop's, skorch's {spans['skorch']}, "
+            f"LAMDA-SSL's {spans['LAMDA-SSL']}. Ours is ahead of skorch at {ahead['skorch']} sizes, and of LAMDA-SSL at "
+            f"{ahead['LAMDA-SSL']}. HPL takes {spans['HPL']}: it learns a second network, and looks ahead with an outer batch. The wider "
+            "the network, the more alike are all.")
 
 def peers_in_words(heads:pd.DataFrame)->str: # a row for each size and way, with its time over ours
     "The times of a hypergradient over ours."
