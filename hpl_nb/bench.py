@@ -5,14 +5,17 @@
 # %% ../nbs/82_bench.ipynb #8fae378c
 from __future__ import annotations
 
+import cProfile
 import itertools
+import os
+import pstats
 import resource
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.resources import files
 from multiprocessing import get_context
@@ -21,24 +24,29 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 import torch
 from PIL import Image
+from plotly.subplots import make_subplots
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from . import figures
 from .core import HplError, seed_everything, whole_number
 from .data.core import SemiSupervisedData, Streams, StreamSettings, noise_view
+from .data.own import Split, from_arrays
 from .data.utkface import UTKFace, utkface
 from .experiment import Experiment, benchmark_of
 from .methods.core import FullySupervised, Method, MethodSettings
 from .methods.hpl import HPL
 from .methods.known import known_methods
-from .models import ResNet, ResNetBody, resnet, small_cnn
+from .models import ResNet, ResNetBody, mlp, resnet, small_cnn
 from .settings import Settings, change, unknown_name
 from .training.loop import open_training
-from .training.state import Clock, OptimizerSettings
+from .training.state import Clock, OptimizerSettings, Train
 from .uncertainty import UncertaintyLearner
 
 # %% auto #0
@@ -55,6 +63,7 @@ class Bench(Settings):
     threads:int=1 # CPU threads
     methods:tuple[str, ...]=() # names of the table's first column; empty: all
     end_to_end:bool=False # not the methods, but HPL with its input from files, beside a loop like the release's
+    profile:bool=False # where a step's time goes: of methods on a table, or with end_to_end on pictures from files
     root:str="" # end to end: a folder of UTKFace; empty: made-up pictures
     pixels:Literal["memory", "disk", "device"]="device" # end to end: where ours keeps pictures
     precision:Literal["no", "bf16", "fp16"]="no" # end to end: of ours
@@ -192,17 +201,22 @@ def clock_of(
     return time.process_time if alone else timer # which waits for the GPU
 
 # %% ../nbs/82_bench.ipynb #d78f0e19
+MANY = 10**6 # steps: more than are ever taken
+
+def training_loop(method:Method, data:SemiSupervisedData, train:Train, workers:int=0)->Loop:
+    "The training that `fit` would do."
+    training = open_training(method, data, train)
+    return Loop(training.batches(MANY, workers), training.step, clock_of(training.accelerator.device, workers))
+
 def our_loop(bench:Bench, method:MethodSettings, root:str|Path, cache:str)->Loop:
     "A method as `hpl_train` trains it."
     faces = UTKFace(str(root), label_ratio=.25, size=bench.size, labelled_count="exact", pixels=bench.pixels, cache=str(cache))
-    steps = 10**6 # more than are ever taken
-    train = change(benchmark_of(faces).train, epochs=1, iterations_per_epoch=steps, labelled_batch=bench.batch,
+    train = change(benchmark_of(faces).train, epochs=1, iterations_per_epoch=MANY, labelled_batch=bench.batch,
                    unlabelled_batch=bench.batch, precision=bench.precision)
     experiment = Experiment(faces, method, ResNet(bench.depth, dropout=.05, compile=bench.compile), train)
     data = experiment.load()
-    training = open_training(experiment.build(data), data, train)
-    workers = 0 if bench.pixels == "device" else bench.workers
-    return Loop(training.batches(steps, workers), training.step, clock_of(training.accelerator.device, workers))
+    return training_loop(experiment.build(data), data, train, 0 if bench.pixels == "device" else bench.workers)
+
 
 # %% ../nbs/82_bench.ipynb #dedfa795
 class PillowPictures(Dataset):
@@ -322,6 +336,94 @@ def end_to_end_table(rows:pd.DataFrame, batch:int)->pd.DataFrame: # by loop, in 
                           "loader_share": (waited/seconds).median(), "speedup": speedup.median()})
     return table.loc[rows["loop"].unique()].rename_axis("loop").reset_index()
 
+# %% ../nbs/82_bench.ipynb #82f00002
+def table_loop(bench:Bench, method:MethodSettings, rows:int=10_000)->Loop: # a tenth of them labelled
+    "A method as the estimator trains it on a table of 20 columns."
+    draw = np.random.default_rng(0)
+    y = np.where(np.arange(rows) < rows//10, draw.normal(size=rows), np.nan)
+    data = from_arrays(draw.normal(size=(rows, 20)), y, split=Split(val_share=.2, test_share=0.))
+    train = Train(1, iterations_per_epoch=MANY, optimizer=OptimizerSettings(1e-3, 1e-3, 0.))
+    networks = [mlp(20, dropout=.05*method.needs_dropout, linear_path=True) for _ in range(method.networks)]
+    return training_loop(method.build(*networks), data, change(train, labelled_batch=bench.batch, unlabelled_batch=bench.batch))
+
+
+# %% ../nbs/82_bench.ipynb #82f00004
+def step_profile(loop:Loop, steps:int, most:int=5)->pd.DataFrame: # part, calls and microseconds a step, share of the time
+    "Tensor maths, what is outside, and the costliest `most` of either."
+    loop = replace(loop, clock=time.perf_counter) # as the profilers
+    loop.run(5)
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as operators: whole, _ = loop.run(steps)
+    with cProfile.Profile() as functions: slowed, _ = loop.run(steps)
+    maths = [(event.key, event.count, event.self_cpu_time_total/1e6) for event in operators.key_averages()
+             if event.key.startswith(("aten::", "autograd::"))]
+    python = [(f"{Path(file).stem}.{name}", calls, own) for (file, _, name), (_, calls, own, *_) in pstats.Stats(functions).stats.items()
+              if file != "~"] # no built-in function
+    inside = sum(own for *_, own in maths)
+    parts = [("tensor maths", sum(calls for _, calls, _ in maths), inside, whole), ("outside", np.nan, whole - inside, whole)]
+    for found, total in ((maths, whole), (python, slowed)):
+        parts += [(*part, total) for part in sorted(found, key=lambda part: -part[2])[:most]]
+    return pd.DataFrame([(part, calls/steps, 1e6*own/steps, own/total) for part, calls, own, total in parts],
+                        columns=["part", "calls", "us", "share"])
+
+
+# %% ../nbs/82_bench.ipynb #82f00005
+def measure_profiles(bench:Bench)->pd.DataFrame: # one below the other, with the method's name
+    "Profile a step of PseudoLabel and of the named methods; HPL and MeanTeacher where none is named."
+    os.environ["KINETO_LOG_LEVEL"] = "9" # PyTorch's profiler says on stderr that it starts
+    names = bench_modes(bench.methods or ("HPL fresh, each step", "MeanTeacher"))
+    with tempfile.TemporaryDirectory() as folder:
+        if bench.end_to_end: root = bench.root or made_up_faces(Path(folder), 40*bench.batch)
+        loops = {name: our_loop(bench, benched()[name], root, folder) if bench.end_to_end else table_loop(bench, benched()[name])
+                 for name in names}
+        return pd.concat({name: step_profile(loop, 5*bench.rounds) for name, loop in loops.items()}, names=["method"]).reset_index("method")
+
+
+# %% ../nbs/82_bench.ipynb #82f00007
+def grown(table:pd.DataFrame, base:Mapping[str, int], size:str)->pd.DataFrame: # by name and size
+    "Medians over the rounds where all sizes but one are the base's."
+    same = [name for name in base if name != size]
+    some = table[(table[same] == pd.Series(base)[same]).all(axis=1)]
+    return some.groupby(["name", size]).median(numeric_only=True)
+
+def relative(table:pd.DataFrame, base:Mapping[str, int], to:str="bare loop", measure:str="cpu_ms")->pd.DataFrame: # sizes x names
+    "Medians over the rounds of a measure over that of another name in the same round."
+    values = table.pivot(index=["round", *base], columns="name", values=measure)
+    return values.div(values[to], axis=0).groupby(level=[*base]).median()
+
+def growth_chart(table:pd.DataFrame, base:Mapping[str, int], measures:Mapping[str, str], title:str)->go.Figure: # measures: column, axis
+    "A line for each name, logarithmic in both directions."
+    figure = make_subplots(len(measures), len(base), shared_xaxes="columns", shared_yaxes="rows", horizontal_spacing=.03,
+                           vertical_spacing=.06)
+    for (column, size), (name, style) in itertools.product(enumerate(base, 1), figures.method_styles(table["name"]).items()):
+        some = grown(table, base, size).loc[name]
+        for row, measure in enumerate(measures, 1):
+            figure.add_scatter(x=[*some.index], y=[float(f"{value:.4g}") for value in some[measure]], name=name, legendgroup=name,
+                               mode="lines+markers", line=dict(color=style.colour, dash=style.dash), marker_symbol=style.symbol,
+                               showlegend=column == row == 1, row=row, col=column)
+        figure.update_xaxes(title_text=size, row=len(measures), col=column)
+    for row, words in enumerate(measures.values(), 1): figure.update_yaxes(title_text=words, row=row, col=1)
+    return figures.finish(figure.update_xaxes(type="log", dtick=1).update_yaxes(type="log", dtick=1), title, 240*len(measures))
+
+
+# %% ../nbs/82_bench.ipynb #82f0000a
+def steps_in_words(ratio:pd.DataFrame)->str: # what `relative` returned, with a column for each name
+    "How far each is from the bare loop, over all sizes."
+    spans = {name: f"{ratio[name].min():.1f} to {ratio[name].max():.1f}, median {ratio[name].median():.2f}" for name in ratio}
+    ahead = {name: f"{(ratio['MeanTeacher'] < ratio[name]).sum()} of {ratio[name].count()}" for name in ("skorch", "LAMDA-SSL")}
+    return (f"A step of our Mean Teacher takes {spans['MeanTeacher']} times the bare loop's, skorch's {spans['skorch']}, "
+            f"LAMDA-SSL's {spans['LAMDA-SSL']}. Ours is ahead of skorch at {ahead['skorch']} sizes, and of LAMDA-SSL at "
+            f"{ahead['LAMDA-SSL']}. HPL takes {spans['HPL']}: it learns a second network, and looks ahead with an outer batch. The wider "
+            "the network, the more alike are all.")
+
+def peers_in_words(heads:pd.DataFrame)->str: # a row for each size and way, with its time over ours
+    "The times of a hypergradient over ours."
+    share = heads.groupby("name")["ratio"].agg(["min", "max"])
+    told = [f"{name} {low:.1f} to {high:.1f}" for name, low, high in share.drop(["ours", "fewest"]).itertuples()]
+    low, high = share.loc["fewest"]
+    return (f"Times over ours, over all sizes, with SGD and Adam: {'; '.join(told)}. The fewest operations take {low:.2f} to {high:.2f} "
+            "of our time.")
+
+
 # %% ../nbs/82_bench.ipynb #22016354
 def alone(threads:int, function:Callable, *arguments:Any)->Any:
     "Call a function in a process of its own."
@@ -333,6 +435,11 @@ def _costs_in_words(table:pd.DataFrame)->str:
     text = table.to_string(index=False, na_rep="", float_format="{:.2f}".format, formatters={n: f.format for n, f in formats.items()})
     return f"{text}\nratio: time per iteration over PseudoLabel's. paper: the same in Table 5; extra_MB: memory above PseudoLabel's."
 
+def _profile_in_words(table:pd.DataFrame)->str:
+    formats = {"calls": "{:.1f}", "us": "{:.0f}", "share": "{:.1%}"}
+    text = table.to_string(index=False, na_rep="", formatters={name: text.format for name, text in formats.items()})
+    return f"{text}\ncalls, us: a step. share: of the time. Functions of Python: own time, while Python's profiler slows them down."
+
 def _speed_in_words(table:pd.DataFrame)->str:
     formats = {"ms": "{:.1f}", "images_per_second": "{:.0f}", "loader_share": "{:.1%}", "speedup": "{:.2f}"}
     text = table.to_string(index=False, formatters={name: text.format for name, text in formats.items()})
@@ -342,7 +449,10 @@ def _speed_in_words(table:pd.DataFrame)->str:
 def measure(
     bench:Bench, # what
 )->tuple[pd.DataFrame, str]: # the table, and how a terminal shows it
-    "The costs of all methods, or with `end_to_end` the speed of the whole loop."
+    "The costs of all methods, or with `end_to_end` the speed of the whole loop, or with `profile` where a step's time goes."
+    if bench.profile:
+        table = alone(bench.threads, measure_profiles, bench)
+        return table, _profile_in_words(table)
     if bench.end_to_end:
         table = end_to_end_table(alone(bench.threads, measure_loops, bench), bench.batch)
         return table, _speed_in_words(table)

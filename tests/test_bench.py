@@ -97,3 +97,18 @@ def test_end_to_end_table_and_command(tmp_path, capsys):
 def test_what_is_wrong_is_said(settings, says, tmp_path, capsys):
     with pytest.raises(SystemExit) as error: command(depth=18, size=16, batch=3, out=tmp_path/"out.csv", **settings)
     assert re.search(says, f"{error.value} {capsys.readouterr().err}", re.S) and not list(tmp_path.iterdir())
+
+
+# ---- profile
+
+def test_profile_of_a_step(tmp_path, capsys, monkeypatch):
+    "Tensor maths and what is outside make the whole; the operators that are named are part of the former."
+    monkeypatch.setattr("hpl_nb.bench.alone", lambda threads, function, *arguments: function(*arguments))
+    command(profile=True, batch=4, rounds=1, methods="MeanTeacher", out=tmp_path/"profile.csv")
+    table, printed = pd.read_csv(tmp_path/"profile.csv"), capsys.readouterr().out
+    assert [*table["method"].unique()] == ["PseudoLabel", "MeanTeacher"] and "a step" in printed
+    for _, rows in table.set_index("part").groupby("method"):
+        operators = rows[rows.index.str.startswith("aten::")]
+        assert rows.loc[["tensor maths", "outside"], "share"].sum() == pytest.approx(1, abs=.01) and len(operators)
+        assert operators["us"].sum() < rows.loc["tensor maths", "us"] and rows.loc["tensor maths", "share"] < 1
+        assert operators["calls"].sum() < rows.loc["tensor maths", "calls"]

@@ -143,7 +143,7 @@ def test_stored_tables(play):
 
 def test_cost_measures_what_is_named(play):
     outputs = play("cost", live="Supervised", size=16, batch=4)
-    assert figures(outputs) == 1 and "Supervised" in words(outputs[-1]) and "nothing was measured" not in words(outputs)
+    assert figures(outputs) == 3 and "Supervised" in words(outputs[-1]) and "nothing was measured" not in words(outputs)
 
 
 def test_results_need_nothing_but_what_is_stored(play):
