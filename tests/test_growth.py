@@ -44,8 +44,9 @@ def test_a_stream_is_permuted_once_a_pass(method, monkeypatch):
     assert Counter(noted) == {64: 23, 720: 2}
 
 
-@pytest.mark.parametrize("view, seeds", [("plain", 0), ("weak", 600)])
-def test_no_seeds_for_a_view_that_draws_nothing(view, seeds, monkeypatch):
+@pytest.mark.parametrize("view, seeds", [("plain", 0), ("weak", 3)])
+def test_no_seeds_that_nobody_reads(view, seeds, monkeypatch):
+    "A view of a batch reads the first of each 256 rows."
     training = table_loop(Bench(), MeanTeacher(), 600).train.__self__
     hashed, derive = [], hpl_nb.core.derive_seed
     for module in (hpl_nb.core, hpl_nb.data.core, hpl_nb.training.predict):

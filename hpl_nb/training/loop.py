@@ -403,9 +403,10 @@ def explain_lost_processes(accelerator:Accelerator, workers:int)->Iterator[None]
 @patch
 def batches(self:Training, last:int, workers:int=0)->Iterator[dict[str, dict[str, Tensor]]]:
     "The batches from the step where the run is to `last`, on the device; the loader draws from no global generator."
-    device, data = self.accelerator.device, self.data
-    loader = DataLoader(self.streams, batch_size=None, sampler=range(self.progress.step, last), num_workers=workers,
-                        pin_memory=device.type == "cuda" and not is_on_gpu(data), generator=torch.Generator())
+    device, data, steps = self.accelerator.device, self.data, range(self.progress.step, last)
+    pinned = device.type == "cuda" and not is_on_gpu(data)
+    loader = DataLoader(self.streams, batch_size=None, sampler=steps, num_workers=workers, pin_memory=pinned, generator=torch.Generator())
+    if not workers and not pinned: loader = map(self.streams.__getitem__, steps) # all that it would do
     quick = is_on_gpu(data) and all(isinstance(view, DeviceView) for view in (data.weak, data.strong, data.plain)) # as these draw from none
     for batch in one_ahead(loader) if quick else loader:
         yield {stream: {k: v.to(device, non_blocking=True) for k, v in tensors.items()} for stream, tensors in batch.items()}

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core import PREDICTION_COLUMNS, OwnGenerators, derive_seed
-from ..data.core import SemiSupervisedData
+from ..data.core import BatchView, SemiSupervisedData, View
 from ..metrics import mean_absolute_error, mean_squared_error, r2_score, variance_summary
 from .state import Progress, Trainable
 
@@ -73,13 +73,16 @@ def map_rows(self:Evaluator, rows:np.ndarray, views:Sequence[str], function:Call
     with evaluating(self.method), accelerator.autocast():
         for start in tqdm(starts, "predicting", leave=False, disable=not self.show or len(starts) < 10):
             some = mine[start:start + 256]
-            inputs, seeds = data.inputs[some], evaluation_seeds(self.seed, some) if {*views} != {"plain"} else None
-            tensors = [getattr(data, view)(inputs, None if view == "plain" else seeds) for view in views]
+            inputs, chosen = data.inputs[some], {view: getattr(data, view) for view in views}
+            tensors = [view(inputs, None if name == "plain" else evaluation_seeds(view, self.seed, some)) for name, view in chosen.items()]
             tensors = [tensor.to(accelerator.device) for tensor in tensors]
             parts.append((some, {name: t.double().cpu().numpy() for name, t in function(*tensors).items()}))
     return in_order(rows, gather_object(parts))
 
-def evaluation_seeds(seed:int, rows:np.ndarray)->np.ndarray: return np.array([derive_seed(seed, "evaluation", row) for row in rows])
+def evaluation_seeds(view:View, seed:int, rows:np.ndarray)->np.ndarray:
+    "The seed of each row; a view of a whole batch reads the first alone, so that no other is hashed for it."
+    hashed = rows[:1] if isinstance(view, BatchView) else rows
+    return np.resize([derive_seed(seed, "evaluation", row) for row in hashed], len(rows))
 
 def in_order(rows:np.ndarray, parts:Sequence[tuple[np.ndarray, dict[str, np.ndarray]]])->dict[str, np.ndarray]:
     "Join what the processes have computed."
