@@ -89,7 +89,7 @@ def local_processes(jobs:Sequence[Job], parallel:int, until:float|None=None)->It
     if parallel <= 1:
         yield from (job for job in jobs if train_quietly(job, until))
         return
-    prepared = max(1, cpu_count()//parallel), dict(os.environ) # joblib counts the cores that this process may use
+    prepared = max(1, cpu_count()//parallel), dict(os.environ) # the cores that this process may use
     with ProcessPoolExecutor(parallel, worker_context(), initializer=begin_worker, initargs=prepared) as pool:
         with patch.multiple(sys.modules["__main__"], create=True, __file__=None, __spec__=None): # which new processes would import
             futures = {pool.submit(train_quietly, wrap_non_picklable_objects(job, keep_wrapper=False), until): job for job in jobs}

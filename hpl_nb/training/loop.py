@@ -58,11 +58,12 @@ def fit(
     "Train, select on validation, and measure on the test set once. The same call with the same folder resumes; more epochs go on."
     settings, folder, place = settings or Train(), RunFolder(folder) if folder else None, next(method.parameters()).device
     check_place(data, settings, folder, workers)
+    accelerator = make_accelerator(settings.precision, trackers, folder)
     try:
-        with OwnGenerators() as own, cpu_threads(method, settings.threads, place) as fewer:
+        with OwnGenerators() as own, cpu_threads(method, settings.threads, accelerator.device) as fewer:
             as_trainable(method, data)
-            training = open_training(method, data, settings, seed, make_accelerator(settings.precision, trackers, folder))
-            accelerator, at, guard = training.accelerator, training.progress, training.guard
+            training = open_training(method, data, settings, seed, accelerator)
+            at, guard = training.progress, training.guard
             config = run_config(method, training.data, training.settings, seed, accelerator.num_processes, experiment)
             evaluator = Evaluator(method, training.data, accelerator, seed, guard.refuse, progress and accelerator.is_main_process)
             log = Log(evaluator, at, folder, config, settings.record_every, fewer)
@@ -121,7 +122,7 @@ SMALL = 1_000_000 # weights
 def cpu_threads(method:Trainable, asked:int|None, device:torch.device)->Iterator[str]:
     "So many threads within the block, and what there is to say of it; a small network on the CPU takes one unless more are asked for."
     before, weights = torch.get_num_threads(), sum(p.numel() for p in method.parameters())
-    small = device.type == "cpu" and not torch.cuda.is_available() and weights < SMALL
+    small = device.type == "cpu" and weights < SMALL
     torch.set_num_threads(asked or (1 if small else before))
     try: yield ", one thread" if asked is None and small and before > 1 else ""
     finally: torch.set_num_threads(before)
@@ -405,8 +406,8 @@ def batches(self:Training, last:int, workers:int=0)->Iterator[dict[str, dict[str
     "The batches from the step where the run is to `last`, on the device; the loader draws from no global generator."
     device, data, steps = self.accelerator.device, self.data, range(self.progress.step, last)
     pinned = device.type == "cuda" and not is_on_gpu(data)
-    loader = DataLoader(self.streams, batch_size=None, sampler=steps, num_workers=workers, pin_memory=pinned, generator=torch.Generator())
-    if not workers and not pinned: loader = map(self.streams.__getitem__, steps) # all that it would do
+    loader = (DataLoader(self.streams, None, sampler=steps, num_workers=workers, pin_memory=pinned, generator=torch.Generator())
+              if workers or pinned else map(self.streams.__getitem__, steps))
     quick = is_on_gpu(data) and all(isinstance(view, DeviceView) for view in (data.weak, data.strong, data.plain)) # as these draw from none
     for batch in one_ahead(loader) if quick else loader:
         yield {stream: {k: v.to(device, non_blocking=True) for k, v in tensors.items()} for stream, tensors in batch.items()}
