@@ -243,7 +243,9 @@ def helped(self:Comparison)->bool:
 def sentence(self:Comparison)->str:
     "The answer, with its numbers."
     table, folds = self.table, self.scores["fold"].nunique()
-    only, learned = (table[table["unlabelled"] == kind].head(1) for kind in (False, True))
+    only, learned = table[~table["unlabelled"].astype(bool)], table[table["unlabelled"].astype(bool)].head(1)
+    level_with = only.index[only["mae"].map(text) == text(only["mae"].iloc[0])]
+    only = only.loc[[next(name for name in self.scores["method"] if name in level_with)]] # of those that are level the first listed
     told = [f"{text(mae)} ({name})" for name, mae in pd.concat([only, learned])["mae"].items()]
     if learned.empty: return f"No method learned from unlabelled rows. The smallest mean absolute error is {told[0]}."
     level = text(only["mae"].iloc[0]) == text(learned["mae"].iloc[0])

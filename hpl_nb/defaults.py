@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import wilcoxon
+from scipy.stats import permutation_test
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.linear_model import RidgeCV
 from sklearn.utils import check_random_state
@@ -184,8 +184,13 @@ def epochs_worth(run:Run, data:SemiSupervisedData, everything:SemiSupervisedData
     found = table[table["split"] == "val"].pivot(index="index", columns="output", values="y_pred").loc[data.val].to_numpy()
     linear = left_out_errors(everything, ridge)[np.searchsorted(everything.labelled, data.val)]
     better = ((linear - (found - data.targets[data.val])**2)/np.square(data.normalizer.scale)).mean(axis=1)
-    sure = len(better) > 1 and better.mean() > 0 and wilcoxon(better, alternative="greater").pvalue < .05
-    return run.metrics["epoch"] if sure else 0
+    return run.metrics["epoch"] if chance(better) < .05 else 0
+
+def chance(differences:np.ndarray)->float:
+    "How often random signs make the mean as large (p-value of the test of permutations); 1 for a single row, which says nothing."
+    if len(differences) < 2: return 1.
+    test = permutation_test((differences,), np.mean, permutation_type="samples", alternative="greater", batch=100, random_state=0)
+    return float(test.pvalue)
 
 # %% ../nbs/82c_defaults.ipynb #5a20d007
 def plain_shape(data:SemiSupervisedData)->tuple[int, ...]:
