@@ -632,7 +632,8 @@ def work(name, count, top, results, start):
     warnings.simplefilter("ignore")
     sys.dont_write_bytecode = True
     reader, template, canary, watch = READERS[name], top/"template", top/"canary", Watch()
-    os.environ["TMPDIR"], where = str(top), top/"cwd"
+    os.environ |= {"TMPDIR": str(top), "CUDA_VISIBLE_DEVICES": ""} # `forked` may have come second
+    where = top/"cwd"
     where.mkdir()
     os.chdir(where)
     sys.stdout = open(os.devnull, "w") # noqa: SIM115

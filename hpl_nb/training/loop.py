@@ -58,12 +58,11 @@ def fit(
     "Train, select on validation, and measure on the test set once. The same call with the same folder resumes; more epochs go on."
     settings, folder, place = settings or Train(), RunFolder(folder) if folder else None, next(method.parameters()).device
     check_place(data, settings, folder, workers)
-    accelerator = make_accelerator(settings.precision, trackers, folder)
     try:
-        with OwnGenerators() as own, cpu_threads(method, settings.threads, accelerator.device) as fewer:
+        with OwnGenerators() as own, cpu_threads(method, settings.threads) as fewer:
             as_trainable(method, data)
-            training = open_training(method, data, settings, seed, accelerator)
-            at, guard = training.progress, training.guard
+            training = open_training(method, data, settings, seed, make_accelerator(settings.precision, trackers, folder))
+            accelerator, at, guard = training.accelerator, training.progress, training.guard
             config = run_config(method, training.data, training.settings, seed, accelerator.num_processes, experiment)
             evaluator = Evaluator(method, training.data, accelerator, seed, guard.refuse, progress and accelerator.is_main_process)
             log = Log(evaluator, at, folder, config, settings.record_every, fewer)
@@ -119,10 +118,10 @@ def save(guard:Guard, checkpoint:Checkpoint, log:Log)->None:
 SMALL = 1_000_000 # weights
 
 @contextmanager
-def cpu_threads(method:Trainable, asked:int|None, device:torch.device)->Iterator[str]:
+def cpu_threads(method:Trainable, asked:int|None)->Iterator[str]:
     "So many threads within the block, and what there is to say of it; a small network on the CPU takes one unless more are asked for."
     before, weights = torch.get_num_threads(), sum(p.numel() for p in method.parameters())
-    small = device.type == "cpu" and weights < SMALL
+    small = weights < SMALL and this_process().device.type == "cpu"
     torch.set_num_threads(asked or (1 if small else before))
     try: yield ", one thread" if asked is None and small and before > 1 else ""
     finally: torch.set_num_threads(before)
