@@ -217,7 +217,6 @@ def our_loop(bench:Bench, method:MethodSettings, root:str|Path, cache:str)->Loop
     data = experiment.load()
     return training_loop(experiment.build(data), data, train, 0 if bench.pixels == "device" else bench.workers)
 
-
 # %% ../nbs/82_bench.ipynb #dedfa795
 class PillowPictures(Dataset):
     "One item is the views of one picture, decoded and augmented when asked for, and its label."
@@ -346,7 +345,6 @@ def table_loop(bench:Bench, method:MethodSettings, rows:int=10_000)->Loop: # a t
     networks = [mlp(20, dropout=.05*method.needs_dropout, linear_path=True) for _ in range(method.networks)]
     return training_loop(method.build(*networks), data, change(train, labelled_batch=bench.batch, unlabelled_batch=bench.batch))
 
-
 # %% ../nbs/82_bench.ipynb #82f00004
 def step_profile(loop:Loop, steps:int, most:int=5)->pd.DataFrame: # part, calls and microseconds a step, share of the time
     "Tensor maths, what is outside, and the costliest `most` of either."
@@ -365,7 +363,6 @@ def step_profile(loop:Loop, steps:int, most:int=5)->pd.DataFrame: # part, calls 
     return pd.DataFrame([(part, calls/steps, 1e6*own/steps, own/total) for part, calls, own, total in parts],
                         columns=["part", "calls", "us", "share"])
 
-
 # %% ../nbs/82_bench.ipynb #82f00005
 def measure_profiles(bench:Bench)->pd.DataFrame: # one below the other, with the method's name
     "Profile a step of PseudoLabel and of the named methods; HPL and MeanTeacher where none is named."
@@ -376,7 +373,6 @@ def measure_profiles(bench:Bench)->pd.DataFrame: # one below the other, with the
         loops = {name: our_loop(bench, benched()[name], root, folder) if bench.end_to_end else table_loop(bench, benched()[name])
                  for name in names}
         return pd.concat({name: step_profile(loop, 5*bench.rounds) for name, loop in loops.items()}, names=["method"]).reset_index("method")
-
 
 # %% ../nbs/82_bench.ipynb #82f00007
 def grown(table:pd.DataFrame, base:Mapping[str, int], size:str)->pd.DataFrame: # by name and size
@@ -404,7 +400,6 @@ def growth_chart(table:pd.DataFrame, base:Mapping[str, int], measures:Mapping[st
     for row, words in enumerate(measures.values(), 1): figure.update_yaxes(title_text=words, row=row, col=1)
     return figures.finish(figure.update_xaxes(type="log", dtick=1).update_yaxes(type="log", dtick=1), title, 240*len(measures))
 
-
 # %% ../nbs/82_bench.ipynb #82f0000a
 def steps_in_words(ratio:pd.DataFrame)->str: # what `relative` returned, with a column for each name
     "How far each is from the bare loop, over all sizes."
@@ -423,26 +418,29 @@ def peers_in_words(heads:pd.DataFrame)->str: # a row for each size and way, with
     return (f"Times over ours, over all sizes, with SGD and Adam: {'; '.join(told)}. The fewest operations take {low:.2f} to {high:.2f} "
             "of our time.")
 
-
 # %% ../nbs/82_bench.ipynb #22016354
 def alone(threads:int, function:Callable, *arguments:Any)->Any:
     "Call a function in a process of its own."
     with ProcessPoolExecutor(1, get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)) as pool:
         return pool.submit(function, *arguments).result()
 
+def _in_columns(table:pd.DataFrame, formats:Mapping[str, str])->str:
+    "A table for a terminal; other numbers have two decimals, and what is missing is empty."
+    return table.to_string(index=False, na_rep="", float_format="{:.2f}".format, formatters={n: f.format for n, f in formats.items()})
+
 def _costs_in_words(table:pd.DataFrame)->str:
     formats = {"ms": "{:.1f}", "MB": "{:.0f}", "extra_MB": "{:+.1f}"}
-    text = table.to_string(index=False, na_rep="", float_format="{:.2f}".format, formatters={n: f.format for n, f in formats.items()})
+    text = _in_columns(table, formats)
     return f"{text}\nratio: time per iteration over PseudoLabel's. paper: the same in Table 5; extra_MB: memory above PseudoLabel's."
 
 def _profile_in_words(table:pd.DataFrame)->str:
     formats = {"calls": "{:.1f}", "us": "{:.0f}", "share": "{:.1%}"}
-    text = table.to_string(index=False, na_rep="", formatters={name: text.format for name, text in formats.items()})
+    text = _in_columns(table, formats)
     return f"{text}\ncalls, us: a step. share: of the time. Functions of Python: own time, while Python's profiler slows them down."
 
 def _speed_in_words(table:pd.DataFrame)->str:
     formats = {"ms": "{:.1f}", "images_per_second": "{:.0f}", "loader_share": "{:.1%}", "speedup": "{:.2f}"}
-    text = table.to_string(index=False, formatters={name: text.format for name, text in formats.items()})
+    text = _in_columns(table, formats)
     return f"{text}\nimages: labelled and unlabelled ones. loader_share: of the iteration. speedup: over the loop like the release's."
 
 # %% ../nbs/82_bench.ipynb #d436c581

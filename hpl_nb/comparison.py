@@ -221,10 +221,10 @@ class Comparison:
 
     @property
     def table(self)->pd.DataFrame:
-        "Means over the folds by method, the smallest error first; differences are to the first row that is not `unlabelled`."
+        "Means by method, the smallest error (to four digits) first; differences are to the first row that is not `unlabelled`."
         runs, folds = self.scores.rename(columns={"fold": "seed"}).assign(dataset=""), self.scores["fold"].nunique()
         means = summarise(runs, ["method", "unlabelled"], ["mae", "r2", "seconds"])
-        means = means.sort_values("mae_mean", kind="stable").set_index("method")
+        means = means.sort_values("mae_mean", kind="stable", key=lambda errors: errors.map(rounded)).set_index("method")
         pairs = paired_test(runs, means.index[~means["unlabelled"]][0], by=["dataset"], overlap=1/(folds - 1)).set_index("method")
         return means[["unlabelled"]].assign(
             mae=means["mae_mean"], mae_sd=means["mae_sd"], r2=means["r2_mean"], difference=pairs["difference_mean"],
@@ -243,9 +243,7 @@ def helped(self:Comparison)->bool:
 def sentence(self:Comparison)->str:
     "The answer, with its numbers."
     table, folds = self.table, self.scores["fold"].nunique()
-    only, learned = table[~table["unlabelled"].astype(bool)], table[table["unlabelled"].astype(bool)].head(1)
-    level_with = only.index[only["mae"].map(text) == text(only["mae"].iloc[0])]
-    only = only.loc[[next(name for name in self.scores["method"] if name in level_with)]] # of those that are level the first listed
+    only, learned = (table[table["unlabelled"] == kind].head(1) for kind in (False, True))
     told = [f"{text(mae)} ({name})" for name, mae in pd.concat([only, learned])["mae"].items()]
     if learned.empty: return f"No method learned from unlabelled rows. The smallest mean absolute error is {told[0]}."
     level = text(only["mae"].iloc[0]) == text(learned["mae"].iloc[0])
@@ -256,9 +254,11 @@ def sentence(self:Comparison)->str:
     return f"Unlabelled rows did not clearly help: {moved}, by less than the standard error. Use {only.index[0]}."
 
 # %% ../nbs/85_compare.ipynb #89759e12
+def rounded(value:float, digits:int=4)->float: return float(f"{value:.{digits}g}")
+
 def text(value:float, digits:int=4)->str:
     "A number with few digits, and nothing for what is missing."
-    return "" if pd.isna(value) else f"{float(f'{value:.{digits}g}'):,g}"
+    return "" if pd.isna(value) else f"{rounded(value, digits):,g}"
 
 def in_words(table:pd.DataFrame)->pd.DataFrame:
     "The table for people."

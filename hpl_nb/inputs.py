@@ -154,7 +154,6 @@ def reading_of(model:BaseEstimator)->Reading:
     if isinstance(model.reading, Reading|None): return model.reading or Reading()
     raise HplError(f"reading is {model.reading!r:.100}; give Reading(...), or None for the default.")
 
-
 # %% ../nbs/82b_inputs.ipynb #5a82d0a2
 def training_data(model:BaseEstimator, X:Any, labels:np.ndarray, seed:int)->SemiSupervisedData:
     "The dataset that a method is trained on."

@@ -173,7 +173,6 @@ def decode_image(source:ImageSource, size:int|None=None, pixel_range:tuple[float
     if size is None or image.size == (size, size): return image
     return image.resize((size, size), Image.Resampling.BILINEAR)
 
-
 # %% ../../nbs/11b_data.images.ipynb #0cd5dbf1
 class PixelCache:
     "Room for N decoded pictures; the memory is taken as it is filled, and forked processes fill it together."

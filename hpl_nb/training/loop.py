@@ -117,15 +117,15 @@ def save(guard:Guard, checkpoint:Checkpoint, log:Log)->None:
 # %% ../../nbs/51_training.loop.ipynb #51a4c0de
 SMALL = 1_000_000 # weights
 
+def weight_count(method:Trainable)->int: return sum(p.numel() for p in method.parameters())
+
 @contextmanager
 def cpu_threads(method:Trainable, asked:int|None)->Iterator[str]:
     "So many threads within the block, and what there is to say of it; a small network on the CPU takes one unless more are asked for."
-    before, weights = torch.get_num_threads(), sum(p.numel() for p in method.parameters())
-    small = weights < SMALL and this_process().device.type == "cpu"
+    before, small = torch.get_num_threads(), weight_count(method) < SMALL and this_process().device.type == "cpu"
     torch.set_num_threads(asked or (1 if small else before))
     try: yield ", one thread" if asked is None and small and before > 1 else ""
     finally: torch.set_num_threads(before)
-
 
 # %% ../../nbs/51_training.loop.ipynb #0880beee
 @dataclass
@@ -156,7 +156,6 @@ class Training:
         for optimizer in method.optimizers.values(): optimizer.zero_grad()
         method.after_step()
         self.progress.step += 1
-
 
 # %% ../../nbs/51_training.loop.ipynb #75bf5923
 @patch
@@ -327,7 +326,7 @@ def fitting_schedule(method:Trainable, data:SemiSupervisedData, settings:Train, 
 # %% ../../nbs/51_training.loop.ipynb #a2c1f6e3
 def advise_one_process(method:Trainable, accelerator:Accelerator)->None:
     "Warn where several processes on the CPU train a small network, which takes longer than one process would."
-    count, weights = accelerator.num_processes, sum(p.numel() for p in method.parameters())
+    count, weights = accelerator.num_processes, weight_count(method)
     if count == 1 or accelerator.device.type != "cpu" or weights >= SMALL or not accelerator.is_main_process: return
     warnings.warn(f"{count} processes on the CPU train one network of {weights:,} weights, and so small a network usually trains faster in "
                   "one. Start one process without a launcher, and use the cores for several runs: "
