@@ -86,7 +86,7 @@ def view_scores(views:Mapping[str, np.ndarray], mean:np.ndarray)->dict[str, np.n
 
 # %% ../nbs/82e_trust.ipynb #0c732af0
 def nearest_distance(known:np.ndarray, new:np.ndarray, neighbours:int=5, most:int=1000)->np.ndarray:
-    "Mean distance of new rows (n, d) to the nearest known ones, each feature in its standard deviation; known ones at regular steps."
+    "Mean distance of new rows (n, d) to the nearest known ones, each feature in its standard deviation; of many known ones `most`."
     spread, known = known.std(axis=0), known[::-(-len(known)//most)]
     known, new = (values/np.where(spread > 0, spread, 1.) for values in (known, new))
     return NearestNeighbors(n_neighbors=min(neighbours, len(known))).fit(known).kneighbors(new)[0].mean(axis=1)
